@@ -1,0 +1,32 @@
+//! Inflight's Envoy plugin: glue between proxy-wasm's callbacks and `inflight-stats`, where the
+//! rules live. Nothing here could be tested without Envoy.
+//!
+//! | module | its one job |
+//! |---|---|
+//! | `host` | the host calls, with every error as a value: a panic would end this worker's VM |
+//! | `root` | the root context: configuration, ticks, the call to the stats server and its answer |
+//! | `stream` | one request: in, out, what it was |
+//! | `worker` | what this VM counted for one pod, shared by all its root and stream contexts |
+//! | `metrics` | Envoy's stats |
+#![deny(missing_docs)]
+
+#[cfg(feature = "fault-injection")]
+mod fault;
+mod host;
+mod metrics;
+mod root;
+mod stream;
+mod worker;
+
+/// What the host calls first. The macro's function carries no documentation of its own.
+#[allow(missing_docs)]
+mod entry {
+    use proxy_wasm::types::LogLevel;
+
+    proxy_wasm::main! {{
+        // Envoy filters its component `wasm` too; this only keeps traces from being formatted.
+        proxy_wasm::set_log_level(LogLevel::Info);
+        crate::worker::seal_on_panic();
+        proxy_wasm::set_root_context(|_| Box::new(crate::root::Root::default()));
+    }}
+}

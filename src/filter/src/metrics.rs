@@ -1,0 +1,113 @@
+//! Envoy's stats. Counters and histograms are added to by every VM; gauges are set by the leader.
+
+use std::collections::BTreeMap;
+
+use inflight_stats::request::code_suffix;
+use inflight_stats::{Period, Snapshot};
+
+use crate::host::{self, Kind};
+
+/// The ids of the stats without labels, and those by response code as they come up.
+pub struct Metrics {
+    requests: Option<u32>,
+    proxied_requests: Option<u32>,
+    milliseconds: Option<u32>,
+    proxied_milliseconds: Option<u32>,
+    in_flight: Option<u32>,
+    proxied_in_flight: Option<u32>,
+    average: Option<u32>,
+    proxied_average: Option<u32>,
+    per_second: Option<u32>,
+    proxied_per_second: Option<u32>,
+    reports_sent: Option<u32>,
+    reports_failed: Option<u32>,
+    by_code: BTreeMap<u16, ByCode>,
+    flushed: Snapshot,
+}
+
+struct ByCode {
+    count: Option<u32>,
+    latencies: Option<u32>,
+    pending: u64,
+}
+
+impl Metrics {
+    pub fn define() -> Self {
+        let counter = |name| host::define_metric(Kind::Counter, name);
+        let gauge = |name| host::define_metric(Kind::Gauge, name);
+        Self {
+            requests: counter("queue_requests_total"),
+            proxied_requests: counter("queue_proxied_requests_total"),
+            milliseconds: counter("queue_request_milliseconds_total"),
+            proxied_milliseconds: counter("queue_proxied_request_milliseconds_total"),
+            in_flight: gauge("queue_in_flight_requests"),
+            proxied_in_flight: gauge("queue_in_flight_proxied_requests"),
+            average: gauge("queue_average_concurrent_requests_milli"),
+            proxied_average: gauge("queue_average_proxied_concurrent_requests_milli"),
+            per_second: gauge("queue_requests_per_second_milli"),
+            proxied_per_second: gauge("queue_proxied_operations_per_second_milli"),
+            reports_sent: counter("inflight_reports_sent"),
+            reports_failed: counter("inflight_reports_failed"),
+            by_code: BTreeMap::new(),
+            flushed: Snapshot::default(),
+        }
+    }
+
+    /// A request ended. Its count goes out at the tick; a histogram cannot be added up.
+    pub fn request_done(&mut self, code: u16, latency_ms: u64) {
+        let by_code = self.by_code.entry(code).or_insert_with(|| {
+            let suffix = code_suffix(code);
+            ByCode {
+                count: host::define_metric(Kind::Counter, &format!("revision_request_count{suffix}")),
+                latencies: host::define_metric(
+                    Kind::Histogram,
+                    &format!("revision_request_latencies{suffix}"),
+                ),
+                pending: 0,
+            }
+        });
+        by_code.pending += 1;
+        host::record(by_code.latencies, latency_ms);
+    }
+
+    /// Adds what this VM counted since the last flush to Envoy's counters.
+    pub fn flush(&mut self, now: &Snapshot) {
+        let milliseconds = |ns: u128| u64::try_from(ns / 1_000_000).unwrap_or(u64::MAX);
+        let before = self.flushed;
+        let counters = [
+            (self.requests, now.requests, before.requests),
+            (self.proxied_requests, now.proxied_requests, before.proxied_requests),
+            (self.milliseconds, milliseconds(now.request_ns), milliseconds(before.request_ns)),
+            (
+                self.proxied_milliseconds,
+                milliseconds(now.proxied_request_ns),
+                milliseconds(before.proxied_request_ns),
+            ),
+        ];
+        for (id, now, before) in counters {
+            host::increment(id, now.saturating_sub(before));
+        }
+        self.flushed = *now;
+        for by_code in self.by_code.values_mut() {
+            host::increment(by_code.count, std::mem::take(&mut by_code.pending));
+        }
+    }
+
+    /// Sets the pod's gauges.
+    pub fn publish(&self, period: &Period, latest: &Snapshot) {
+        host::record(self.in_flight, u64::from(latest.in_flight));
+        host::record(self.proxied_in_flight, u64::from(latest.proxied_in_flight));
+        host::record(self.average, period.average_milli());
+        host::record(self.proxied_average, period.proxied_average_milli());
+        host::record(self.per_second, period.requests_per_second_milli());
+        host::record(self.proxied_per_second, period.proxied_per_second_milli());
+    }
+
+    pub fn report_sent(&self) {
+        host::increment(self.reports_sent, 1);
+    }
+
+    pub fn report_failed(&self) {
+        host::increment(self.reports_failed, 1);
+    }
+}

@@ -1,0 +1,249 @@
+//! What this VM counted for one pod. All root and stream contexts of the VM that serve the same pod
+//! share one [`Worker`], also across a change of configuration.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use inflight_stats::clock::{Clock, longest_step_ns};
+use inflight_stats::report::VERSION;
+use inflight_stats::shared::{Member, Pod, Stock, Trouble};
+use inflight_stats::{Config, KeyReport, Recorder, Report, Snapshot};
+
+use crate::host::{self, SharedData};
+use crate::metrics::Metrics;
+
+/// Workers tick this long after a boundary: the timer's millisecond, and one to spare.
+const SETTLE_NS: u64 = 2_000_000;
+
+thread_local! {
+    static WORKERS: RefCell<Vec<(String, Rc<RefCell<Worker>>)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// This VM's counters for one pod, and its part in the pod's figure.
+pub struct Worker {
+    clock: Clock,
+    recorder: Recorder,
+    member: Member,
+    pub metrics: Metrics,
+    /// Root contexts that use this worker; the last one to end seals it.
+    roots: usize,
+    sending: Option<Sending>,
+    failing: bool,
+}
+
+/// A report that was not answered yet.
+struct Sending {
+    incarnation: u64,
+    until: Snapshot,
+    /// When to stop waiting: the root context that would get the answer may be gone.
+    deadline_ns: u64,
+}
+
+/// What a tick asks the root context to do.
+pub struct Tick {
+    pub report: Option<Vec<u8>>,
+    pub next_ms: u64,
+    /// Whether this worker leads, for the tests that end the leader.
+    #[cfg(feature = "fault-injection")]
+    pub leads: bool,
+}
+
+impl Worker {
+    /// The worker of the configured pod in this VM, new or as it is.
+    pub fn of(config: &Config) -> Result<Rc<RefCell<Self>>, Trouble> {
+        let domain = config.domain();
+        let found = WORKERS.with(|workers| {
+            let workers = workers.try_borrow().ok()?;
+            workers.iter().find(|(name, _)| *name == domain).map(|(_, worker)| Rc::clone(worker))
+        });
+        let period_ns = period_ns(config);
+        let (raw_ns, wall_ns) = (host::monotonic_ns(), host::wall_ns());
+        let pod = Pod::new(&domain);
+        let incarnation = wall_ns ^ raw_ns.rotate_left(32);
+        let state = pod.open(&SharedData, raw_ns, wall_ns, period_ns, incarnation)?;
+        if let Some(worker) = found {
+            if let Ok(mut worker) = worker.try_borrow_mut() {
+                worker.recorder.set_grid(state.grid);
+                worker.roots += 1;
+            }
+            return Ok(worker);
+        }
+        let mut clock = Clock::new(state.clock_offset_ns, raw_ns, longest_step_ns(period_ns));
+        let now_ns = clock.read(raw_ns);
+        let worker = Rc::new(RefCell::new(Self {
+            clock,
+            recorder: Recorder::new(now_ns, state.grid),
+            member: Member::new(pod, now_ns),
+            metrics: Metrics::define(),
+            roots: 1,
+            sending: None,
+            failing: false,
+        }));
+        WORKERS.with(|workers| {
+            if let Ok(mut workers) = workers.try_borrow_mut() {
+                workers.push((domain, Rc::clone(&worker)));
+            }
+        });
+        Ok(worker)
+    }
+
+    pub fn request_in(&mut self, raw_ns: u64, proxied: bool) {
+        let now_ns = self.clock.read(raw_ns);
+        self.recorder.request_in(now_ns, proxied);
+    }
+
+    pub fn request_out(&mut self, raw_ns: u64, latency_ns: u64, proxied: bool, code: u16) {
+        let now_ns = self.clock.read(raw_ns);
+        self.recorder.request_out(now_ns, proxied);
+        self.metrics.request_done(code, latency_ns / 1_000_000);
+    }
+
+    /// Posts this worker's books, and leads the pod if it falls to this worker.
+    pub fn tick(&mut self, config: &Config) -> Tick {
+        let now_ns = self.advance();
+        let stock = self.step(now_ns).unwrap_or_else(|trouble| {
+            log::warn!("inflight: this tick's figures wait for the next one ({trouble:?})");
+            Stock::Follow
+        });
+        let mut report = None;
+        if let Stock::Published { previous, latest, acknowledged, incarnation } = stock {
+            if let Some(period) = latest.since(&previous) {
+                self.metrics.publish(&period, &latest);
+            }
+            if config.statserver.is_some() && self.sending.as_ref().is_none_or(|s| now_ns >= s.deadline_ns) {
+                report = self.report(config, incarnation, acknowledged, latest, now_ns);
+            }
+        }
+        let boundary_ns = self.recorder.grid().after(now_ns).saturating_add(SETTLE_NS);
+        let wait_ns = boundary_ns.saturating_sub(now_ns);
+        let wait_ns = match stock {
+            // Another worker is about to close this boundary, or dead; look again soon.
+            Stock::Wait => wait_ns.min((self.recorder.grid().period_ns / 20).clamp(5_000_000, 50_000_000)),
+            _ => wait_ns,
+        };
+        Tick {
+            report,
+            next_ms: wait_ns.div_ceil(1_000_000),
+            #[cfg(feature = "fault-injection")]
+            leads: stock != Stock::Follow,
+        }
+    }
+
+    fn advance(&mut self) -> u64 {
+        let now_ns = self.clock.read(host::monotonic_ns());
+        self.recorder.advance(now_ns);
+        self.metrics.flush(self.recorder.current());
+        now_ns
+    }
+
+    fn step(&mut self, now_ns: u64) -> Result<Stock, Trouble> {
+        let state = self.member.pod().state(&SharedData)?;
+        self.recorder.set_grid(state.grid);
+        if self.member.post(&SharedData, &self.recorder)? {
+            log::warn!("inflight: this worker was silent for so long that it was counted out; it is back");
+            self.clock.catch_up(state.clock_offset_ns);
+        }
+        self.member.take_stock(&SharedData, now_ns, self.clock.offset_ns())
+    }
+
+    fn report(
+        &mut self,
+        config: &Config,
+        incarnation: u64,
+        since: Snapshot,
+        until: Snapshot,
+        now_ns: u64,
+    ) -> Option<Vec<u8>> {
+        let server = config.statserver.as_ref()?;
+        let timeout_ns = u64::try_from(server.timeout.as_nanos()).unwrap_or(u64::MAX);
+        let report = Report {
+            version: VERSION,
+            pod: config.identity.pod.clone(),
+            incarnation,
+            messages: vec![KeyReport {
+                namespace: config.identity.namespace.clone(),
+                name: config.identity.revision.clone(),
+                from_gateway: false,
+                since,
+                until,
+            }],
+        };
+        let deadline_ns = now_ns.saturating_add(timeout_ns).saturating_add(period_ns(config));
+        self.sending = Some(Sending { incarnation, until, deadline_ns });
+        report.encode().inspect_err(|error| log::error!("inflight: {error}")).ok()
+    }
+
+    /// The stats server's verdict. 202 acknowledges; 4xx means never again, so the figures go on from there
+    /// too; after anything else the next report begins where this one did.
+    pub fn answered(&mut self, status: u16, reason: impl FnOnce() -> String) {
+        let Some(sending) = self.sending.take() else { return };
+        let final_word = status == 202 || (400..500).contains(&status);
+        if final_word {
+            let acknowledged =
+                self.member.pod().acknowledge(&SharedData, sending.incarnation, &sending.until);
+            if let Err(trouble) = acknowledged {
+                log::warn!("inflight: an acknowledged report will be sent again ({trouble:?})");
+            }
+        }
+        if status == 202 {
+            self.metrics.report_sent();
+            if std::mem::take(&mut self.failing) {
+                log::info!("inflight: the stats server acknowledges reports again");
+            }
+        } else {
+            self.failed(|| format!("answered {status}: {}", reason()));
+        }
+    }
+
+    /// The call could not be made.
+    pub fn not_sent(&mut self, why: &str) {
+        self.sending = None;
+        self.failed(|| why.to_owned());
+    }
+
+    /// Logged once when it begins; the counter has the rest.
+    fn failed(&mut self, why: impl FnOnce() -> String) {
+        self.metrics.report_failed();
+        if !std::mem::replace(&mut self.failing, true) {
+            log::warn!("inflight: the stats server {}; what it missed goes into a later report", why());
+        }
+    }
+
+    /// A root context ends. With the last one, everything counted here goes into the pod's figure, and a
+    /// last report is made, whether this worker led or not: nobody knows who is the last of all.
+    pub fn root_done(&mut self, config: &Config) -> Option<Vec<u8>> {
+        self.roots = self.roots.saturating_sub(1);
+        if self.roots > 0 {
+            return None;
+        }
+        let now_ns = self.seal()?;
+        let (until, state) = self.member.last_figure(&SharedData, now_ns).ok()?;
+        self.report(config, state.incarnation, state.acknowledged, until, now_ns)
+    }
+
+    /// Leaves everything counted up to now to the others.
+    fn seal(&mut self) -> Option<u64> {
+        let now_ns = self.advance();
+        self.member.seal(&SharedData, &self.recorder).ok().map(|()| now_ns)
+    }
+}
+
+fn period_ns(config: &Config) -> u64 {
+    u64::try_from(config.reporting_period.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Makes a panic leave this VM's counts behind: the hook runs before the VM stops, and host calls work in
+/// it. Only a worker that was being changed at that very moment keeps to its last tick.
+pub fn seal_on_panic() {
+    let log = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        log(info);
+        WORKERS.with(|workers| {
+            for (_, worker) in workers.try_borrow().iter().flat_map(|workers| workers.iter()) {
+                if let Ok(mut worker) = worker.try_borrow_mut() {
+                    worker.seal();
+                }
+            }
+        });
+    }));
+}

@@ -1,0 +1,79 @@
+//! The pod's time. All workers of one Envoy derive it from the process's monotonic clock plus one
+//! shared offset, so it starts out as the wall clock and then cannot be stepped by it: a step
+//! backwards counts as no time at all. Should the monotonic clock itself jump (a frozen process, a
+//! faked clock), only a few periods of the jump count.
+
+/// Nanoseconds from raw readings of one thread, never going back, bounded forwards.
+#[derive(Clone, Debug)]
+pub struct Clock {
+    last_raw_ns: u64,
+    now_ns: u64,
+    longest_step_ns: u64,
+}
+
+impl Clock {
+    /// `offset_ns` is the pod's time minus raw, wrapping; `longest_step_ns` the most that may pass
+    /// between two readings (see [`longest_step_ns`]).
+    pub fn new(offset_ns: u64, raw_ns: u64, longest_step_ns: u64) -> Self {
+        Self { last_raw_ns: raw_ns, now_ns: raw_ns.wrapping_add(offset_ns), longest_step_ns }
+    }
+
+    /// The pod's time at a raw reading.
+    pub fn read(&mut self, raw_ns: u64) -> u64 {
+        let step = raw_ns.saturating_sub(self.last_raw_ns).min(self.longest_step_ns);
+        self.last_raw_ns = raw_ns;
+        self.now_ns = self.now_ns.saturating_add(step);
+        self.now_ns
+    }
+
+    /// Takes over the time of workers that are ahead, after this one was stopped for so long that
+    /// [`Clock::read`] cut its step. Never goes back.
+    pub fn catch_up(&mut self, offset_ns: u64) {
+        self.now_ns = self.now_ns.max(self.last_raw_ns.wrapping_add(offset_ns));
+    }
+
+    /// The pod's time minus raw, wrapping: what a worker that joins later starts from.
+    pub fn offset_ns(&self) -> u64 {
+        self.now_ns.wrapping_sub(self.last_raw_ns)
+    }
+}
+
+/// The longest step that counts: five periods, and at least two seconds, because a starved worker
+/// may well be late by some hundred milliseconds.
+pub fn longest_step_ns(period_ns: u64) -> u64 {
+    period_ns.saturating_mul(5).max(2_000_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_never_goes_back() {
+        let mut clock = Clock::new(1_000, 50, 100);
+        assert_eq!(clock.read(60), 1_060);
+        assert_eq!(clock.read(40), 1_060);
+        assert_eq!(clock.read(41), 1_061, "and goes on from where it stood");
+    }
+
+    #[test]
+    fn a_jump_forwards_counts_for_the_longest_step_alone() {
+        let mut clock = Clock::new(0, 50, 100);
+        assert_eq!(clock.read(1_000_000), 150);
+        assert_eq!(clock.read(1_000_010), 160);
+        assert_eq!(clock.offset_ns(), 160u64.wrapping_sub(1_000_010));
+    }
+
+    #[test]
+    fn a_wall_clock_behind_the_monotonic_one_wraps_the_offset_and_nothing_else() {
+        let mut clock = Clock::new(5u64.wrapping_sub(1_000), 1_000, 100);
+        assert_eq!(clock.read(1_001), 6);
+    }
+
+    #[test]
+    fn the_longest_step_is_a_few_periods() {
+        assert_eq!(longest_step_ns(100_000_000), 2_000_000_000);
+        assert_eq!(longest_step_ns(1_000_000_000), 5_000_000_000);
+        assert_eq!(longest_step_ns(u64::MAX), u64::MAX);
+    }
+}

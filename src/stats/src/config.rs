@@ -1,0 +1,389 @@
+//! The plugin's configuration: JSON, every key checked, every mistake named with its key, what it
+//! was and what is allowed.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use crate::report::MAX_NAME_BYTES;
+
+/// What a filter does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Counts for the pod it stands in.
+    Sidecar,
+}
+
+/// Who this Envoy serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The Kubernetes namespace.
+    pub namespace: String,
+    /// The service, for labels.
+    pub service: String,
+    /// Knative's configuration, for labels.
+    pub configuration: String,
+    /// The revision: the name under which the workload is scaled.
+    pub revision: String,
+    /// The pod's name.
+    pub pod: String,
+}
+
+/// Where reports go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatServer {
+    /// The Envoy cluster to call.
+    pub cluster: String,
+    /// The `:authority` of the call.
+    pub authority: String,
+    /// The `:path` of the call.
+    pub path: String,
+    /// How long to wait for the answer.
+    pub timeout: Duration,
+    /// The variable of the VM's environment that holds the bearer token.
+    pub token_env: Option<String>,
+}
+
+/// A checked configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// What the filter does.
+    pub role: Role,
+    /// Who it serves.
+    pub identity: Identity,
+    /// The distance between two reports.
+    pub reporting_period: Duration,
+    /// The header that marks a proxied request, in lower case.
+    pub proxied_header: String,
+    /// Where reports go; without it, only Envoy stats are kept.
+    pub statserver: Option<StatServer>,
+}
+
+/// A configuration that is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The key, with dots between levels; empty for the document itself.
+    pub key: String,
+    /// What it was.
+    pub was: String,
+    /// What is allowed.
+    pub allowed: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key.as_str() {
+            "" => write!(f, "the configuration was {}, allowed is {}", self.was, self.allowed),
+            key => write!(f, "configuration key `{key}` was {}, allowed is {}", self.was, self.allowed),
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+const NAME: &str = "a string of 1 to 512 bytes without control characters";
+
+impl Config {
+    /// Reads and checks a configuration. What it leaves out of the identity is taken from `node`.
+    ///
+    /// # Errors
+    /// [`ConfigError`], for the first mistake.
+    pub fn parse(json: &[u8], node: &Identity) -> Result<Self, ConfigError> {
+        let document = serde_json::from_slice(json).map_err(|error| ConfigError {
+            key: String::new(),
+            was: format!("not JSON ({error})"),
+            allowed: "a JSON object".into(),
+        })?;
+        let mut fields = Fields::new("", document)?;
+        let config = Self {
+            role: fields.one_of("role", &[("sidecar", Role::Sidecar)])?.unwrap_or(Role::Sidecar),
+            identity: Identity {
+                namespace: fields.name("namespace", &node.namespace)?,
+                service: fields.label("service", &node.service)?,
+                configuration: fields.label("configuration", &node.configuration)?,
+                revision: fields.name("revision", &node.revision)?,
+                pod: fields.name("pod", &node.pod)?,
+            },
+            reporting_period: fields
+                .duration("reporting_period", Duration::from_millis(100), Duration::from_secs(60))?
+                .unwrap_or(Duration::from_secs(1)),
+            proxied_header: fields.header("proxied_header")?.unwrap_or_else(|| "k-proxy-request".into()),
+            statserver: fields.object("statserver")?.map(StatServer::parse).transpose()?,
+        };
+        fields.finish()?;
+        Ok(config)
+    }
+
+    /// What tells this pod's figures from those of another plugin in the same VM.
+    pub fn domain(&self) -> String {
+        let Identity { namespace, revision, pod, .. } = &self.identity;
+        format!("{namespace}/{revision}/{pod}")
+    }
+}
+
+impl StatServer {
+    fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
+        let cluster = fields.name("cluster", "")?;
+        let server = Self {
+            authority: fields.name("authority", &cluster)?,
+            path: fields.path("path")?.unwrap_or_else(|| "/v1/reports".into()),
+            timeout: fields
+                .duration("timeout", Duration::from_millis(10), Duration::from_secs(60))?
+                .unwrap_or(Duration::from_secs(1)),
+            token_env: fields.string("token_env", "the name of a variable", |name| {
+                !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+            })?,
+            cluster,
+        };
+        fields.finish()?;
+        Ok(server)
+    }
+}
+
+/// One JSON object on its way into a structure: what was read is taken out, what is left is unknown.
+struct Fields {
+    prefix: String,
+    left: Map<String, Value>,
+    known: Vec<&'static str>,
+}
+
+impl Fields {
+    fn new(key: &str, value: Value) -> Result<Self, ConfigError> {
+        let prefix = if key.is_empty() { String::new() } else { format!("{key}.") };
+        match value {
+            Value::Object(left) => Ok(Self { prefix, left, known: Vec::new() }),
+            other => {
+                Err(ConfigError { key: key.into(), was: shown(&other), allowed: "a JSON object".into() })
+            }
+        }
+    }
+
+    fn take(&mut self, key: &'static str) -> Option<Value> {
+        self.known.push(key);
+        self.left.remove(key)
+    }
+
+    fn error(&self, key: &str, was: String, allowed: impl Into<String>) -> ConfigError {
+        ConfigError { key: format!("{}{key}", self.prefix), was, allowed: allowed.into() }
+    }
+
+    fn finish(self) -> Result<(), ConfigError> {
+        match self.left.keys().next() {
+            None => Ok(()),
+            Some(key) => {
+                let allowed = format!("one of {}", self.known.join(", "));
+                Err(self.error(&key.chars().take(100).collect::<String>(), "an unknown key".into(), allowed))
+            }
+        }
+    }
+
+    fn string(
+        &mut self,
+        key: &'static str,
+        allowed: &str,
+        fits: impl Fn(&str) -> bool,
+    ) -> Result<Option<String>, ConfigError> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::String(value)) if fits(&value) => Ok(Some(value)),
+            Some(other) => Err(self.error(key, shown(&other), allowed)),
+        }
+    }
+
+    /// A string that must not end up empty.
+    fn name(&mut self, key: &'static str, fallback: &str) -> Result<String, ConfigError> {
+        let fits = |value: &str| {
+            !value.is_empty() && value.len() <= MAX_NAME_BYTES && !value.chars().any(char::is_control)
+        };
+        match self.string(key, NAME, fits)? {
+            Some(value) => Ok(value),
+            None if fits(fallback) => Ok(fallback.into()),
+            None => Err(self.error(key, "not set".into(), NAME)),
+        }
+    }
+
+    /// A string that may be empty.
+    fn label(&mut self, key: &'static str, fallback: &str) -> Result<String, ConfigError> {
+        let allowed = "a string of at most 512 bytes without control characters";
+        let value =
+            self.string(key, allowed, |v| v.len() <= MAX_NAME_BYTES && !v.chars().any(char::is_control))?;
+        Ok(value.unwrap_or_else(|| fallback.into()))
+    }
+
+    fn header(&mut self, key: &'static str) -> Result<Option<String>, ConfigError> {
+        let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+        let value = self.string(key, "the name of an HTTP header", |v| {
+            !v.is_empty() && v.len() <= MAX_NAME_BYTES && v.bytes().all(token)
+        })?;
+        Ok(value.map(|v| v.to_ascii_lowercase()))
+    }
+
+    fn path(&mut self, key: &'static str) -> Result<Option<String>, ConfigError> {
+        self.string(key, "an absolute URL path without spaces", |v| {
+            v.starts_with('/') && v.len() <= MAX_NAME_BYTES && v.bytes().all(|b| b.is_ascii_graphic())
+        })
+    }
+
+    fn one_of<T: Copy>(&mut self, key: &'static str, values: &[(&str, T)]) -> Result<Option<T>, ConfigError> {
+        let names: Vec<String> = values.iter().map(|(name, _)| format!("{name:?}")).collect();
+        let value = self.string(key, &names.join(" or "), |v| values.iter().any(|(name, _)| *name == v))?;
+        Ok(value.and_then(|v| values.iter().find(|(name, _)| *name == v).map(|(_, value)| *value)))
+    }
+
+    fn duration(
+        &mut self,
+        key: &'static str,
+        least: Duration,
+        most: Duration,
+    ) -> Result<Option<Duration>, ConfigError> {
+        let Some(value) = self.take(key) else {
+            return Ok(None);
+        };
+        match value.as_str().and_then(parse_duration).filter(|d| (least..=most).contains(d)) {
+            Some(duration) => Ok(Some(duration)),
+            None => {
+                let allowed = format!("a duration from {least:?} to {most:?}, such as \"1s\" or \"250ms\"");
+                Err(self.error(key, shown(&value), allowed))
+            }
+        }
+    }
+
+    fn object(&mut self, key: &'static str) -> Result<Option<Fields>, ConfigError> {
+        let Some(value) = self.take(key) else {
+            return Ok(None);
+        };
+        Fields::new(&format!("{}{key}", self.prefix), value).map(Some)
+    }
+}
+
+/// A value as an error shows it: as JSON, and not all of it if it is long.
+fn shown(value: &Value) -> String {
+    const MOST: usize = 100;
+    let text = value.to_string();
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text,
+    }
+}
+
+/// A number and a unit: `ms`, `s` or `m`.
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    let unit = text.find(|c: char| c.is_ascii_alphabetic())?;
+    let (number, unit) = text.split_at_checked(unit)?;
+    if !number.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        return None;
+    }
+    let number: f64 = number.parse().ok()?;
+    let seconds = match unit {
+        "ms" => number / 1000.0,
+        "s" => number,
+        "m" => number * 60.0,
+        _ => return None,
+    };
+    Duration::try_from_secs_f64(seconds).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod"}"#;
+
+    fn parse(json: &str) -> Result<Config, ConfigError> {
+        Config::parse(json.as_bytes(), &Identity::default())
+    }
+
+    fn refused(change: &str) -> String {
+        let json = format!(r#"{{"namespace": "ns", "revision": "rev", "pod": "pod", {change}}}"#);
+        parse(&json).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_defaults_are_the_documented_ones() {
+        let config = parse(MINIMAL).unwrap();
+        assert_eq!(config.role, Role::Sidecar);
+        assert_eq!(config.reporting_period, Duration::from_secs(1));
+        assert_eq!(config.proxied_header, "k-proxy-request");
+        assert_eq!(config.statserver, None);
+        let config =
+            parse(r#"{"namespace": "n", "revision": "r", "pod": "p", "statserver": {"cluster": "stats"}}"#)
+                .unwrap();
+        let server = config.statserver.unwrap();
+        assert_eq!((server.authority.as_str(), server.path.as_str()), ("stats", "/v1/reports"));
+        assert_eq!((server.timeout, server.token_env), (Duration::from_secs(1), None));
+    }
+
+    #[test]
+    fn what_is_left_out_comes_from_the_node() {
+        let node = Identity {
+            namespace: "mesh".into(),
+            revision: "v1".into(),
+            pod: "pod-1".into(),
+            ..Identity::default()
+        };
+        let config = Config::parse(br#"{"revision": "v2"}"#, &node).unwrap();
+        assert_eq!(config.domain(), "mesh/v2/pod-1");
+    }
+
+    #[test]
+    fn every_mistake_names_the_key_what_it_was_and_what_is_allowed() {
+        let cases = [
+            (
+                r#""reporting_perod": "1s""#,
+                "`reporting_perod` was an unknown key, allowed is one of role, namespace,",
+            ),
+            (
+                r#""reporting_period": "10ms""#,
+                r#"`reporting_period` was "10ms", allowed is a duration from 100ms to 60s"#,
+            ),
+            (r#""reporting_period": "61s""#, r#"`reporting_period` was "61s""#),
+            (r#""reporting_period": 1"#, "`reporting_period` was 1,"),
+            (r#""reporting_period": "-1s""#, r#"`reporting_period` was "-1s""#),
+            (r#""reporting_period": "1h""#, r#"`reporting_period` was "1h""#),
+            (r#""reporting_period": "1e1s""#, r#"`reporting_period` was "1e1s""#),
+            (r#""role": "router""#, r#"`role` was "router", allowed is "sidecar""#),
+            (r#""role": ["sidecar"]"#, r#"`role` was ["sidecar"]"#),
+            (
+                r#""proxied_header": "a b""#,
+                r#"`proxied_header` was "a b", allowed is the name of an HTTP header"#,
+            ),
+            (r#""statserver": "stats""#, r#"`statserver` was "stats", allowed is a JSON object"#),
+            (r#""statserver": {}"#, "`statserver.cluster` was not set"),
+            (r#""statserver": {"cluster": "c", "tiemout": "1s"}"#, "`statserver.tiemout` was an unknown key"),
+            (r#""statserver": {"cluster": "c", "path": "v1"}"#, r#"`statserver.path` was "v1""#),
+            (r#""statserver": {"cluster": "c", "token_env": "A-B"}"#, r#"`statserver.token_env` was "A-B""#),
+        ];
+        for (change, expected) in cases {
+            let error = refused(change);
+            assert!(error.contains(expected), "{change}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_identity_must_not_end_up_empty() {
+        let error = parse(r#"{"namespace": "ns", "revision": "", "pod": "pod"}"#).unwrap_err();
+        assert_eq!((error.key.as_str(), error.was.as_str()), ("revision", "\"\""));
+        let error = parse(r#"{"namespace": "ns", "revision": "rev"}"#).unwrap_err();
+        assert_eq!((error.key.as_str(), error.was.as_str()), ("pod", "not set"));
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused_without_a_panic() {
+        for json in ["", "null", "[]", "\"x\"", "{", "{\"a\":", &"[".repeat(100_000)] {
+            assert!(parse(json).is_err());
+        }
+        let error = refused(&format!(r#""role": "{}""#, "ä".repeat(10_000)));
+        assert!(error.len() < 400, "{error}");
+    }
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(parse_duration("1.5s"), Some(Duration::from_millis(1500)));
+        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_duration("2m"), Some(Duration::from_secs(120)));
+        for wrong in ["", "s", "1", "1 s", "1.2.3s", "999999999999999999999999s", "ms1"] {
+            assert_eq!(parse_duration(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! What Inflight counts, merges, reports and decides, without any I/O: the same code runs inside
+//! Envoy's wasm VMs (the filter) and in the stats server, and every rule is tested natively here.
+//!
+//! | module | its one job |
+//! |---|---|
+//! | [`snapshot`] | cumulative counters and the integral of concurrency; a [`Period`] is a difference of two |
+//! | [`recorder`] | request events in, snapshots at the boundaries of the reporting period out |
+//! | [`clock`] | the pod's time: from a monotonic clock, never back, never far ahead at once |
+//! | [`shared`] | many workers, one pod figure: slots, the leader's lease, what was acknowledged |
+//! | [`request`] | which requests are probes, which came through a proxy; code classes |
+//! | [`config`] | the plugin's JSON configuration and its errors |
+//! | [`report`] | the report's bytes, and what makes a report invalid |
+//! | [`ingest`] | the receiver's side: what a report adds to what is already known |
+//! | [`window`] | averages over the stable and the panic window |
+//!
+//! The whole idea in a few lines:
+//!
+//! ```
+//! use inflight_stats::Snapshot;
+//!
+//! let second = 1_000_000_000;
+//! let mut now = Snapshot::starting_at(10 * second);
+//! let before = now;
+//! now.request_in(10 * second, false);
+//! now.request_out(10 * second + second / 2, false);
+//! now.advance(11 * second);
+//!
+//! let period = now.since(&before).expect("time went on");
+//! assert_eq!(period.requests, 1);
+//! assert_eq!(period.average_milli(), 500); // one request for half of the second
+//! ```
+#![deny(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
+
+pub mod clock;
+pub mod config;
+pub mod ingest;
+pub mod recorder;
+pub mod report;
+pub mod request;
+pub mod shared;
+pub mod snapshot;
+pub mod window;
+
+pub use config::Config;
+pub use recorder::{Grid, Recorder};
+pub use report::{KeyReport, Report};
+pub use snapshot::{Period, Snapshot};
+
+#[cfg(test)]
+mod vectors;

@@ -1,0 +1,52 @@
+//! What a single request counts as.
+
+/// Header whose presence marks a kubelet probe (knative/pkg, `network`).
+pub const KUBELET_PROBE_HEADER: &str = "k-kubelet-probe";
+/// Header whose presence marks a probe of Knative's own network layer.
+pub const NETWORK_PROBE_HEADER: &str = "k-network-probe";
+/// How a kubelet's User-Agent begins.
+pub const KUBE_PROBE_AGENT_PREFIX: &[u8] = b"kube-probe/";
+/// The value of the proxied header that makes a request a proxied one.
+pub const PROXIED_VALUE: &[u8] = b"activator";
+
+/// Whether the User-Agent is the kubelet's.
+pub fn is_kubelet_agent(user_agent: &[u8]) -> bool {
+    user_agent.starts_with(KUBE_PROBE_AGENT_PREFIX)
+}
+
+/// Whether the value of the proxied header says that an activator or gateway counted the request.
+pub fn is_proxied(value: &[u8]) -> bool {
+    value == PROXIED_VALUE
+}
+
+/// The end of a stat's name for a response code; `envoy/` ships the `stats_tags` that turn it into
+/// the labels `response_code` and `response_code_class`. Code 0: the stream ended before any response.
+pub fn code_suffix(code: u16) -> String {
+    format!(".response_code.{code}.response_code_class.{}xx", code / 100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kubelet_is_told_by_the_beginning_of_its_agent() {
+        assert!(is_kubelet_agent(b"kube-probe/1.33"));
+        assert!(!is_kubelet_agent(b"kube-probe"));
+        assert!(!is_kubelet_agent(b"my kube-probe/1.33"));
+        assert!(!is_kubelet_agent(b"\xff\xfe"));
+    }
+
+    #[test]
+    fn only_the_activators_value_makes_a_request_proxied() {
+        assert!(is_proxied(b"activator"));
+        assert!(!is_proxied(b"Activator"));
+        assert!(!is_proxied(b""));
+    }
+
+    #[test]
+    fn classes_are_the_hundreds_digit() {
+        assert_eq!(code_suffix(503), ".response_code.503.response_code_class.5xx");
+        assert_eq!(code_suffix(0), ".response_code.0.response_code_class.0xx");
+    }
+}

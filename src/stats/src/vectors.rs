@@ -1,0 +1,80 @@
+//! The answers of the real Knative code in `vectors/` at the crate's root, against ours.
+
+use crate::{Snapshot, window::Window};
+
+fn read(name: &str) -> String {
+    let path = format!("{}/vectors/{name}", env!("CARGO_MANIFEST_DIR"));
+    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn close(ours: f64, theirs: f64) -> bool {
+    (ours - theirs).abs() <= 1e-6 * theirs.abs().max(1e-9)
+}
+
+fn replay(name: &str) -> usize {
+    let expected = read(&format!("{name}.expected.jsonl"));
+    let mut expected = expected.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let mut now = Snapshot::default();
+    let mut reported = now;
+    let mut reports = 0;
+    for line in read(&format!("{name}.trace")).lines() {
+        let (at, event) = line.split_once(' ').unwrap();
+        let at: u64 = at.parse().unwrap();
+        match event {
+            "Start" => {
+                now = Snapshot::starting_at(at);
+                reported = now;
+            }
+            "ReqIn" => now.request_in(at, false),
+            "ReqOut" => now.request_out(at, false),
+            "ProxiedIn" => now.request_in(at, true),
+            "ProxiedOut" => now.request_out(at, true),
+            "Report" => {
+                now.advance(at);
+                let period = now.since(&reported).unwrap();
+                reported = now;
+                reports += 1;
+                let want = expected.next().unwrap();
+                let ours = [
+                    ("AverageConcurrency", period.average()),
+                    ("AverageProxiedConcurrency", period.proxied_average()),
+                    ("RequestCount", period.requests as f64),
+                    ("ProxiedRequestCount", period.proxied_requests as f64),
+                ];
+                for (field, ours) in ours {
+                    let theirs = want[field].as_f64().unwrap();
+                    assert!(
+                        close(ours, theirs),
+                        "{name} report {reports} {field}: {ours}, expected {theirs}"
+                    );
+                }
+            }
+            other => panic!("{name}: unknown event {other}"),
+        }
+    }
+    assert_eq!(expected.next(), None, "{name}: reports left over");
+    reports
+}
+
+#[test]
+fn every_request_stats_trace_comes_out_as_knatives() {
+    let reports: Vec<usize> = (0..6).map(|n| replay(&format!("request_stats_{n}"))).collect();
+    assert!(reports.iter().all(|&n| n > 0), "{reports:?}");
+}
+
+#[test]
+fn every_window_average_comes_out_as_knatives() {
+    let (mut stable, mut panic) = (Window::new(60), Window::new(6));
+    let second = |ns: &str| ns.parse::<u64>().unwrap() / 1_000_000_000;
+    let vectors = read("window_average.tsv");
+    assert_eq!(vectors.lines().count(), 400);
+    for (number, line) in vectors.lines().enumerate() {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let value: f64 = fields[1].parse().unwrap();
+        for (window, want) in [(&mut stable, fields[3]), (&mut panic, fields[4])] {
+            window.record(second(fields[0]), value);
+            let (ours, want) = (window.average(second(fields[2])), want.parse::<f64>().unwrap());
+            assert!(close(ours, want), "line {}: {ours}, expected {want}", number + 1);
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Window averages as Knative's autoscaler computes them (knative/serving,
+//! `pkg/autoscaler/aggregation`): buckets of one second, indexed by unix second.
+
+/// A window of one-second buckets.
+#[derive(Clone, Debug)]
+pub struct Window {
+    buckets: Vec<f64>,
+    first_second: Option<u64>,
+    last_second: u64,
+}
+
+impl Window {
+    /// A window of `seconds` seconds, at least one.
+    pub fn new(seconds: usize) -> Self {
+        Self { buckets: vec![0.0; seconds.max(1)], first_second: None, last_second: 0 }
+    }
+
+    /// Its size in seconds.
+    pub fn seconds(&self) -> usize {
+        self.buckets.len()
+    }
+
+    /// Adds `value` to the bucket of a unix second. What lies before the window is dropped.
+    pub fn record(&mut self, second: u64, value: f64) {
+        let size = self.buckets.len() as u64;
+        match self.first_second {
+            None => {
+                self.first_second = Some(second);
+                self.last_second = second;
+            }
+            Some(_) if second > self.last_second => {
+                if second - self.last_second >= size {
+                    // A whole window went by without a record: what came before no longer matters.
+                    self.buckets.fill(0.0);
+                    self.first_second = Some(second);
+                } else {
+                    for between in self.last_second + 1..=second {
+                        if let Some(bucket) = self.bucket_mut(between) {
+                            *bucket = 0.0;
+                        }
+                    }
+                }
+                self.last_second = second;
+            }
+            Some(_) if second + size <= self.last_second => return,
+            Some(first) => self.first_second = Some(first.min(second)),
+        }
+        if let Some(bucket) = self.bucket_mut(second) {
+            *bucket += value;
+        }
+    }
+
+    /// The average bucket as of a unix second, rounded to six digits. It is taken over the part of the
+    /// window that has been written: from the first record (or the window's beginning) to the last
+    /// one; seconds between without a record count as zero. 0 after a whole window without records.
+    pub fn average(&self, second: u64) -> f64 {
+        let size = self.buckets.len() as u64;
+        let Some(first) = self.first_second else {
+            return 0.0;
+        };
+        let silent = second.saturating_sub(self.last_second);
+        if silent >= size {
+            return 0.0;
+        }
+        let still_in_window = size - silent;
+        let oldest = (self.last_second + 1).saturating_sub(still_in_window);
+        let sum: f64 = (oldest..=self.last_second).filter_map(|s| self.bucket(s)).sum();
+        round6(sum / still_in_window.min(self.last_second - first + 1) as f64)
+    }
+
+    fn bucket(&self, second: u64) -> Option<f64> {
+        self.buckets.get((second % self.buckets.len() as u64) as usize).copied()
+    }
+
+    fn bucket_mut(&mut self, second: u64) -> Option<&mut f64> {
+        let index = (second % self.buckets.len() as u64) as usize;
+        self.buckets.get_mut(index)
+    }
+}
+
+fn round6(value: f64) -> f64 {
+    (value * 1e6).round() / 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_young_window_averages_over_its_age() {
+        let mut window = Window::new(60);
+        window.record(100, 4.0);
+        window.record(101, 2.0);
+        assert_eq!(window.average(101), 3.0);
+    }
+
+    #[test]
+    fn seconds_without_a_record_count_as_zero() {
+        let mut window = Window::new(4);
+        window.record(100, 8.0);
+        window.record(103, 8.0);
+        assert_eq!(window.average(103), 4.0);
+        assert_eq!(window.average(104), 2.666667);
+        assert_eq!(window.average(106), 8.0);
+        assert_eq!(window.average(107), 0.0);
+    }
+
+    #[test]
+    fn a_record_from_before_the_window_is_dropped() {
+        let mut window = Window::new(4);
+        window.record(104, 1.0);
+        window.record(100, 9.0);
+        assert_eq!(window.average(104), 1.0);
+        window.record(101, 3.0);
+        assert_eq!(window.average(104), 1.0, "four seconds now, four in all");
+    }
+
+    #[test]
+    fn an_empty_window_is_zero_at_any_time() {
+        assert_eq!(Window::new(0).average(0), 0.0);
+        assert_eq!(Window::new(6).average(u64::MAX), 0.0);
+    }
+}

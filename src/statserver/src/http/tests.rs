@@ -1,0 +1,138 @@
+use http_body_util::BodyExt;
+use inflight_stats::ingest::WindowSizes;
+use inflight_stats::{KeyReport, Snapshot};
+use tower::ServiceExt;
+
+use super::*;
+
+fn app() -> Arc<App> {
+    Arc::new(App {
+        keys: Keys::new(WindowSizes::default()),
+        metrics: Metrics::default(),
+        draining: AtomicBool::new(false),
+    })
+}
+
+async fn ask(app: &Arc<App>, request: Request) -> (StatusCode, String) {
+    let response = router(Arc::clone(app)).oneshot(request).await.unwrap();
+    let status = response.status();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+async fn read(app: &Arc<App>, path: &str) -> (StatusCode, String) {
+    ask(app, Request::get(path).body(Body::empty()).unwrap()).await
+}
+
+async fn send(app: &Arc<App>, body: Vec<u8>) -> (StatusCode, String) {
+    let request = Request::post("/v1/reports").header("content-type", CONTENT_TYPE);
+    ask(app, request.body(Body::from(body)).unwrap()).await
+}
+
+fn sample(name: &str, requests: u64) -> Report {
+    let since = Snapshot::starting_at(1_000_000_000);
+    let until = Snapshot {
+        as_of_ns: 2_000_000_000,
+        requests,
+        request_ns: 3_000_000_000,
+        in_flight: 2,
+        ..Snapshot::default()
+    };
+    Report {
+        version: 1,
+        pod: "pod".into(),
+        incarnation: 1,
+        messages: vec![KeyReport {
+            namespace: "ns".into(),
+            name: name.into(),
+            from_gateway: false,
+            since,
+            until,
+        }],
+    }
+}
+
+#[tokio::test]
+async fn a_report_shows_up_under_its_key() {
+    let app = app();
+    assert_eq!(send(&app, sample("rev", 7).encode().unwrap()).await, (StatusCode::ACCEPTED, String::new()));
+    let (status, body) = read(&app, "/v1/keys/ns/rev").await;
+    let value: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(value["requests_total"], 7);
+    assert_eq!(value["in_flight"], 2);
+    assert_eq!(value["pods"], 1);
+    assert_eq!(value["stable"]["concurrency"], 3.0);
+    assert_eq!(value["panic"]["requests_per_second"], 7.0);
+    assert!(value["last_report_age_ms"].as_u64().unwrap() < 60_000);
+    let (_, all) = read(&app, "/v1/keys").await;
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&all).unwrap()["keys"][0]["name"], "rev");
+}
+
+#[tokio::test]
+async fn names_in_paths_are_percent_encoded() {
+    let app = app();
+    send(&app, sample("outbound|80||a/b", 1).encode().unwrap()).await;
+    assert_eq!(read(&app, "/v1/keys/ns/outbound%7C80%7C%7Ca%2Fb").await.0, StatusCode::OK);
+    assert_eq!(read(&app, "/v1/keys/ns/none").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn what_is_refused_says_why_and_changes_nothing() {
+    let app = app();
+    let mut unknown_version = sample("rev", 7).encode().unwrap();
+    unknown_version[0] = 9;
+    let mut broken = sample("rev", 7).encode().unwrap();
+    broken.pop();
+    let cases = [
+        (unknown_version, StatusCode::BAD_REQUEST, "version 9"),
+        (broken, StatusCode::BAD_REQUEST, "does not decode"),
+        (vec![], StatusCode::BAD_REQUEST, "empty"),
+        (vec![1; MAX_BYTES + 1], StatusCode::PAYLOAD_TOO_LARGE, "1048576"),
+    ];
+    for (body, status, reason) in cases {
+        let (got, text) = send(&app, body).await;
+        assert_eq!(got, status, "{text}");
+        assert!(text.contains(reason), "{text}");
+    }
+    let request = Request::post("/v1/reports").header("content-type", "application/json");
+    let (status, text) =
+        ask(&app, request.body(Body::from(sample("rev", 7).encode().unwrap())).unwrap()).await;
+    assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE, "{text}");
+    assert_eq!(app.keys.len(), 0);
+}
+
+#[tokio::test]
+async fn of_a_report_with_one_bad_key_nothing_is_taken() {
+    let app = app();
+    send(&app, sample("b", 7).encode().unwrap()).await;
+    let mut report = sample("a", 5);
+    report.messages.extend(sample("b", 3).messages);
+    report.messages[1].until.as_of_ns += 1;
+    let (status, text) = send(&app, report.encode().unwrap()).await;
+    assert_eq!((status, app.keys.len()), (StatusCode::CONFLICT, 1), "{text}");
+    assert!(text.contains("ns/b") && text.contains("went back"), "{text}");
+}
+
+#[tokio::test]
+async fn health_and_probes() {
+    let app = app();
+    assert_eq!(read(&app, "/healthz").await.0, StatusCode::OK);
+    assert_eq!(read(&app, "/readyz").await.0, StatusCode::OK);
+    app.draining.store(true, Ordering::Relaxed);
+    assert_eq!(read(&app, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(read(&app, "/nothing").await.0, StatusCode::NOT_FOUND);
+    let probe = Request::get("/nothing").header("user-agent", "kube-probe/1.33").body(Body::empty()).unwrap();
+    assert_eq!(ask(&app, probe).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn metrics_count_reports_by_their_answer() {
+    let app = app();
+    send(&app, sample("rev", 7).encode().unwrap()).await;
+    send(&app, vec![]).await;
+    let (_, text) = read(&app, "/metrics").await;
+    assert!(text.contains("inflight_statserver_reports_total{code=\"202\"} 1\n"), "{text}");
+    assert!(text.contains("inflight_statserver_reports_total{code=\"400\"} 1\n"), "{text}");
+    assert!(text.contains("inflight_statserver_keys 1\n"), "{text}");
+}

@@ -1,0 +1,204 @@
+//! An app that counts for itself, and misbehaves on request.
+//!
+//! | path | what it does |
+//! |---|---|
+//! | `/work?ms=N` | answers 200 after N milliseconds |
+//! | `/reset` | closes the connection without a word |
+//! | `/half?ms=N` | the head and a part of the body, then closes after N milliseconds |
+//! | `/hang` | the head and a part of the body, then nothing for a minute |
+//! | `/ws` | accepts a websocket and leaves it open until the client closes |
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+/// What the app saw.
+#[derive(Debug, Default)]
+pub struct Counts {
+    requests: AtomicU64,
+    now: AtomicU64,
+    most: AtomicU64,
+    seen: Mutex<HashSet<String>>,
+}
+
+impl Counts {
+    /// Requests that reached the app.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Ordering::SeqCst)
+    }
+
+    /// Requests in the app now.
+    pub fn now(&self) -> u64 {
+        self.now.load(Ordering::SeqCst)
+    }
+
+    /// The most that were in the app at once.
+    pub fn most(&self) -> u64 {
+        self.most.load(Ordering::SeqCst)
+    }
+
+    /// Whether a request with this `x-id` has arrived; each is told once.
+    pub fn has_seen(&self, id: &str) -> bool {
+        self.seen.lock().expect("no panic under this lock").remove(id)
+    }
+
+    fn enter(self: &Arc<Self>, id: Option<String>) -> Inside {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
+        if let Some(id) = id {
+            self.seen.lock().expect("no panic under this lock").insert(id);
+        }
+        Inside(Arc::clone(self))
+    }
+}
+
+/// A request in the app, until its answer is done or dropped.
+struct Inside(Arc<Counts>);
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A running app.
+#[derive(Debug)]
+pub struct App {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What it saw.
+    pub counts: Arc<Counts>,
+    serving: JoinHandle<()>,
+}
+
+impl App {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// If there is no port.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let counts = Arc::new(Counts::default());
+        let serving = tokio::spawn(accept(listener, Arc::clone(&counts)));
+        Self { address, counts, serving }
+    }
+}
+
+impl Drop for App {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn accept(listener: TcpListener, counts: Arc<Counts>) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        let _ = stream.set_nodelay(true);
+        let counts = Arc::clone(&counts);
+        tokio::spawn(async move {
+            let service = service_fn(move |request| answer(request, Arc::clone(&counts)));
+            // A connection that ends with an error is what `/reset` is for.
+            let _ =
+                http1::Builder::new().serve_connection(TokioIo::new(stream), service).with_upgrades().await;
+        });
+    }
+}
+
+/// An error closes the connection.
+async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Response<Answer>, &'static str> {
+    let id = request.headers().get("x-id").and_then(|v| v.to_str().ok()).map(str::to_owned);
+    let inside = counts.enter(id);
+    let delay = query_ms(request.uri().query());
+    match request.uri().path() {
+        "/reset" => Err("as asked"),
+        "/half" => {
+            Ok(Response::new(Answer { inside, left: Left::Half(Box::pin(tokio::time::sleep(delay))) }))
+        }
+        "/hang" => {
+            let minute = Box::pin(tokio::time::sleep(Duration::from_secs(60)));
+            Ok(Response::new(Answer { inside, left: Left::Half(minute) }))
+        }
+        "/ws" => Ok(websocket(request, inside)),
+        _ => {
+            tokio::time::sleep(delay).await;
+            Ok(Response::new(Answer { inside, left: Left::All }))
+        }
+    }
+}
+
+fn query_ms(query: Option<&str>) -> Duration {
+    let ms = query.and_then(|q| q.strip_prefix("ms=")).and_then(|n| n.parse::<f64>().ok()).unwrap_or(0.0);
+    Duration::from_secs_f64(ms / 1000.0)
+}
+
+fn websocket(request: Request<Incoming>, inside: Inside) -> Response<Answer> {
+    let counts = Arc::clone(&inside.0);
+    tokio::spawn(async move {
+        let _open = counts.enter(None);
+        if let Ok(upgraded) = hyper::upgrade::on(request).await {
+            let mut io = TokioIo::new(upgraded);
+            let _ = tokio::io::copy(&mut io, &mut tokio::io::sink()).await;
+        }
+    });
+    let mut response = Response::new(Answer { inside, left: Left::Nothing });
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert("upgrade", hyper::header::HeaderValue::from_static("websocket"));
+    headers.insert("connection", hyper::header::HeaderValue::from_static("upgrade"));
+    response
+}
+
+/// A body that keeps its request in the app's count until it is done.
+struct Answer {
+    #[allow(dead_code, reason = "held for its Drop")]
+    inside: Inside,
+    left: Left,
+}
+
+enum Left {
+    All,
+    Half(Pin<Box<tokio::time::Sleep>>),
+    Cut(Pin<Box<tokio::time::Sleep>>),
+    Nothing,
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = &'static str;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
+        match std::mem::replace(&mut self.left, Left::Nothing) {
+            Left::All => Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"ok"))))),
+            Left::Half(sleep) => {
+                self.left = Left::Cut(sleep);
+                Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"half of")))))
+            }
+            Left::Cut(mut sleep) => match sleep.as_mut().poll(context) {
+                Poll::Ready(()) => Poll::Ready(Some(Err("cut as asked"))),
+                Poll::Pending => {
+                    self.left = Left::Cut(sleep);
+                    Poll::Pending
+                }
+            },
+            Left::Nothing => Poll::Ready(None),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The shipped Envoy configuration, with the test's addresses in it.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::{built, root, truth};
+
+/// An Envoy bootstrap, changed step by step.
+#[derive(Clone, Debug)]
+pub struct Bootstrap(pub Value);
+
+/// A YAML document below `envoy/`, as JSON.
+///
+/// # Panics
+/// If it is not there or not YAML.
+pub fn shipped(name: &str) -> Value {
+    let path = root().join("envoy").join(name);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_norway::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The value at a JSON pointer.
+///
+/// # Panics
+/// If there is none.
+pub fn at<'a>(value: &'a mut Value, pointer: &str) -> &'a mut Value {
+    value.pointer_mut(pointer).unwrap_or_else(|| panic!("nothing at {pointer}"))
+}
+
+const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
+
+impl Bootstrap {
+    /// `envoy/envoy.yaml`, on free ports, with the built module and an access log in [`truth::FORMAT`].
+    pub fn sidecar(app: SocketAddr, statserver: SocketAddr) -> Self {
+        let mut bootstrap = Self(shipped("envoy.yaml"));
+        *at(&mut bootstrap.0, "/admin/address/socket_address/port_value") = json!(0);
+        let listener = "/static_resources/listeners/0/address/socket_address";
+        *at(&mut bootstrap.0, listener) = json!({"address": "127.0.0.1", "port_value": 0});
+        bootstrap.cluster("app", Some(app));
+        bootstrap.cluster("inflight-statserver", Some(statserver));
+        bootstrap.cluster("nohosts", None);
+        bootstrap.module(&built("wasm32-wasip1/release/inflight_filter.wasm"));
+        // Two more ways for a request to end that need Envoy's help.
+        let routes = at(&mut bootstrap.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
+        let routes = routes.as_array_mut().expect("routes");
+        let local = json!({"match": {"prefix": "/local"}, "direct_response": {"status": 403}});
+        routes.insert(0, local);
+        routes.insert(0, json!({"match": {"prefix": "/nohosts"}, "route": {"cluster": "nohosts"}}));
+        bootstrap
+    }
+
+    /// Gives a cluster one endpoint or none, adding it if the configuration does not have it.
+    pub fn cluster(&mut self, name: &str, endpoint: Option<SocketAddr>) {
+        let endpoints: Vec<Value> = endpoint
+            .iter()
+            .map(|a| {
+                let address = json!({"address": a.ip().to_string(), "port_value": a.port()});
+                json!({"lb_endpoints": [{"endpoint": {"address": {"socket_address": address}}}]})
+            })
+            .collect();
+        let assignment = json!({"cluster_name": name, "endpoints": endpoints});
+        let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
+        match clusters.iter_mut().find(|cluster| cluster["name"] == name) {
+            Some(cluster) => cluster["load_assignment"] = assignment,
+            None => clusters.push(json!({"name": name, "type": "STATIC", "load_assignment": assignment})),
+        }
+    }
+
+    /// Adds the access log.
+    pub fn access_log(&mut self, path: &Path) {
+        at(&mut self.0, MANAGER)["access_log"] = json!([{
+            "name": "file",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
+                "path": path,
+                "log_format": {"text_format_source": {"inline_string": truth::FORMAT}},
+            },
+        }]);
+    }
+
+    /// The first HTTP filter.
+    pub fn filter(&mut self) -> &mut Value {
+        at(&mut self.0, &format!("{MANAGER}/http_filters/0"))
+    }
+
+    /// Uses another module.
+    pub fn module(&mut self, path: &Path) {
+        let code = "/typed_config/config/vm_config/code/local/filename";
+        *at(self.filter(), code) = json!(path);
+    }
+
+    /// Sets a key of the plugin's configuration.
+    ///
+    /// # Panics
+    /// If the configuration is not JSON.
+    pub fn configure(&mut self, key: &str, value: Value) {
+        let text = at(self.filter(), "/typed_config/config/configuration/value");
+        let mut plugin: Value = serde_json::from_str(text.as_str().expect("a string")).expect("JSON");
+        plugin[key] = value;
+        *text = json!(plugin.to_string());
+    }
+
+    /// Replaces the plugin's configuration.
+    pub fn configuration(&mut self, text: &str) {
+        *at(self.filter(), "/typed_config/config/configuration/value") = json!(text);
+    }
+}

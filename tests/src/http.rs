@@ -1,0 +1,57 @@
+//! One HTTP/1.1 request on a connection of its own.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http1;
+use hyper::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+/// Sends a request and reads the whole answer.
+///
+/// # Errors
+/// What went wrong, in words.
+pub async fn ask(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), String> {
+    let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+    let connection = tokio::spawn(connection);
+    let answer = async {
+        let response = sender.send_request(request).await.map_err(|e| e.to_string())?;
+        let status = response.status();
+        let body = response.into_body().collect().await.map_err(|e| e.to_string())?;
+        Ok((status, body.to_bytes()))
+    };
+    let answer = answer.await;
+    connection.abort();
+    answer
+}
+
+/// GETs a path.
+///
+/// # Errors
+/// What went wrong, in words, an answer other than 200 included.
+pub async fn get(from: SocketAddr, path: &str) -> Result<String, String> {
+    let request =
+        Request::get(path).header("host", "test").body(Full::default()).map_err(|e| e.to_string())?;
+    let (status, body) = ask(from, request).await?;
+    let body = String::from_utf8_lossy(&body).into_owned();
+    if status == StatusCode::OK { Ok(body) } else { Err(format!("{status}: {body}")) }
+}
+
+/// POSTs bytes; the answer's status and body.
+///
+/// # Errors
+/// What went wrong, in words.
+pub async fn post(
+    to: SocketAddr,
+    path: &str,
+    content_type: &str,
+    body: Bytes,
+) -> Result<(StatusCode, String), String> {
+    let request = Request::post(path).header("host", "test").header("content-type", content_type);
+    let request = request.body(Full::new(body)).map_err(|e| e.to_string())?;
+    let (status, body) = ask(to, request).await?;
+    Ok((status, String::from_utf8_lossy(&body).into_owned()))
+}

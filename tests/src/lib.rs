@@ -1,0 +1,45 @@
+//! The parts of which the end-to-end tests and the demo are made. Everything listens on 127.0.0.1, on
+//! ports that the system gives, and ends with the value that started it.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`app`] | an app that counts for itself, and misbehaves on request |
+//! | [`bootstrap`] | the shipped Envoy configuration, with the test's addresses in it |
+//! | [`envoy`] | a running Envoy |
+//! | [`load`] | a load of mixed requests, reproducible from its seed |
+//! | [`process`] | child processes that cannot outlive us |
+//! | [`prometheus`] | reading the Prometheus text format |
+//! | [`statserver`] | a running `inflight-statserver` |
+//! | [`tap`] | between Envoy and the stats server: records reports, loses answers |
+//! | [`truth`] | counts and concurrency out of Envoy's own access log |
+//! | [`wait`] | waiting for a condition, with a deadline |
+
+pub mod app;
+pub mod bootstrap;
+pub mod envoy;
+pub mod http;
+pub mod load;
+pub mod process;
+pub mod prometheus;
+pub mod statserver;
+pub mod tap;
+pub mod truth;
+pub mod wait;
+
+use std::path::{Path, PathBuf};
+
+/// The repository's root.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository")
+}
+
+/// A built file below the target folder.
+///
+/// # Panics
+/// If it is not there, with the command that builds it.
+pub fn built(path: &str) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let path = target.join(path);
+    assert!(path.exists(), "{} is not there: run `make build-tests`", path.display());
+    path
+}

@@ -1,0 +1,280 @@
+//! A load of mixed requests, reproducible from its seed.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper::Request;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::app::Counts;
+
+/// What a load is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Requests in all; `u64::MAX` to go on until stopped.
+    pub requests: u64,
+    /// Connections, each with one request at a time.
+    pub connections: u64,
+    /// The average time in the app in milliseconds; single requests take up to four times that.
+    pub average_ms: f64,
+    /// Whether one request in eight is aborted, reset, refused or answered by Envoy itself.
+    pub mixed: bool,
+    /// For the dice.
+    pub seed: u64,
+}
+
+#[derive(Debug)]
+struct Progress {
+    started: AtomicU64,
+    sent: AtomicU64,
+    failed: AtomicU64,
+    stop: AtomicBool,
+}
+
+/// A running load.
+#[derive(Debug)]
+pub struct Load {
+    progress: Arc<Progress>,
+    running: JoinHandle<()>,
+}
+
+impl Load {
+    /// Starts a load on Envoy; `app` is asked whether a request that is to be aborted has arrived.
+    pub fn start(plan: Plan, envoy: SocketAddr, app: &Arc<Counts>) -> Self {
+        let progress = Arc::new(Progress {
+            started: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let mut clients = JoinSet::new();
+        for number in 0..plan.connections {
+            let client = Client {
+                envoy,
+                app: Arc::clone(app),
+                progress: Arc::clone(&progress),
+                dice: Dice::new(plan.seed.wrapping_mul(1_000_003).wrapping_add(number)),
+                number,
+                plan,
+            };
+            clients.spawn(client.run());
+        }
+        let running = tokio::spawn(async move { while clients.join_next().await.is_some() {} });
+        Self { progress, running }
+    }
+
+    /// Requests sent so far.
+    pub fn sent(&self) -> u64 {
+        self.progress.sent.load(Ordering::SeqCst)
+    }
+
+    /// Lets the requests on their way finish, and begins no others.
+    pub fn stop(&self) {
+        self.progress.stop.store(true, Ordering::SeqCst);
+    }
+
+    /// Waits for the end; how many requests were sent. None of them got an answer that it should not.
+    ///
+    /// # Panics
+    /// If one did, or a client failed.
+    pub async fn finish(self) -> u64 {
+        let Self { progress, running } = self;
+        running.await.expect("the load's clients ran");
+        let failed = progress.failed.load(Ordering::SeqCst);
+        assert_eq!(failed, 0, "requests that should have been answered 200 were not");
+        progress.sent.load(Ordering::SeqCst)
+    }
+}
+
+/// The ways in which a request goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Work,
+    AbortBeforeAnswer,
+    AbortInAnswer,
+    Reset,
+    Half,
+    NoHosts,
+    Local,
+}
+
+struct Client {
+    envoy: SocketAddr,
+    app: Arc<Counts>,
+    progress: Arc<Progress>,
+    dice: Dice,
+    number: u64,
+    plan: Plan,
+}
+
+type Sender = SendRequest<Empty<Bytes>>;
+
+impl Client {
+    async fn run(mut self) {
+        let mut sender = None;
+        loop {
+            if self.progress.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            let id = self.progress.started.fetch_add(1, Ordering::SeqCst);
+            if id >= self.plan.requests {
+                return;
+            }
+            sender = self.request(id, sender).await;
+        }
+    }
+
+    /// Sends one request; gives the connection back if it can be used again.
+    async fn request(&mut self, id: u64, sender: Option<Sender>) -> Option<Sender> {
+        let kind = self.kind();
+        let ms = self.dice.unit() * self.plan.average_ms * 2.0;
+        // One in three takes four times as long as another: latencies vary.
+        let ms = if self.dice.below(3) == 0 { ms * 2.0 } else { ms / 2.0 };
+        let id = format!("{}-{id}", self.number);
+        let path = match kind {
+            Kind::Work => format!("/work?ms={ms:.1}"),
+            Kind::AbortBeforeAnswer => "/work?ms=30000".into(),
+            Kind::AbortInAnswer => "/hang".into(),
+            Kind::Reset => "/reset".into(),
+            Kind::Half => format!("/half?ms={ms:.1}"),
+            Kind::NoHosts => "/nohosts".into(),
+            Kind::Local => "/local".into(),
+        };
+        let aborts = matches!(kind, Kind::AbortBeforeAnswer | Kind::AbortInAnswer);
+        let mut request = Request::get(path).header("host", "app");
+        if aborts {
+            request = request.header("x-id", &id);
+        }
+        let request = request.body(Empty::new()).expect("a request");
+        let mut sender = match sender {
+            Some(mut sender) => match sender.ready().await {
+                Ok(()) => sender,
+                Err(_) => connect(self.envoy).await,
+            },
+            None => connect(self.envoy).await,
+        };
+        let answer = sender.send_request(request);
+        let outcome = match kind {
+            Kind::AbortBeforeAnswer => {
+                // Only what has reached the app has surely been sent.
+                tokio::select! {
+                    _ = answer => self.fail(),
+                    () = self.seen(&id) => tokio::time::sleep(self.some_ms(ms)).await,
+                }
+                None
+            }
+            Kind::AbortInAnswer => {
+                match answer.await {
+                    Ok(response) => {
+                        tokio::time::sleep(self.some_ms(ms)).await;
+                        drop(response);
+                    }
+                    Err(_) => self.fail(),
+                }
+                let _ = self.app.has_seen(&id);
+                None
+            }
+            _ => self.complete(kind, answer.await).await.then_some(sender),
+        };
+        self.progress.sent.fetch_add(1, Ordering::SeqCst);
+        outcome
+    }
+
+    /// Reads an answer to its end; whether the connection can be used again.
+    async fn complete(
+        &self,
+        kind: Kind,
+        answer: hyper::Result<hyper::Response<hyper::body::Incoming>>,
+    ) -> bool {
+        let Ok(response) = answer else {
+            self.fail();
+            return false;
+        };
+        let code = response.status().as_u16();
+        let whole = response.into_body().collect().await.is_ok();
+        let expected = match kind {
+            Kind::Reset | Kind::NoHosts => (503, true),
+            Kind::Local => (403, true),
+            Kind::Half => (200, false),
+            _ => (200, true),
+        };
+        if (code, whole) != expected {
+            self.fail();
+        }
+        whole
+    }
+
+    fn fail(&self) {
+        self.progress.failed.fetch_add(1, Ordering::SeqCst);
+    }
+
+    async fn seen(&self, id: &str) {
+        while !self.app.has_seen(id) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    fn some_ms(&self, ms: f64) -> Duration {
+        Duration::from_secs_f64(ms / 1000.0)
+    }
+
+    fn kind(&mut self) -> Kind {
+        if !self.plan.mixed {
+            return Kind::Work;
+        }
+        match self.dice.below(48) {
+            0 => Kind::AbortBeforeAnswer,
+            1 => Kind::AbortInAnswer,
+            2 => Kind::Reset,
+            3 => Kind::Half,
+            4 => Kind::NoHosts,
+            5 => Kind::Local,
+            _ => Kind::Work,
+        }
+    }
+}
+
+async fn connect(to: SocketAddr) -> Sender {
+    let stream = TcpStream::connect(to).await.unwrap_or_else(|e| panic!("Envoy at {to}: {e}"));
+    let _ = stream.set_nodelay(true);
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.expect("a handshake");
+    tokio::spawn(connection);
+    sender
+}
+
+/// A small generator (splitmix64): the same seed, the same load.
+#[derive(Debug)]
+pub struct Dice(u64);
+
+impl Dice {
+    /// From a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number.
+    pub fn roll(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `sides`.
+    pub fn below(&mut self, sides: u64) -> u64 {
+        self.roll() % sides
+    }
+
+    /// A number from 0 to 1.
+    pub fn unit(&mut self) -> f64 {
+        (self.roll() >> 11) as f64 / (1u64 << 53) as f64
+    }
+}

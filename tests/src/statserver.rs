@@ -1,0 +1,54 @@
+//! A running `inflight-statserver`.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::process::Process;
+use crate::{built, http, wait};
+
+/// A running stats server.
+#[derive(Debug)]
+pub struct StatServer {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// The process.
+    pub process: Process,
+    #[allow(dead_code, reason = "held for its Drop")]
+    folder: TempDir,
+}
+
+impl StatServer {
+    /// Starts one on a free port, or on `address` again.
+    pub async fn start(address: Option<SocketAddr>) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let listen = address.map_or("127.0.0.1:0".into(), |a| a.to_string());
+        let mut command = Command::new(built("release/inflight-statserver"));
+        command.args(["--listen", &listen]);
+        let mut process = Process::start(&mut command, &folder.path().join("log"));
+        let address = wait::until("the stats server listens", Duration::from_secs(30), || {
+            assert!(process.ended().is_none(), "the stats server ended at its start:\n{}", process.log());
+            let log = process.log();
+            async move {
+                let address = log.split("address=").nth(1).and_then(|rest| rest.split_whitespace().next());
+                address.and_then(|a| a.parse().ok()).ok_or(log)
+            }
+        })
+        .await;
+        Self { address, process, folder }
+    }
+
+    /// What it knows of a key; `None` if nothing.
+    pub async fn key(&self, namespace: &str, name: &str) -> Option<Value> {
+        let text = http::get(self.address, &format!("/v1/keys/{namespace}/{name}")).await.ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
+    /// A number of a key; 0 if the key is unknown.
+    pub async fn number(&self, namespace: &str, name: &str, field: &str) -> u64 {
+        self.key(namespace, name).await.and_then(|key| key[field].as_u64()).unwrap_or(0)
+    }
+}

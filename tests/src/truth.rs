@@ -1,0 +1,67 @@
+//! Counts and concurrency out of Envoy's own access log: the independent truth.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What [`read`] expects each line to be.
+pub const FORMAT: &str =
+    "%START_TIME(%s.%6f)% %EMIT_TIME(%s.%6f)% %RESPONSE_CODE% %RESPONSE_FLAGS% %REQ(:PATH)%\n";
+
+/// One request, as Envoy logged it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// When its stream began, in nanoseconds of unix time.
+    pub start_ns: u64,
+    /// When it ended.
+    pub end_ns: u64,
+    /// The code that the client was sent; 0 for none.
+    pub code: u16,
+    /// Envoy's response flags.
+    pub flags: String,
+    /// The request's path.
+    pub path: String,
+}
+
+/// All requests in an access log. A line that Envoy is still writing is left out.
+///
+/// # Panics
+/// On a line that is not in [`FORMAT`].
+pub fn read(path: &Path) -> Vec<Request> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+    complete.lines().map(parse).collect()
+}
+
+fn parse(line: &str) -> Request {
+    let fields: Vec<&str> = line.splitn(5, ' ').collect();
+    let [start, end, code, flags, path] = fields[..] else { panic!("no access log line: {line}") };
+    Request {
+        start_ns: nanoseconds(start),
+        end_ns: nanoseconds(end),
+        code: code.parse().unwrap_or_else(|_| panic!("no code: {line}")),
+        flags: flags.into(),
+        path: path.into(),
+    }
+}
+
+/// `seconds.microseconds` without a detour over floating point.
+fn nanoseconds(text: &str) -> u64 {
+    let (seconds, micros) = text.split_once('.').unwrap_or_else(|| panic!("no time: {text}"));
+    assert_eq!(micros.len(), 6, "no microseconds: {text}");
+    seconds.parse::<u64>().expect("seconds") * 1_000_000_000 + micros.parse::<u64>().expect("micros") * 1_000
+}
+
+/// The integral of concurrency between two instants, in request-nanoseconds.
+pub fn request_ns(requests: &[Request], from_ns: u64, to_ns: u64) -> u128 {
+    let overlap = |r: &Request| r.end_ns.min(to_ns).saturating_sub(r.start_ns.max(from_ns));
+    requests.iter().map(|r| u128::from(overlap(r))).sum()
+}
+
+/// How many requests ended with each code.
+pub fn by_code(requests: &[Request]) -> BTreeMap<u16, u64> {
+    let mut codes = BTreeMap::new();
+    for request in requests {
+        *codes.entry(request.code).or_default() += 1;
+    }
+    codes
+}

@@ -1,0 +1,140 @@
+//! The main job on a real Envoy: counts exact, averages integrals.
+
+use std::time::Duration;
+
+use inflight_e2e::app::App;
+use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::envoy::{Envoy, Version};
+use inflight_e2e::load::{Load, Plan};
+use inflight_e2e::prometheus;
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::tap::Tap;
+use inflight_e2e::{truth, wait};
+use inflight_stats::Report;
+
+const SETTLED: Duration = Duration::from_secs(15);
+
+/// The reports of one sender, each going on where the one before was acknowledged.
+fn totals(reports: &[Report]) -> (u64, u128) {
+    let mut sum = (0, 0);
+    let mut last = None;
+    for report in reports {
+        let message = &report.messages[0];
+        if let Some(last) = last {
+            assert_eq!(message.since, last, "a report goes on where the acknowledged one ended");
+        }
+        let period = message.until.since(&message.since).expect("time goes on");
+        sum.0 += period.requests;
+        sum.1 += period.request_ns;
+        last = Some(message.until);
+    }
+    sum
+}
+
+/// The whole of it: a load of mixed requests, every figure against the access log.
+async fn the_numbers_are_right(version: Version, concurrency: u32) {
+    let plan = Plan { requests: 100_000, connections: 96, average_ms: 12.0, mixed: true, seed: 1 };
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let tap = Tap::start(Some(server.address)).await;
+    let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), concurrency).await;
+    let load = Load::start(plan, envoy.address, &app.counts);
+
+    // rate(queue_request_milliseconds_total[20s]), from just after a tick to just after a tick.
+    let milliseconds = "queue_request_milliseconds_total";
+    let sample = async || {
+        let before = envoy.stat(milliseconds, &[]).await;
+        let value = wait::until("the counter moves", SETTLED, || async {
+            let now = envoy.stat(milliseconds, &[]).await;
+            if now > before { Ok(now) } else { Err(now) }
+        })
+        .await;
+        (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64, value)
+    };
+    let first = sample().await;
+    let mut second = sample().await;
+    while load.sent() < plan.requests * 9 / 10 && second.0 < first.0 + 20_000_000_000 {
+        second = sample().await;
+    }
+    let sent = load.finish().await;
+    assert_eq!(sent, plan.requests);
+
+    // Everything ended and was reported.
+    wait::until_equal("the server's in_flight", SETTLED, (sent, 0), || async {
+        let key = server.key("default", "hello-00001").await.expect("the key");
+        (key["requests_total"].as_u64().unwrap(), key["in_flight"].as_u64().unwrap())
+    })
+    .await;
+    let log = envoy.requests_when(sent).await;
+    assert_eq!(log.len() as u64, sent, "Envoy logged every request once");
+    let stats = envoy.stats().await;
+    let stat = |name| prometheus::sum(&stats, name, &[]) as u64;
+    assert_eq!(stat("queue_requests_total"), sent);
+    assert_eq!(stat("queue_in_flight_requests"), 0);
+    for (code, count) in truth::by_code(&log) {
+        let (code, class) = (code.to_string(), format!("{}xx", code / 100));
+        let labels = [("response_code", code.as_str()), ("response_code_class", class.as_str())];
+        assert_eq!(prometheus::sum(&stats, "revision_request_count", &labels) as u64, count, "code {code}");
+        assert_eq!(
+            prometheus::sum(&stats, "revision_request_latencies_count", &labels) as u64,
+            count,
+            "latencies, code {code}"
+        );
+    }
+    assert_eq!(stat("revision_request_count"), sent);
+
+    let reports = tap.acknowledged();
+    let (requests, request_ns) = totals(&reports);
+    assert_eq!(requests, sent, "the sum over the reports");
+    assert_eq!(reports.last().unwrap().messages[0].until.in_flight, 0);
+    let true_ns = truth::request_ns(&log, 0, u64::MAX);
+    let off = request_ns as f64 / true_ns as f64 - 1.0;
+    assert!(off.abs() < 0.005, "the integral over the run is off by {:.3} %", off * 100.0);
+
+    // Each second, as the report has it.
+    let mut worst: f64 = 0.0;
+    let mut seconds = 0;
+    for report in &reports {
+        let message = &report.messages[0];
+        let (since, until) = (message.since.as_of_ns, message.until.as_of_ns);
+        let true_average = truth::request_ns(&log, since, until) as f64 / (until - since) as f64;
+        let average = message.until.since(&message.since).unwrap().average();
+        let allowed = (true_average * 0.05).max(0.2);
+        assert!(
+            (average - true_average).abs() <= allowed,
+            "second {seconds}: {average:.3} reported, {true_average:.3} by the access log"
+        );
+        if true_average > 1.0 {
+            worst = worst.max((average / true_average - 1.0).abs());
+        }
+        seconds += 1;
+    }
+
+    let rate = (second.1 - first.1) / 1000.0 / ((second.0 - first.0) as f64 / 1e9);
+    let true_rate = truth::request_ns(&log, first.0, second.0) as f64 / (second.0 - first.0) as f64;
+    assert!((rate / true_rate - 1.0).abs() < 0.02, "rate gives {rate:.3}, the access log {true_rate:.3}");
+    println!(
+        "{version:?} concurrency {concurrency}: {sent} requests, integral off by {:+.4} %, worst of {seconds} \
+         seconds {:.2} %, rate off by {:+.2} %",
+        off * 100.0,
+        worst * 100.0,
+        (rate / true_rate - 1.0) * 100.0
+    );
+}
+
+macro_rules! matrix {
+    ($($name:ident: $version:ident, $concurrency:literal;)*) => {$(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            the_numbers_are_right(Version::$version, $concurrency).await;
+        }
+    )*};
+}
+
+matrix! {
+    the_numbers_are_right_on_the_oldest_envoy_with_1_worker: Oldest, 1;
+    the_numbers_are_right_on_the_oldest_envoy_with_2_workers: Oldest, 2;
+    the_numbers_are_right_on_the_oldest_envoy_with_4_workers: Oldest, 4;
+    the_numbers_are_right_on_the_newest_envoy_with_1_worker: Newest, 1;
+    the_numbers_are_right_on_the_newest_envoy_with_2_workers: Newest, 2;
+    the_numbers_are_right_on_the_newest_envoy_with_4_workers: Newest, 4;
+}
