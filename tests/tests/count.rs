@@ -1,12 +1,13 @@
 //! The main job on a real Envoy: counts exact, averages integrals.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use inflight_e2e::app::App;
 use inflight_e2e::bootstrap::Bootstrap;
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
-use inflight_e2e::prometheus;
+use inflight_e2e::prometheus::{self, Sample};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
 use inflight_e2e::{truth, wait};
@@ -29,6 +30,19 @@ fn totals(reports: &[Report]) -> (u64, u128) {
         last = Some(message.until);
     }
     sum
+}
+
+/// A stat by its label `response_code`, each with the class that goes with it.
+fn by_code(stats: &[Sample], name: &str) -> BTreeMap<u16, u64> {
+    let samples = stats.iter().filter(|sample| sample.name == name);
+    samples
+        .map(|sample| {
+            let code: u16 = sample.labels["response_code"].parse().expect("a code");
+            assert_eq!(sample.labels["response_code_class"], format!("{}xx", code / 100));
+            assert_eq!(sample.labels.len(), 2, "no other labels: {sample:?}");
+            (code, sample.value as u64)
+        })
+        .collect()
 }
 
 /// The whole of it: a load of mixed requests, every figure against the access log.
@@ -70,17 +84,12 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
     let stat = |name| prometheus::sum(&stats, name, &[]) as u64;
     assert_eq!(stat("queue_requests_total"), sent);
     assert_eq!(stat("queue_in_flight_requests"), 0);
-    for (code, count) in truth::by_code(&log) {
-        let (code, class) = (code.to_string(), format!("{}xx", code / 100));
-        let labels = [("response_code", code.as_str()), ("response_code_class", class.as_str())];
-        assert_eq!(prometheus::sum(&stats, "revision_request_count", &labels) as u64, count, "code {code}");
-        assert_eq!(
-            prometheus::sum(&stats, "revision_request_latencies_count", &labels) as u64,
-            count,
-            "latencies, code {code}"
-        );
+    // Envoy shows a histogram's values after its flush interval.
+    let codes = truth::by_code(&log);
+    for name in ["revision_request_count", "revision_request_latencies_count"] {
+        wait::until_equal(name, SETTLED, codes.clone(), || async { by_code(&envoy.stats().await, name) })
+            .await;
     }
-    assert_eq!(stat("revision_request_count"), sent);
 
     let reports = tap.acknowledged();
     let (requests, request_ns) = totals(&reports);
