@@ -42,6 +42,8 @@ impl Bootstrap {
         bootstrap.cluster("inflight-statserver", Some(statserver));
         bootstrap.cluster("nohosts", None);
         bootstrap.module(&built("wasm32-wasip1/release/inflight_filter.wasm"));
+        // Else a response that was cut short holds its client for a second more.
+        at(&mut bootstrap.0, MANAGER)["delayed_close_timeout"] = json!("0s");
         // Two more ways for a request to end that need Envoy's help.
         let routes = at(&mut bootstrap.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
         let routes = routes.as_array_mut().expect("routes");

@@ -164,9 +164,13 @@ impl Client {
         let outcome = match kind {
             Kind::AbortBeforeAnswer => {
                 // Only what has reached the app has surely been sent.
+                let abort = async {
+                    self.seen(&id).await;
+                    tokio::time::sleep(self.some_ms(ms)).await;
+                };
                 tokio::select! {
                     _ = answer => self.fail(),
-                    () = self.seen(&id) => tokio::time::sleep(self.some_ms(ms)).await,
+                    () = abort => {}
                 }
                 None
             }

@@ -51,10 +51,11 @@ impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
         #[cfg(feature = "fault-injection")]
         crate::fault::of_request();
+        // First of all, so that what is looked up here counts as part of the request.
+        let raw_ns = host::monotonic_ns();
         if self.counted.is_none() && !Self::is_probe() {
             let proxied = host::header(Headers::Request, &self.proxied_header)
                 .is_some_and(|value| request::is_proxied(&value));
-            let raw_ns = host::monotonic_ns();
             if let Ok(mut worker) = self.worker.try_borrow_mut() {
                 worker.request_in(raw_ns, proxied);
                 self.counted = Some(Counted { raw_ns, proxied });
