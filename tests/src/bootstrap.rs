@@ -53,6 +53,34 @@ impl Bootstrap {
         bootstrap
     }
 
+    /// The same, with the filter, the cluster and the stats tags that an EnvoyFilter patches in, instead of
+    /// those of `envoy/envoy.yaml`.
+    ///
+    /// # Panics
+    /// If the EnvoyFilters do not have them.
+    pub fn istio(app: SocketAddr, statserver: SocketAddr) -> Self {
+        let mut bootstrap = Self::sidecar(app, statserver);
+        let patch = |document: &Value, apply_to: &str| {
+            let patches = document["spec"]["configPatches"].as_array().expect("configPatches");
+            let patch = patches.iter().find(|p| p["applyTo"] == apply_to).expect("the patch");
+            patch["patch"]["value"].clone()
+        };
+        let sidecar = shipped("istio/sidecar.yaml");
+        let module = at(bootstrap.filter(), "/typed_config/config/vm_config/code/local/filename").clone();
+        *bootstrap.filter() = patch(&sidecar, "HTTP_FILTER");
+        bootstrap.module(Path::new(module.as_str().expect("a path")));
+        let mut cluster = patch(&sidecar, "CLUSTER");
+        let address = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address/socket_address";
+        *at(&mut cluster, address) =
+            json!({"address": statserver.ip().to_string(), "port_value": statserver.port()});
+        let clusters = at(&mut bootstrap.0, "/static_resources/clusters").as_array_mut().expect("clusters");
+        clusters.retain(|c| c["name"] != cluster["name"]);
+        clusters.push(cluster);
+        let tags = patch(&shipped("istio/stats-tags.yaml"), "BOOTSTRAP");
+        *at(&mut bootstrap.0, "/stats_config") = tags["stats_config"].clone();
+        bootstrap
+    }
+
     /// Gives a cluster one endpoint or none, adding it if the configuration does not have it.
     pub fn cluster(&mut self, name: &str, endpoint: Option<SocketAddr>) {
         let endpoints: Vec<Value> = endpoint

@@ -1,0 +1,288 @@
+//! What becomes of the counts when something dies, hangs or lies.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::Request;
+use inflight_e2e::app::App;
+use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::envoy::{Envoy, Version};
+use inflight_e2e::load::{Load, Plan};
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::tap::{Mode, Tap};
+use inflight_e2e::{built, http, process, wait};
+use inflight_stats::Snapshot;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+const SETTLED: Duration = Duration::from_secs(15);
+const STEADY: Plan = Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2 };
+
+/// What the acknowledged reports add up to.
+fn acknowledged(tap: &Tap) -> u64 {
+    let reports = tap.acknowledged();
+    reports.iter().map(|r| r.messages[0].until.requests - r.messages[0].since.requests).sum()
+}
+
+async fn total(server: &StatServer) -> u64 {
+    server.number("default", "hello-00001", "requests_total").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stats_server_that_is_away_for_fifteen_seconds_misses_nothing() {
+    let (app, mut server) = (App::start().await, StatServer::start(None).await);
+    let tap = Tap::start(Some(server.address)).await;
+    let envoy = Envoy::start(Version::Newest, &Bootstrap::sidecar(app.address, tap.address), 2).await;
+    let load = Load::start(STEADY, envoy.address, &app.counts);
+    wait::until("reports arrive", SETTLED, || async {
+        let total = total(&server).await;
+        if total > 1_000 { Ok(()) } else { Err(total) }
+    })
+    .await;
+
+    // Between two reports, so that what the first incarnation acknowledged can be read off it.
+    tap.set_mode(Mode::Refuse);
+    let refused = tap.recorded().len();
+    wait::until("a report is refused", SETTLED, || async {
+        if tap.recorded().len() > refused { Ok(()) } else { Err(()) }
+    })
+    .await;
+    let first = total(&server).await;
+    assert_eq!(first, acknowledged(&tap));
+    server.process.kill();
+    tap.set_mode(Mode::Forward);
+    let resident = envoy.process.resident_bytes();
+    let before = load.sent();
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    let away = load.sent() - before;
+    let grown = envoy.process.resident_bytes().saturating_sub(resident);
+    assert!(away > 1_000, "requests went on: {away}");
+    assert!(grown < 8 << 20, "Envoy grew by {grown} bytes while the stats server was away");
+
+    let server = StatServer::start(Some(server.address)).await;
+    load.stop();
+    let sent = load.finish().await;
+    wait::until_equal("what both incarnations acknowledged", SETTLED, sent, || async {
+        first + total(&server).await
+    })
+    .await;
+    assert_eq!(acknowledged(&tap), sent);
+    let failed = envoy.stat("inflight_reports_failed", &[]).await;
+    assert!(failed >= 12.0, "{failed} failed reports were counted");
+    println!("{sent} requests, {away} of them while the stats server was away; Envoy grew by {grown} bytes");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_answer_counts_nothing_twice() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let tap = Tap::start(Some(server.address)).await;
+    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+    bootstrap.configure("reporting_period", "200ms".into());
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
+    let load = Load::start(STEADY, envoy.address, &app.counts);
+    for _ in 0..10 {
+        for mode in [Mode::Forward, Mode::LoseAnswer, Mode::LoseAnswer] {
+            tap.set_mode(mode);
+            let seen = tap.recorded().len();
+            wait::until("a report comes", SETTLED, || async {
+                if tap.recorded().len() > seen { Ok(()) } else { Err(()) }
+            })
+            .await;
+        }
+    }
+    tap.set_mode(Mode::Forward);
+    load.stop();
+    let sent = load.finish().await;
+    wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+    let lost = tap.recorded().iter().filter(|r| r.answered.is_none()).count();
+    assert!(lost >= 20, "{lost} answers were lost");
+    assert_eq!(acknowledged(&tap), sent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hanging_stats_server_holds_up_neither_requests_nor_counts() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let tap = Tap::start(Some(server.address)).await;
+    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+    bootstrap.configure("reporting_period", "200ms".into());
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
+    tap.set_mode(Mode::Hang);
+    let load = Load::start(Plan { requests: 2_000, ..STEADY }, envoy.address, &app.counts);
+    let sent = load.finish().await;
+    wait::until("reports time out", SETTLED, || async {
+        let failed = envoy.stat("inflight_reports_failed", &[]).await;
+        if failed >= 2.0 { Ok(()) } else { Err(failed) }
+    })
+    .await;
+    tap.set_mode(Mode::Forward);
+    wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_report_that_is_refused_for_good_is_not_sent_again() {
+    let app = App::start().await;
+    let tap = Tap::start(None).await;
+    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+    bootstrap.configure("reporting_period", "200ms".into());
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 1).await;
+    tap.set_mode(Mode::Answer(400));
+    wait::until("a report is refused", SETTLED, || async {
+        if tap.recorded().len() >= 3 { Ok(()) } else { Err(()) }
+    })
+    .await;
+    let recorded = tap.recorded();
+    for pair in recorded.windows(2) {
+        assert_eq!(pair[1].report.messages[0].since, pair[0].report.messages[0].until);
+    }
+    assert!(envoy.process.log().contains("answered 400: as asked"), "{}", envoy.process.log());
+}
+
+/// The module that panics or traps on request.
+fn faulty(app: &App, tap: &Tap) -> Bootstrap {
+    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+    bootstrap.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
+    bootstrap
+}
+
+async fn fault(envoy: &Envoy, kind: &str) {
+    let request = Request::get("/local").header("host", "app").header("x-inflight-fault", kind);
+    let _ = http::ask(envoy.address, request.body(Full::<Bytes>::default()).expect("a request")).await;
+}
+
+/// The leader's VM ends by `kind`; nothing of a quiet pod is lost, and reports go on within three periods.
+async fn another_leads_after(kind: &str) {
+    let app = App::start().await;
+    let tap = Tap::start(None).await;
+    let mut bootstrap = faulty(&app, &tap);
+    bootstrap.configure("reporting_period", "1s".into());
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
+    let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
+    let sent = load.finish().await;
+    wait::until_equal("the reported count", SETTLED, sent, async || acknowledged(&tap)).await;
+    fault(&envoy, kind).await;
+    let fault_found = |log: &str| log.contains("a fault was asked for") || log.contains("unreachable");
+    wait::until("the leader is gone", SETTLED, || {
+        let log = envoy.process.log();
+        async move { if fault_found(&log) { Ok(()) } else { Err(log) } }
+    })
+    .await;
+    // The fault comes after a report, so the last one's end is at most a tick older than the death.
+    let last = tap.acknowledged().last().expect("a report").messages[0].until;
+    let next = wait::until("another leads", SETTLED, || async {
+        let until = tap.acknowledged().last().expect("a report").messages[0].until;
+        if until.as_of_ns > last.as_of_ns { Ok(until) } else { Err(until) }
+    })
+    .await;
+    assert!(next.as_of_ns - last.as_of_ns <= 3_000_000_000, "{} ns", next.as_of_ns - last.as_of_ns);
+    assert_eq!(next.requests, sent + 1, "the request that asked for the fault, and none lost");
+    let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
+    let more = load.finish().await;
+    wait::until_equal("the reported count", SETTLED, sent + 1 + more, async || acknowledged(&tap)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_worker_leads_when_the_leader_panics() {
+    another_leads_after("panic-leader").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_worker_leads_when_the_leaders_vm_traps() {
+    another_leads_after("trap-leader").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_panics_leaves_its_counts_and_nothing_in_flight() {
+    let app = App::start().await;
+    let tap = Tap::start(None).await;
+    let envoy = Envoy::start(Version::Newest, &faulty(&app, &tap), 1).await;
+    // One request stays open in the worker that dies.
+    let mut open = TcpStream::connect(envoy.address).await.expect("a connection");
+    open.write_all(b"GET /work?ms=60000 HTTP/1.1\r\nhost: app\r\n\r\n").await.expect("a request");
+    wait::until_equal("the app's requests", SETTLED, 1, async || app.counts.now()).await;
+    let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
+    let sent = load.finish().await + 1;
+    fault(&envoy, "panic").await;
+    // The panicking request had not been counted: the fault comes first.
+    let last = wait::until("its counts are reported", SETTLED, || async {
+        let until = tap.acknowledged().last().map_or(Snapshot::default(), |r| r.messages[0].until);
+        if (until.requests, until.in_flight) == (sent, 0) { Ok(until) } else { Err(until) }
+    })
+    .await;
+    assert_eq!(envoy.stat("queue_requests_total", &[]).await as u64, sent);
+    // The worker got a new VM, which counts on.
+    let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
+    let more = load.finish().await;
+    wait::until_equal("the count goes on", SETTLED, (last.requests + more, 0), async || {
+        let until = tap.acknowledged().last().expect("a report").messages[0].until;
+        (until.requests, until.in_flight)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_counts_one_for_as_long_as_it_is_open() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let envoy = Envoy::start(Version::Newest, &Bootstrap::sidecar(app.address, server.address), 2).await;
+    let mut socket = TcpStream::connect(envoy.address).await.expect("a connection");
+    let request = "GET /ws HTTP/1.1\r\nhost: app\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                   sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n";
+    socket.write_all(request.as_bytes()).await.expect("a request");
+    let mut head = [0; 12];
+    socket.read_exact(&mut head).await.expect("a response");
+    assert_eq!(&head, b"HTTP/1.1 101");
+    let figures = async || {
+        let key = server.key("default", "hello-00001").await;
+        key.map(|key| (key["in_flight"].as_u64(), key["requests_total"].as_u64()))
+    };
+    wait::until_equal("in flight", SETTLED, Some((Some(1), Some(1))), figures).await;
+    // Its panic average is one as soon as whole seconds of it have been reported.
+    wait::until("the average is one", SETTLED, || async {
+        let key = server.key("default", "hello-00001").await.expect("the key");
+        let average = key["panic"]["concurrency"].as_f64().expect("a number");
+        if (0.99..=1.01).contains(&average) { Ok(()) } else { Err(average) }
+    })
+    .await;
+    assert_eq!(figures().await, Some((Some(1), Some(1))));
+    assert_eq!(envoy.stat("queue_in_flight_requests", &[]).await, 1.0);
+    drop(socket);
+    wait::until_equal("in flight", SETTLED, Some((Some(0), Some(1))), figures).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_counted_up_to_a_sigterm_is_reported() {
+    for version in [Version::Oldest, Version::Newest] {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let mut bootstrap = Bootstrap::sidecar(app.address, server.address);
+        bootstrap.configure("reporting_period", "2s".into());
+        let mut envoy = Envoy::start(version, &bootstrap, 2).await;
+        wait::until("a first report", SETTLED, || async {
+            server.key("default", "hello-00001").await.ok_or("no key")
+        })
+        .await;
+        let load = Load::start(Plan { requests: 200, ..STEADY }, envoy.address, &app.counts);
+        let sent = load.finish().await;
+        envoy.process.signal(libc::SIGTERM);
+        let status = envoy.process.wait(Duration::from_secs(30));
+        assert!(process::is_clean(status), "{status:?}");
+        wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+        assert_eq!(server.number("default", "hello-00001", "in_flight").await, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_stats_server_drains_on_sigterm_and_exits_0() {
+    let mut server = StatServer::start(None).await;
+    assert_eq!(http::get(server.address, "/readyz").await.as_deref(), Ok("ok\n"));
+    server.process.signal(libc::SIGTERM);
+    let answer = wait::until("it says that it drains", SETTLED, || async {
+        match http::get(server.address, "/readyz").await {
+            Err(answer) => Ok(answer),
+            Ok(answer) => Err(answer),
+        }
+    })
+    .await;
+    assert!(answer.contains("503") && answer.contains("draining"), "{answer}");
+    let status = server.process.wait(Duration::from_secs(15));
+    assert!(process::is_clean(status), "{status:?}");
+}
