@@ -89,6 +89,8 @@ struct Owner {
 struct Slot {
     owner: Owner,
     sealed: bool,
+    /// Whether requests have come to this worker: not so on Envoy's main thread.
+    serves: bool,
     born_ns: u64,
     /// Oldest first.
     closed: Vec<Snapshot>,
@@ -353,7 +355,8 @@ impl Member {
 
     /// Leads if no other worker does and this one has posted: sums the pod at the newest boundary that every live worker
     /// has closed, folds sealed slots, and publishes. `clock_offset_ns` is this worker's
-    /// ([`crate::clock::Clock::offset_ns`]); while it leads, its time is the pod's.
+    /// ([`crate::clock::Clock::offset_ns`]); while it leads, its time is the pod's. A leader that serves
+    /// requests hands over to a worker that does not.
     ///
     /// # Errors
     /// [`Trouble`]; nothing was changed.
@@ -396,7 +399,8 @@ impl Member {
                     };
                 }
             }
-            state.lease = Lease { holder: self.owner.id, renewed_ns: now_ns };
+            state.lease =
+                Lease { holder: self.heir(&live, state.grid.at_or_before(now_ns)), renewed_ns: now_ns };
             state.clock_offset_ns = clock_offset_ns;
             if self.pod.write(store, &state, Expect::Version(version)) {
                 return Ok(stock);
@@ -453,6 +457,17 @@ impl Member {
         (live, astray)
     }
 
+    /// Who leads from now on: this worker, or rather one without requests of its own. That is Envoy's main
+    /// thread, which is the last to end and so can report what all others left.
+    fn heir(&self, live: &[Slot], newest_ns: u64) -> u64 {
+        let serves = |slot: &&Slot| slot.owner == self.owner && slot.serves;
+        let idle = |slot: &&Slot| !slot.serves && slot.latest().as_of_ns >= newest_ns;
+        match live.iter().find(serves) {
+            Some(_) => live.iter().find(idle).map_or(self.owner.id, |slot| slot.owner.id),
+            None => self.owner.id,
+        }
+    }
+
     fn leave_seat(&mut self, sealed: &Snapshot) {
         self.base = self.base.plus(sealed);
         self.born_ns = sealed.as_of_ns;
@@ -471,7 +486,13 @@ impl Member {
         } else {
             recorder.closed().filter(|s| s.as_of_ns > self.born_ns).map(|s| self.rest_of(s)).collect()
         };
-        Slot { owner: self.owner, sealed, born_ns: self.born_ns, closed }
+        Slot {
+            owner: self.owner,
+            sealed,
+            serves: recorder.current().requests > 0,
+            born_ns: self.born_ns,
+            closed,
+        }
     }
 }
 

@@ -3,13 +3,19 @@
 
 use std::future::Future;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::info;
+use tracing::{debug, info, warn};
 
 use crate::flags::Flags;
 use crate::http::{App, now_ns, router};
@@ -18,13 +24,15 @@ use crate::metrics::Metrics;
 
 /// How long open requests may take once the listener is closed.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
+/// How long a client may take to send a request's head.
+const HEAD: Duration = Duration::from_secs(10);
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// Serves until `terminated` resolves and everything is drained.
 ///
 /// # Errors
 /// If the address cannot be listened on.
-pub async fn run(flags: &Flags, terminated: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Result<()> {
     let listener = TcpListener::bind(flags.listen).await?;
     info!(address = %listener.local_addr()?, "listening");
     let app = Arc::new(App {
@@ -33,33 +41,50 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()> + Send + 's
         draining: AtomicBool::new(false),
     });
     let forgetting = tokio::spawn(forget(Arc::clone(&app)));
-    let (closed, closing) = tokio::sync::oneshot::channel::<()>();
-    let drain = {
-        let (app, delay) = (Arc::clone(&app), flags.drain_delay);
-        async move {
-            terminated.await;
-            info!("draining");
-            app.draining.store(true, Ordering::Relaxed);
-            tokio::time::sleep(delay).await;
-            // The receiver lives as long as the server does.
-            let _ = closed.send(());
+    let router = router(Arc::clone(&app));
+    let connections = GracefulShutdown::new();
+    let drained = async {
+        terminated.await;
+        info!("draining");
+        app.draining.store(true, Ordering::Relaxed);
+        tokio::time::sleep(flags.drain_delay).await;
+    };
+    let mut drained = pin!(drained);
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => serve(stream, router.clone(), &connections),
+                Err(error) => {
+                    // Out of file descriptors, most likely: the others go on, and end.
+                    warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            },
+            () = &mut drained => break,
         }
-    };
-    let server = axum::serve(listener, router(app)).with_graceful_shutdown(drain).into_future();
-    let overdue = async {
-        // A sender that was dropped means that the server ended by itself; then there is nothing to wait for.
-        if closing.await.is_ok() {
-            tokio::time::sleep(LAST_REQUESTS).await;
-        } else {
-            std::future::pending::<()>().await;
-        }
-    };
-    let result = tokio::select! {
-        result = server => result,
-        () = overdue => Ok(()),
-    };
+    }
+    drop(listener);
+    if tokio::time::timeout(LAST_REQUESTS, connections.shutdown()).await.is_err() {
+        warn!("some requests were not finished");
+    }
     forgetting.abort();
-    result
+    Ok(())
+}
+
+/// One connection. A client that closes its side after a request is answered all the same: an Envoy that
+/// ends sends its last report so.
+fn serve(stream: TcpStream, router: Router, connections: &GracefulShutdown) {
+    // Answers are small and whole; waiting for more to send would only delay them.
+    let _ = stream.set_nodelay(true);
+    let mut http = http1::Builder::new();
+    http.half_close(true).timer(TokioTimer::new()).header_read_timeout(HEAD);
+    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let connection = connections.watch(connection);
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            debug!(%error, "a connection ended");
+        }
+    });
 }
 
 async fn forget(app: Arc<App>) {

@@ -113,6 +113,29 @@ fn another_worker_leads_within_three_periods_of_the_leaders_death() {
 }
 
 #[test]
+fn a_leader_that_serves_hands_over_to_one_that_does_not() {
+    let store = Map::default();
+    let (mut busy, mut idle) = (Worker::new(&store, START), Worker::new(&store, START));
+    published(busy.tick(&store, START + PERIOD));
+    assert_eq!(idle.tick(&store, START + PERIOD), Stock::Follow, "the first to come leads");
+    busy.recorder.request_in(START + PERIOD + 1, false);
+    idle.tick(&store, START + 2 * PERIOD);
+    published(busy.tick(&store, START + 2 * PERIOD));
+    busy.tick(&store, START + 3 * PERIOD);
+    assert_eq!(published(idle.tick(&store, START + 3 * PERIOD)).requests, 1);
+    assert_eq!(busy.tick(&store, START + 3 * PERIOD + 1), Stock::Follow);
+    // It stays so, and there is nobody to hand over to when the idle one is gone.
+    drop(idle);
+    for tenth in 31..60 {
+        if let Stock::Published { latest, .. } = busy.tick(&store, START + tenth * PERIOD / 10) {
+            assert_eq!(latest.requests, 1);
+            return;
+        }
+    }
+    panic!("nobody led");
+}
+
+#[test]
 fn a_worker_that_was_only_slow_loses_and_doubles_nothing() {
     let store = Map::default();
     let (mut slow, mut other) = (Worker::new(&store, START), Worker::new(&store, START));
