@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::body::{self, Body};
+use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
+use futures_util::StreamExt;
 use inflight_stats::Report;
 use inflight_stats::ingest::{Averages, Figures};
 use inflight_stats::report::{CONTENT_TYPE, MAX_BYTES};
@@ -93,16 +94,34 @@ async fn take(app: &App, headers: &HeaderMap, body: Body) -> Result<usize, (Stat
     let too_large = || {
         (StatusCode::PAYLOAD_TOO_LARGE, format!("the report has more than the allowed {MAX_BYTES} bytes\n"))
     };
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|bytes| bytes > MAX_BYTES as u64) {
-        return Err(too_large());
-    }
-    let bytes = body::to_bytes(body, MAX_BYTES).await.map_err(|_| too_large())?;
+    let bytes = read_up_to(body, MAX_BYTES).await.map_err(|Cut| too_large())?;
     let report = Report::decode(&bytes).map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}\n")))?;
     app.keys.record(&report, now_ns()).map_err(|((namespace, name), error)| {
         (StatusCode::CONFLICT, format!("key {namespace}/{name}: {error}\n"))
     })?;
     Ok(bytes.len())
+}
+
+/// The body was longer than allowed, or broke off.
+struct Cut;
+
+/// Reads a body of at most `most` bytes. Of a longer one some more is read and dropped, because a client that
+/// is still writing when the connection closes never sees the answer.
+async fn read_up_to(body: Body, most: usize) -> Result<Vec<u8>, Cut> {
+    let (mut kept, mut length) = (Vec::new(), 0_usize);
+    let mut chunks = body.into_data_stream();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|_| Cut)?;
+        length = length.saturating_add(chunk.len());
+        if length <= most {
+            kept.extend_from_slice(&chunk);
+        } else if length > most.saturating_mul(8) {
+            break;
+        } else {
+            kept = Vec::new();
+        }
+    }
+    if length <= most { Ok(kept) } else { Err(Cut) }
 }
 
 #[derive(Serialize)]

@@ -1,0 +1,51 @@
+# Everything from a fresh clone; `make help` lists it.
+.DEFAULT_GOAL := all
+CARGO ?= cargo
+PYTHON ?= python3
+WASM := --target wasm32-wasip1 --release --package inflight-filter
+DURATION ?=
+CONCURRENCY ?= 2
+
+.PHONY: all help build-tests envoys unit e2e test run lint deny clean
+
+all: ## The module and the stats server, in release builds
+	$(CARGO) build --locked $(WASM)
+	$(CARGO) build --locked --release --package inflight-statserver
+
+help: ## This list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The module with faults on request lies apart, so that it cannot be mistaken for the shipped one.
+build-tests: all
+	CARGO_TARGET_DIR=target/faulty $(CARGO) build --locked $(WASM) --features fault-injection
+	$(CARGO) test --locked --profile e2e --package inflight-e2e --no-run
+
+envoys:
+	@$(PYTHON) tools/envoy.py oldest >/dev/null
+	@$(PYTHON) tools/envoy.py newest >/dev/null
+
+unit: ## The rules' tests, without Envoy
+	$(CARGO) test --locked --package inflight-stats --package inflight-statserver
+
+e2e: build-tests envoys ## The tests against real Envoys, the oldest and the newest
+	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture
+
+test: unit e2e ## Every test
+
+run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
+	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo
+	@$(PYTHON) tools/envoy.py any >/dev/null
+	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
+
+lint: ## Format and clippy, for both targets
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --exclude inflight-filter --all-targets -- -D warnings
+	$(CARGO) clippy --locked --package inflight-filter --target wasm32-wasip1 -- -D warnings
+	$(CARGO) clippy --locked --package inflight-filter --target wasm32-wasip1 --features fault-injection -- -D warnings
+
+deny: ## Licences, sources, bans; advisories where their data can be had
+	tools/deny.sh
+
+clean: ## What was built and downloaded
+	$(CARGO) clean
+	rm -rf .cache
