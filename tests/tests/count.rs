@@ -53,13 +53,15 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
     let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), concurrency).await;
     let load = Load::start(plan, envoy.address, &app.counts);
 
-    // rate(queue_request_milliseconds_total[20s]), from just after a tick to just after a tick.
+    // rate(queue_request_milliseconds_total[20s]), each end as soon as all workers have ticked: the
+    // counter has moved, and stands still again.
     let milliseconds = "queue_request_milliseconds_total";
     let sample = async || {
         let before = envoy.stat(milliseconds, &[]).await;
-        let value = wait::until("the counter moves", SETTLED, || async {
+        let last = std::cell::Cell::new(before);
+        let value = wait::until("the counter moves and stands still", SETTLED, || async {
             let now = envoy.stat(milliseconds, &[]).await;
-            if now > before { Ok(now) } else { Err(now) }
+            if now > before && now == last.replace(now) { Ok(now) } else { Err(now) }
         })
         .await;
         (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64, value)
@@ -71,6 +73,16 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
     }
     let sent = load.finish().await;
     assert_eq!(sent, plan.requests);
+
+    let all = envoy.requests_when(sent).await;
+    let counted = wait::until("the counter stands still", SETTLED, || async {
+        let (one, in_flight) =
+            (envoy.stat(milliseconds, &[]).await, envoy.stat("queue_in_flight_requests", &[]).await);
+        if in_flight == 0.0 { Ok(one) } else { Err(in_flight) }
+    })
+    .await;
+    let true_ms = truth::request_ns(&all, 0, u64::MAX) as f64 / 1e6;
+    assert!((counted / true_ms - 1.0).abs() < 0.005, "{counted} ms counted, {true_ms} by the access log");
 
     // Everything ended and was reported.
     wait::until_equal("the server's in_flight", SETTLED, (sent, 0), || async {
@@ -118,9 +130,10 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
         seconds += 1;
     }
 
+    // A tick may come late at either end, by a part of a second in twenty.
     let rate = (second.1 - first.1) / 1000.0 / ((second.0 - first.0) as f64 / 1e9);
     let true_rate = truth::request_ns(&log, first.0, second.0) as f64 / (second.0 - first.0) as f64;
-    assert!((rate / true_rate - 1.0).abs() < 0.02, "rate gives {rate:.3}, the access log {true_rate:.3}");
+    assert!((rate / true_rate - 1.0).abs() < 0.05, "rate gives {rate:.3}, the access log {true_rate:.3}");
     println!(
         "{version:?} concurrency {concurrency}: {sent} requests, integral off by {:+.4} %, worst of {seconds} \
          seconds {:.2} %, rate off by {:+.2} %",

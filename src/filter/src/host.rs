@@ -64,6 +64,21 @@ unsafe extern "C" {
         value_size: usize,
         cas: u32,
     ) -> u32;
+    fn proxy_register_shared_queue(name: *const u8, name_size: usize, id: *mut u32) -> u32;
+    fn proxy_enqueue_shared_queue(id: u32, value: *const u8, value_size: usize) -> u32;
+    fn proxy_dequeue_shared_queue(id: u32, value: *mut *mut u8, value_size: *mut usize) -> u32;
+    fn proxy_set_effective_context(context: u32) -> u32;
+    fn proxy_continue_stream(stream: u32) -> u32;
+    fn proxy_send_local_response(
+        status: u32,
+        details: *const u8,
+        details_size: usize,
+        body: *const u8,
+        body_size: usize,
+        headers: *const u8,
+        headers_size: usize,
+        grpc_status: i32,
+    ) -> u32;
     fn proxy_define_metric(kind: u32, name: *const u8, name_size: usize, id: *mut u32) -> u32;
     fn proxy_record_metric(id: u32, value: u64) -> u32;
     fn proxy_increment_metric(id: u32, offset: i64) -> u32;
@@ -152,6 +167,104 @@ pub fn property(path: &str) -> Option<Vec<u8>> {
 pub fn response_code() -> u16 {
     let value = property("response\0code").and_then(|bytes| <[u8; 8]>::try_from(bytes).ok());
     value.map_or(0, |bytes| u16::try_from(i64::from_le_bytes(bytes)).unwrap_or(0))
+}
+
+/// The message queue of a name, made or taken over: the host calls this VM's root context when there is
+/// something in it.
+pub fn mailbox(name: &str) -> Option<u32> {
+    let mut id = 0;
+    // SAFETY: the host reads the name and writes four bytes at a valid address.
+    let status = unsafe { proxy_register_shared_queue(name.as_ptr(), name.len(), &mut id) };
+    (status == OK).then_some(id)
+}
+
+/// Puts a message into another worker's queue; whether that worked.
+pub fn post(mailbox: u32, message: &[u8]) -> bool {
+    // SAFETY: the host reads the message.
+    unsafe { proxy_enqueue_shared_queue(mailbox, message.as_ptr(), message.len()) == OK }
+}
+
+/// The next message, if there is one.
+pub fn next_message(mailbox: u32) -> Option<Vec<u8>> {
+    let (mut data, mut size) = (null_mut(), 0);
+    // SAFETY: as in `header`.
+    unsafe { (proxy_dequeue_shared_queue(mailbox, &mut data, &mut size) == OK).then(|| owned(data, size)) }
+}
+
+/// Does something in the context of each of several streams, then goes back to `home`. A stream that is gone is
+/// left out: what is done would happen to whichever context is in effect.
+fn for_each_stream(streams: &[u32], home: u32, mut action: impl FnMut()) {
+    for &stream in streams {
+        // SAFETY: no memory changes hands.
+        if unsafe { proxy_set_effective_context(stream) } == OK {
+            action();
+        }
+    }
+    if !streams.is_empty() {
+        // SAFETY: as above.
+        unsafe { proxy_set_effective_context(home) };
+    }
+}
+
+/// Lets paused requests go on. Called in the context `home`.
+pub fn resume(streams: &[u32], home: u32) {
+    const REQUEST: u32 = 0;
+    // SAFETY: no memory changes hands. The host goes on with the stream after this callback has returned.
+    for_each_stream(streams, home, || unsafe {
+        proxy_continue_stream(REQUEST);
+    });
+}
+
+/// Answers the request at hand.
+pub fn respond(status: u32, body: &[u8], headers: &[(&str, &str)]) {
+    const DETAILS: &str = "inflight";
+    const NO_GRPC_STATUS: i32 = -1;
+    let headers = serialized(headers);
+    // SAFETY: the host reads the four buffers.
+    unsafe {
+        proxy_send_local_response(
+            status,
+            DETAILS.as_ptr(),
+            DETAILS.len(),
+            body.as_ptr(),
+            body.len(),
+            headers.as_ptr(),
+            headers.len(),
+            NO_GRPC_STATUS,
+        );
+    }
+}
+
+/// Answers several paused requests. Called in the context `home`.
+pub fn respond_to(streams: &[u32], home: u32, status: u32, body: &[u8]) {
+    for_each_stream(streams, home, || respond(status, body, &[]));
+}
+
+/// A header map as proxy-wasm writes it: the count, all lengths, then names and values, each with a zero.
+fn serialized(headers: &[(&str, &str)]) -> Vec<u8> {
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
+    let mut bytes = number(headers.len()).to_vec();
+    for (name, value) in headers {
+        bytes.extend(number(name.len()));
+        bytes.extend(number(value.len()));
+    }
+    for (name, value) in headers {
+        bytes.extend(name.bytes().chain([0]).chain(value.bytes()).chain([0]));
+    }
+    bytes
+}
+
+/// Whether Envoy or the client ended the stream while the app may still have been at work on it, by
+/// Envoy's response flags.
+pub fn was_broken_off() -> bool {
+    // Timeouts of the upstream (UT), of the stream (SI) and later additions, a local reset (LR), a client that
+    // went away (DC). The others mean that the app ended it, or never had it.
+    const UT: u64 = 0x4;
+    const LR: u64 = 0x8;
+    const DC: u64 = 0x4000;
+    const FROM_SI_ON: u64 = !0xffff;
+    let value = property("response\0flags").and_then(|bytes| <[u8; 8]>::try_from(bytes).ok());
+    value.is_some_and(|bytes| u64::from_le_bytes(bytes) & (UT | LR | DC | FROM_SI_ON) != 0)
 }
 
 /// A metric's id, if the host defines it.

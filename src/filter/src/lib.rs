@@ -4,14 +4,18 @@
 //! | module | its one job |
 //! |---|---|
 //! | `host` | the host calls, with every error as a value: a panic would end this worker's VM |
+//! | `exporter` | the role `exporter`: the pod's figures at `/metrics` |
+//! | `gate` | the breaker at this worker: its requests in the app, its requests that wait |
 //! | `root` | the root context: configuration, ticks, the call to the stats server and its answer |
 //! | `stream` | one request: in, out, what it was |
 //! | `worker` | what this VM counted for one pod, shared by all its root and stream contexts |
 //! | `metrics` | Envoy's stats |
 #![deny(missing_docs)]
 
+mod exporter;
 #[cfg(feature = "fault-injection")]
 mod fault;
+mod gate;
 mod host;
 mod metrics;
 mod root;
@@ -27,6 +31,6 @@ mod entry {
         // Envoy filters its component `wasm` too; this only keeps traces from being formatted.
         proxy_wasm::set_log_level(LogLevel::Info);
         crate::worker::seal_on_panic();
-        proxy_wasm::set_root_context(|_| Box::new(crate::root::Root::default()));
+        proxy_wasm::set_root_context(|id| Box::new(crate::root::Root::new(id)));
     }}
 }

@@ -21,14 +21,33 @@ pub struct Metrics {
     proxied_per_second: Option<u32>,
     reports_sent: Option<u32>,
     reports_failed: Option<u32>,
-    by_code: BTreeMap<u16, ByCode>,
+    queue_depth: Option<u32>,
+    requests_by_code: BTreeMap<u16, ByCode>,
+    app_requests_by_code: BTreeMap<u16, ByCode>,
     flushed: Snapshot,
 }
 
+/// One vantage point's stats for one response code.
 struct ByCode {
     count: Option<u32>,
     latencies: Option<u32>,
     pending: u64,
+}
+
+impl ByCode {
+    fn define(vantage: &str, code: u16) -> Self {
+        let suffix = code_suffix(code);
+        Self {
+            count: host::define_metric(Kind::Counter, &format!("{vantage}_count{suffix}")),
+            latencies: host::define_metric(Kind::Histogram, &format!("{vantage}_latencies{suffix}")),
+            pending: 0,
+        }
+    }
+
+    fn done(&mut self, latency_ns: u64) {
+        self.pending += 1;
+        host::record(self.latencies, latency_ns / 1_000_000);
+    }
 }
 
 impl Metrics {
@@ -48,26 +67,29 @@ impl Metrics {
             proxied_per_second: gauge("queue_proxied_operations_per_second_milli"),
             reports_sent: counter("inflight_reports_sent"),
             reports_failed: counter("inflight_reports_failed"),
-            by_code: BTreeMap::new(),
+            queue_depth: None,
+            requests_by_code: BTreeMap::new(),
+            app_requests_by_code: BTreeMap::new(),
             flushed: Snapshot::default(),
         }
     }
 
-    /// A request ended. Its count goes out at the tick; a histogram cannot be added up.
-    pub fn request_done(&mut self, code: u16, latency_ms: u64) {
-        let by_code = self.by_code.entry(code).or_insert_with(|| {
-            let suffix = code_suffix(code);
-            ByCode {
-                count: host::define_metric(Kind::Counter, &format!("revision_request_count{suffix}")),
-                latencies: host::define_metric(
-                    Kind::Histogram,
-                    &format!("revision_request_latencies{suffix}"),
-                ),
-                pending: 0,
-            }
-        });
-        by_code.pending += 1;
-        host::record(by_code.latencies, latency_ms);
+    /// A request ended: from its arrival, and from leaving the breaker's queue if it ever did. Counts go out at
+    /// the tick; a histogram cannot be added up.
+    pub fn request_done(&mut self, code: u16, latency_ns: u64, app_ns: Option<u64>) {
+        let define = |vantage| move || ByCode::define(vantage, code);
+        self.requests_by_code.entry(code).or_insert_with(define("revision_request")).done(latency_ns);
+        if let Some(app_ns) = app_ns {
+            self.app_requests_by_code.entry(code).or_insert_with(define("revision_app_request")).done(app_ns);
+        }
+    }
+
+    /// Requests in the app plus requests that wait.
+    pub fn queue_depth(&mut self, depth: u64) {
+        if self.queue_depth.is_none() {
+            self.queue_depth = host::define_metric(Kind::Gauge, "revision_queue_depth");
+        }
+        host::record(self.queue_depth, depth);
     }
 
     /// Adds what this VM counted since the last flush to Envoy's counters.
@@ -88,7 +110,7 @@ impl Metrics {
             host::increment(id, now.saturating_sub(before));
         }
         self.flushed = *now;
-        for by_code in self.by_code.values_mut() {
+        for by_code in self.requests_by_code.values_mut().chain(self.app_requests_by_code.values_mut()) {
             host::increment(by_code.count, std::mem::take(&mut by_code.pending));
         }
     }

@@ -3,20 +3,28 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use inflight_stats::Config;
-use inflight_stats::config::{Identity, StatServer};
+use inflight_stats::config::{self, StatServer};
 use inflight_stats::report::CONTENT_TYPE;
+use inflight_stats::shared::Pod;
+use inflight_stats::{Config, Identity};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 
+use crate::exporter::{Exporter, Scrape};
 use crate::host::{self, Headers};
 use crate::stream::Stream;
 use crate::worker::Worker;
 
 /// A configured plugin. Without a configuration (before `on_configure`) it counts nothing.
-#[derive(Default)]
 pub struct Root {
-    plugin: Option<Plugin>,
+    id: u32,
+    role: Role,
+}
+
+enum Role {
+    Unconfigured,
+    Sidecar(Box<Plugin>),
+    Exporter(Rc<Exporter>),
 }
 
 struct Plugin {
@@ -27,9 +35,17 @@ struct Plugin {
 }
 
 impl Root {
-    fn configure(&self) -> Result<Plugin, String> {
+    pub fn new(id: u32) -> Self {
+        Self { id, role: Role::Unconfigured }
+    }
+
+    fn configure(&self) -> Result<Role, String> {
         let json = self.get_plugin_configuration().unwrap_or_default();
-        let config = Config::parse(&json, &Identity::default()).map_err(|error| error.to_string())?;
+        let config =
+            Config::parse(&json, &Identity::from_istio(node_metadata)).map_err(|error| error.to_string())?;
+        if config.role == config::Role::Exporter {
+            return Ok(Role::Exporter(Rc::new(Exporter { pod: Pod::new(&config.domain()), config })));
+        }
         let token = match config.statserver.as_ref().and_then(|server| server.token_env.as_ref()) {
             None => None,
             Some(name) => Some(std::env::var(name).map_err(|_| {
@@ -41,7 +57,8 @@ impl Root {
         };
         let worker =
             Worker::of(&config).map_err(|trouble| format!("the shared data is of no use ({trouble:?})"))?;
-        Ok(Plugin { token, proxied_header: config.proxied_header.as_str().into(), worker, config })
+        let proxied_header = config.proxied_header.as_str().into();
+        Ok(Role::Sidecar(Box::new(Plugin { token, proxied_header, worker, config })))
     }
 
     fn send(&self, plugin: &Plugin, report: &[u8]) {
@@ -66,7 +83,7 @@ impl Root {
 
 impl Context for Root {
     fn on_http_call_response(&mut self, _: u32, _: usize, body: usize, _: usize) {
-        let Some(plugin) = &self.plugin else { return };
+        let Role::Sidecar(plugin) = &self.role else { return };
         let status = host::header(Headers::CallResponse, ":status")
             .and_then(|value| std::str::from_utf8(&value).ok()?.parse().ok())
             .unwrap_or(0);
@@ -79,7 +96,7 @@ impl Context for Root {
     }
 
     fn on_done(&mut self) -> bool {
-        if let Some(plugin) = &self.plugin {
+        if let Role::Sidecar(plugin) = &self.role {
             let report = plugin.worker.try_borrow_mut().ok().and_then(|mut w| w.root_done(&plugin.config));
             if let Some(report) = report {
                 self.send(plugin, &report);
@@ -92,10 +109,12 @@ impl Context for Root {
 impl RootContext for Root {
     fn on_configure(&mut self, _: usize) -> bool {
         match self.configure() {
-            Ok(plugin) => {
-                self.plugin = Some(plugin);
-                // The first tick sets the pace.
-                host::tick_in(1);
+            Ok(role) => {
+                if let Role::Sidecar(_) = role {
+                    // The first tick sets the pace.
+                    host::tick_in(1);
+                }
+                self.role = role;
                 true
             }
             Err(error) => {
@@ -106,11 +125,12 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
-        let Some(plugin) = &self.plugin else { return };
+        let Role::Sidecar(plugin) = &self.role else { return };
         let Ok(mut worker) = plugin.worker.try_borrow_mut() else { return };
         let tick = worker.tick(&plugin.config);
         drop(worker);
         host::tick_in(tick.next_ms);
+        tick.turn.take(self.id);
         if let Some(report) = tick.report {
             self.send(plugin, &report);
         }
@@ -120,19 +140,37 @@ impl RootContext for Root {
         }
     }
 
+    fn on_queue_ready(&mut self, _: u32) {
+        let Role::Sidecar(plugin) = &self.role else { return };
+        let Ok(mut worker) = plugin.worker.try_borrow_mut() else { return };
+        let turn = worker.gate.as_mut().map(|gate| gate.read_mailbox(host::monotonic_ns()));
+        drop(worker);
+        if let Some(turn) = turn {
+            turn.take(self.id);
+        }
+    }
+
     fn get_type(&self) -> Option<ContextType> {
         Some(ContextType::HttpContext)
     }
 
-    fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
-        match &self.plugin {
-            Some(plugin) => {
-                Some(Box::new(Stream::new(Rc::clone(&plugin.worker), Rc::clone(&plugin.proxied_header))))
+    fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
+        match &self.role {
+            Role::Sidecar(plugin) => {
+                let (worker, header) = (Rc::clone(&plugin.worker), Rc::clone(&plugin.proxied_header));
+                Some(Box::new(Stream::new(id, worker, header)))
             }
+            Role::Exporter(exporter) => Some(Box::new(Scrape(Rc::clone(exporter)))),
             // A stream before a configuration: the SDK would panic on None.
-            None => Some(Box::new(Uncounted)),
+            Role::Unconfigured => Some(Box::new(Uncounted)),
         }
     }
+}
+
+/// A string of the node's metadata; empty if it is not there.
+fn node_metadata(path: &[&str]) -> String {
+    let value = host::property(&format!("xds\0node\0metadata\0{}", path.join("\0")));
+    value.and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default()
 }
 
 struct Uncounted;

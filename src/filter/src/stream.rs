@@ -7,11 +7,13 @@ use inflight_stats::request::{self, KUBELET_PROBE_HEADER, NETWORK_PROBE_HEADER};
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
+use crate::gate::{FULL, Pass, SharedPass};
 use crate::host::{self, Headers};
 use crate::worker::Worker;
 
 /// A stream: counted in when its headers reach the filter, out when it ends.
 pub struct Stream {
+    id: u32,
     worker: Rc<RefCell<Worker>>,
     proxied_header: Rc<str>,
     counted: Option<Counted>,
@@ -20,11 +22,13 @@ pub struct Stream {
 struct Counted {
     raw_ns: u64,
     proxied: bool,
+    /// With the breaker off, none is needed.
+    pass: Option<SharedPass>,
 }
 
 impl Stream {
-    pub fn new(worker: Rc<RefCell<Worker>>, proxied_header: Rc<str>) -> Self {
-        Self { worker, proxied_header, counted: None }
+    pub fn new(id: u32, worker: Rc<RefCell<Worker>>, proxied_header: Rc<str>) -> Self {
+        Self { id, worker, proxied_header, counted: None }
     }
 
     fn is_probe() -> bool {
@@ -33,14 +37,34 @@ impl Stream {
             || host::header(Headers::Request, NETWORK_PROBE_HEADER).is_some()
     }
 
+    /// In first, then the breaker, in the seed's order: so waiting is concurrency.
+    fn count_in(&mut self, raw_ns: u64) -> Option<Pass> {
+        let proxied =
+            host::header(Headers::Request, &self.proxied_header).is_some_and(|v| request::is_proxied(&v));
+        let mut worker = self.worker.try_borrow_mut().ok()?;
+        worker.request_in(raw_ns, proxied);
+        let pass = worker.gate.as_mut().map(|gate| gate.enter(self.id, raw_ns));
+        let now = pass.as_ref().map(|pass| pass.get());
+        self.counted = Some(Counted { raw_ns, proxied, pass });
+        now
+    }
+
     /// The end of the stream. Nothing borrows the worker across a host call that could come back to
     /// us; should it be borrowed all the same, an uncounted request is better than a dead VM.
     fn count_out(&mut self, code: impl FnOnce() -> u16) {
-        if let Some(Counted { raw_ns, proxied }) = self.counted.take() {
-            let now_ns = host::monotonic_ns();
-            if let Ok(mut worker) = self.worker.try_borrow_mut() {
-                worker.request_out(now_ns, now_ns.saturating_sub(raw_ns), proxied, code());
-            }
+        let Some(Counted { raw_ns, proxied, pass }) = self.counted.take() else { return };
+        let now_ns = host::monotonic_ns();
+        let Ok(mut worker) = self.worker.try_borrow_mut() else { return };
+        let pass = pass.map_or(Pass::Admitted(raw_ns), |pass| pass.get());
+        let app_ns = match pass {
+            Pass::Admitted(since_ns) => Some(now_ns.saturating_sub(since_ns)),
+            Pass::Waiting(_) | Pass::Refused => None,
+        };
+        worker.request_out(now_ns, proxied, code(), now_ns.saturating_sub(raw_ns), app_ns);
+        let turn = worker.gate.as_mut().map(|gate| gate.leave(pass, host::was_broken_off(), now_ns));
+        drop(worker);
+        if let Some(turn) = turn {
+            turn.take(self.id);
         }
     }
 }
@@ -53,15 +77,17 @@ impl HttpContext for Stream {
         crate::fault::of_request();
         // First of all, so that what is looked up here counts as part of the request.
         let raw_ns = host::monotonic_ns();
-        if self.counted.is_none() && !Self::is_probe() {
-            let proxied = host::header(Headers::Request, &self.proxied_header)
-                .is_some_and(|value| request::is_proxied(&value));
-            if let Ok(mut worker) = self.worker.try_borrow_mut() {
-                worker.request_in(raw_ns, proxied);
-                self.counted = Some(Counted { raw_ns, proxied });
+        if self.counted.is_some() || Self::is_probe() {
+            return Action::Continue;
+        }
+        match self.count_in(raw_ns) {
+            None | Some(Pass::Admitted(_)) => Action::Continue,
+            Some(Pass::Waiting(_)) => Action::Pause,
+            Some(Pass::Refused) => {
+                host::respond(503, FULL, &[]);
+                Action::Pause
             }
         }
-        Action::Continue
     }
 
     /// Once a stream, however it ended: the only callback that comes for local replies, resets and

@@ -9,6 +9,7 @@ use inflight_stats::report::VERSION;
 use inflight_stats::shared::{Member, Pod, Stock, Trouble};
 use inflight_stats::{Config, KeyReport, Recorder, Report, Snapshot};
 
+use crate::gate::{Gate, Turn};
 use crate::host::{self, SharedData};
 use crate::metrics::Metrics;
 
@@ -25,6 +26,7 @@ pub struct Worker {
     recorder: Recorder,
     member: Member,
     pub metrics: Metrics,
+    pub gate: Option<Gate>,
     /// Root contexts that use this worker; the last one to end seals it.
     roots: usize,
     sending: Option<Sending>,
@@ -42,6 +44,7 @@ struct Sending {
 /// What a tick asks the root context to do.
 pub struct Tick {
     pub report: Option<Vec<u8>>,
+    pub turn: Turn,
     pub next_ms: u64,
     /// Whether this worker leads, for the tests that end the leader.
     #[cfg(feature = "fault-injection")]
@@ -65,20 +68,24 @@ impl Worker {
             if let Ok(mut worker) = worker.try_borrow_mut() {
                 worker.recorder.set_grid(state.grid);
                 worker.roots += 1;
+                worker.configure(config)?;
             }
             return Ok(worker);
         }
         let mut clock = Clock::new(state.clock_offset_ns, raw_ns, longest_step_ns(period_ns));
         let now_ns = clock.read(raw_ns);
-        let worker = Rc::new(RefCell::new(Self {
+        let mut worker = Self {
             clock,
             recorder: Recorder::new(now_ns, state.grid),
             member: Member::new(pod, now_ns),
             metrics: Metrics::define(),
+            gate: None,
             roots: 1,
             sending: None,
             failing: false,
-        }));
+        };
+        worker.configure(config)?;
+        let worker = Rc::new(RefCell::new(worker));
         WORKERS.with(|workers| {
             if let Ok(mut workers) = workers.try_borrow_mut() {
                 workers.push((domain, Rc::clone(&worker)));
@@ -92,15 +99,38 @@ impl Worker {
         self.recorder.request_in(now_ns, proxied);
     }
 
-    pub fn request_out(&mut self, raw_ns: u64, latency_ns: u64, proxied: bool, code: u16) {
+    pub fn request_out(
+        &mut self,
+        raw_ns: u64,
+        proxied: bool,
+        code: u16,
+        latency_ns: u64,
+        app_ns: Option<u64>,
+    ) {
         let now_ns = self.clock.read(raw_ns);
         self.recorder.request_out(now_ns, proxied);
-        self.metrics.request_done(code, latency_ns / 1_000_000);
+        self.metrics.request_done(code, latency_ns, app_ns);
+    }
+
+    /// Takes over a configuration's breaker. One that is switched off lets go those who wait as slots come
+    /// back, and is gone for the streams to come.
+    fn configure(&mut self, config: &Config) -> Result<(), Trouble> {
+        match &mut self.gate {
+            Some(gate) => gate.configure(config),
+            None if config.limits.is_some() => {
+                let id = self.member.id(&SharedData)?;
+                self.gate = Gate::new(config, self.member.pod(), id);
+            }
+            None => {}
+        }
+        Ok(())
     }
 
     /// Posts this worker's books, and leads the pod if it falls to this worker.
     pub fn tick(&mut self, config: &Config) -> Tick {
+        let raw_ns = host::monotonic_ns();
         let now_ns = self.advance();
+        let mut turn = self.gate.as_mut().map(|gate| gate.tick(raw_ns)).unwrap_or_default();
         let stock = self.step(now_ns).unwrap_or_else(|trouble| {
             log::warn!("inflight: this tick's figures wait for the next one ({trouble:?})");
             Stock::Follow
@@ -110,6 +140,10 @@ impl Worker {
             if let Some(period) = latest.since(&previous) {
                 self.metrics.publish(&period, &latest);
             }
+            if let Some(gate) = &self.gate {
+                self.metrics.queue_depth(gate.depth());
+            }
+            turn.resume.extend(self.clear_up(raw_ns));
             if config.statserver.is_some() && self.sending.as_ref().is_none_or(|s| now_ns >= s.deadline_ns) {
                 report = self.report(config, incarnation, acknowledged, latest, now_ns);
             }
@@ -121,8 +155,11 @@ impl Worker {
             Stock::Wait => wait_ns.min((self.recorder.grid().period_ns / 20).clamp(5_000_000, 50_000_000)),
             _ => wait_ns,
         };
+        let wait_ns =
+            self.gate.as_ref().and_then(|g| g.next_look_ns(raw_ns)).map_or(wait_ns, |look| wait_ns.min(look));
         Tick {
             report,
+            turn,
             next_ms: wait_ns.div_ceil(1_000_000),
             #[cfg(feature = "fault-injection")]
             leads: stock != Stock::Follow,
@@ -144,6 +181,28 @@ impl Worker {
             self.clock.catch_up(state.clock_offset_ns);
         }
         self.member.take_stock(&SharedData, now_ns, self.clock.offset_ns())
+    }
+
+    /// The leader gives back what workers that are gone held in the breaker.
+    fn clear_up(&mut self, raw_ns: u64) -> Vec<u32> {
+        let departed = self.member.pod().state(&SharedData).map(|state| state.departed).unwrap_or_default();
+        let mut resume = Vec::new();
+        let mut done = Vec::new();
+        for id in departed {
+            let turn = match &mut self.gate {
+                Some(gate) => gate.forget(id, raw_ns),
+                None => Some(Turn::default()),
+            };
+            if let Some(turn) = turn {
+                resume.extend(turn.resume);
+                done.push(id);
+            }
+        }
+        if !done.is_empty() {
+            // Otherwise it is done again at the next tick, which changes nothing.
+            let _ = self.member.pod().cleared_up(&SharedData, &done);
+        }
+        resume
     }
 
     fn report(
@@ -224,6 +283,9 @@ impl Worker {
     /// Leaves everything counted up to now to the others.
     fn seal(&mut self) -> Option<u64> {
         let now_ns = self.advance();
+        if let Some(gate) = &mut self.gate {
+            gate.close();
+        }
         self.member.seal(&SharedData, &self.recorder).ok().map(|()| now_ns)
     }
 }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use crate::breaker::Limits;
+use crate::identity::Identity;
 use crate::report::MAX_NAME_BYTES;
 
 /// What a filter does.
@@ -13,21 +15,8 @@ use crate::report::MAX_NAME_BYTES;
 pub enum Role {
     /// Counts for the pod it stands in.
     Sidecar,
-}
-
-/// Who this Envoy serves.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Identity {
-    /// The Kubernetes namespace.
-    pub namespace: String,
-    /// The service, for labels.
-    pub service: String,
-    /// Knative's configuration, for labels.
-    pub configuration: String,
-    /// The revision: the name under which the workload is scaled.
-    pub revision: String,
-    /// The pod's name.
-    pub pod: String,
+    /// Shows the pod's figures at `/metrics`, on a listener of its own.
+    Exporter,
 }
 
 /// Where reports go.
@@ -56,6 +45,10 @@ pub struct Config {
     pub reporting_period: Duration,
     /// The header that marks a proxied request, in lower case.
     pub proxied_header: String,
+    /// What the breaker lets through; without it, everything.
+    pub limits: Option<Limits>,
+    /// The longest wait in the breaker's queue.
+    pub queue_timeout: Option<Duration>,
     /// Where reports go; without it, only Envoy stats are kept.
     pub statserver: Option<StatServer>,
 }
@@ -82,6 +75,14 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
+/// Knative's own limit of a revision's containerConcurrency is 1000.
+const MOST_CONCURRENCY: u32 = 100_000;
+/// Each request that comes or goes while others wait reads and writes the whole queue.
+const MOST_QUEUE_DEPTH: u32 = 100_000;
+/// As in knative/serving, `cmd/queue`.
+const QUEUE_DEPTH_FACTOR: u32 = 10;
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
 const NAME: &str = "a string of 1 to 512 bytes without control characters";
 
 impl Config {
@@ -97,7 +98,9 @@ impl Config {
         })?;
         let mut fields = Fields::new("", document)?;
         let config = Self {
-            role: fields.one_of("role", &[("sidecar", Role::Sidecar)])?.unwrap_or(Role::Sidecar),
+            role: fields
+                .one_of("role", &[("sidecar", Role::Sidecar), ("exporter", Role::Exporter)])?
+                .unwrap_or(Role::Sidecar),
             identity: Identity {
                 namespace: fields.name("namespace", &node.namespace)?,
                 service: fields.label("service", &node.service)?,
@@ -109,6 +112,8 @@ impl Config {
                 .duration("reporting_period", Duration::from_millis(100), Duration::from_secs(60))?
                 .unwrap_or(Duration::from_secs(1)),
             proxied_header: fields.header("proxied_header")?.unwrap_or_else(|| "k-proxy-request".into()),
+            limits: limits(&mut fields)?,
+            queue_timeout: fields.duration("queue_timeout", Duration::from_millis(10), LONGEST_WAIT)?,
             statserver: fields.object("statserver")?.map(StatServer::parse).transpose()?,
         };
         fields.finish()?;
@@ -120,6 +125,14 @@ impl Config {
         let Identity { namespace, revision, pod, .. } = &self.identity;
         format!("{namespace}/{revision}/{pod}")
     }
+}
+
+fn limits(fields: &mut Fields) -> Result<Option<Limits>, ConfigError> {
+    let concurrency = fields.integer("container_concurrency", MOST_CONCURRENCY)?.unwrap_or(0);
+    let queue_depth = fields.integer("queue_depth", MOST_QUEUE_DEPTH)?;
+    let queue_depth =
+        queue_depth.unwrap_or(concurrency.saturating_mul(QUEUE_DEPTH_FACTOR).min(MOST_QUEUE_DEPTH));
+    Ok((concurrency > 0).then_some(Limits { concurrency, queue_depth }))
 }
 
 impl StatServer {
@@ -249,6 +262,18 @@ impl Fields {
         }
     }
 
+    fn integer(&mut self, key: &'static str, most: u32) -> Result<Option<u32>, ConfigError> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        // A google.protobuf.Struct has only floating-point numbers.
+        let whole = value
+            .as_u64()
+            .or_else(|| value.as_f64().filter(|n| n.fract() == 0.0 && *n >= 0.0).map(|n| n as u64));
+        match whole.and_then(|n| u32::try_from(n).ok()).filter(|n| *n <= most) {
+            Some(number) => Ok(Some(number)),
+            None => Err(self.error(key, shown(&value), format!("a whole number from 0 to {most}"))),
+        }
+    }
+
     fn object(&mut self, key: &'static str) -> Result<Option<Fields>, ConfigError> {
         let Some(value) = self.take(key) else {
             return Ok(None);
@@ -315,6 +340,17 @@ mod tests {
     }
 
     #[test]
+    fn the_breakers_queue_is_ten_times_its_concurrency_unless_said_otherwise() {
+        let limits = |more: &str| {
+            let json = format!(r#"{{"namespace": "n", "revision": "r", "pod": "p", {more}}}"#);
+            parse(&json).unwrap().limits.map(|l| (l.concurrency, l.queue_depth))
+        };
+        assert_eq!(limits(r#""queue_depth": 5"#), None);
+        assert_eq!(limits(r#""container_concurrency": 7"#), Some((7, 70)));
+        assert_eq!(limits(r#""container_concurrency": 7.0, "queue_depth": 0"#), Some((7, 0)));
+    }
+
+    #[test]
     fn what_is_left_out_comes_from_the_node() {
         let node = Identity {
             namespace: "mesh".into(),
@@ -342,7 +378,18 @@ mod tests {
             (r#""reporting_period": "-1s""#, r#"`reporting_period` was "-1s""#),
             (r#""reporting_period": "1h""#, r#"`reporting_period` was "1h""#),
             (r#""reporting_period": "1e1s""#, r#"`reporting_period` was "1e1s""#),
-            (r#""role": "router""#, r#"`role` was "router", allowed is "sidecar""#),
+            (r#""role": "router""#, r#"`role` was "router", allowed is "sidecar" or "exporter""#),
+            (
+                r#""container_concurrency": -1"#,
+                "`container_concurrency` was -1, allowed is a whole number from 0 to",
+            ),
+            (r#""container_concurrency": 1.5"#, "`container_concurrency` was 1.5"),
+            (r#""queue_depth": "10""#, r#"`queue_depth` was "10""#),
+            (r#""queue_depth": 4294967296"#, "`queue_depth` was 4294967296"),
+            (
+                r#""queue_timeout": "1ms""#,
+                r#"`queue_timeout` was "1ms", allowed is a duration from 10ms to 3600s"#,
+            ),
             (r#""role": ["sidecar"]"#, r#"`role` was ["sidecar"]"#),
             (
                 r#""proxied_header": "a b""#,

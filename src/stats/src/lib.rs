@@ -7,9 +7,12 @@
 //! | [`recorder`] | request events in, snapshots at the boundaries of the reporting period out |
 //! | [`clock`] | the pod's time: from a monotonic clock, never back, never far ahead at once |
 //! | [`shared`] | many workers, one pod figure: slots, the leader's lease, what was acknowledged |
+//! | [`breaker`] | at most so many requests in the app, and one queue over all workers |
 //! | [`request`] | which requests are probes, which came through a proxy; code classes |
 //! | [`config`] | the plugin's JSON configuration and its errors |
+//! | [`export`] | the exporter's answers: Knative's `Stat`, and Prometheus text |
 //! | [`report`] | the report's bytes, and what makes a report invalid |
+//! | [`identity`] | who an Envoy serves, also by Istio's node metadata |
 //! | [`ingest`] | the receiver's side: what a report adds to what is already known |
 //! | [`window`] | averages over the stable and the panic window |
 //!
@@ -32,8 +35,11 @@
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
+pub mod breaker;
 pub mod clock;
 pub mod config;
+pub mod export;
+pub mod identity;
 pub mod ingest;
 pub mod recorder;
 pub mod report;
@@ -43,6 +49,7 @@ pub mod snapshot;
 pub mod window;
 
 pub use config::Config;
+pub use identity::Identity;
 pub use recorder::{Grid, Recorder};
 pub use report::{KeyReport, Report};
 pub use snapshot::{Period, Snapshot};

@@ -66,6 +66,11 @@ pub struct State {
     pub published: [Snapshot; 2],
     /// The last figure that the stats server acknowledged.
     pub acknowledged: Snapshot,
+    /// When the counters began.
+    pub started_ns: u64,
+    /// Workers that lost their seats, and whose other belongings are still to be cleared up by the leader
+    /// ([`Pod::cleared_up`]).
+    pub departed: Vec<u64>,
     ledger: Snapshot,
     lease: Lease,
     seats: Vec<Owner>,
@@ -107,6 +112,14 @@ impl Slot {
             return Some(Snapshot::starting_at(boundary_ns));
         }
         self.closed.iter().find(|s| s.as_of_ns == boundary_ns).copied()
+    }
+}
+
+impl State {
+    fn depart(&mut self, id: u64) {
+        if !self.departed.contains(&id) {
+            self.departed.push(id);
+        }
     }
 }
 
@@ -176,6 +189,8 @@ impl Pod {
                         grid: Grid { anchor_ns: wall_ns, period_ns },
                         published: [start; 2],
                         acknowledged: start,
+                        started_ns: wall_ns,
+                        departed: Vec::new(),
                         ledger: start,
                         lease: Lease::default(),
                         seats: Vec::new(),
@@ -214,6 +229,19 @@ impl Pod {
             }
         })
         .map(|_| ())
+    }
+
+    /// Takes workers off the list of those whose belongings are to be cleared up.
+    ///
+    /// # Errors
+    /// [`Trouble`]; they are then cleared up again, which changes nothing.
+    pub fn cleared_up(&self, store: &impl Store, ids: &[u64]) -> Result<(), Trouble> {
+        self.update(store, |state| state.departed.retain(|id| !ids.contains(id)))
+    }
+
+    /// The key of the pod's breaker ([`crate::breaker`]).
+    pub fn breaker_key(&self) -> String {
+        format!("{}/breaker", self.prefix)
     }
 
     fn slot_key(&self, id: u64) -> String {
@@ -260,6 +288,7 @@ impl Pod {
             state.seats.retain(|owner| *owner != slot.owner);
             if state.seats.len() < seats {
                 state.ledger = state.ledger.plus(&slot.latest().finished());
+                state.depart(slot.owner.id);
             }
         })
     }
@@ -286,6 +315,20 @@ impl Member {
     /// The pod this worker is of.
     pub fn pod(&self) -> &Pod {
         &self.pod
+    }
+
+    /// This worker's id, drawn the first time.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    pub fn id(&mut self, store: &impl Store) -> Result<u64, Trouble> {
+        if self.owner.id == 0 {
+            self.owner.id = self.pod.update(store, |state| {
+                state.last_id += 1;
+                state.last_id
+            })?;
+        }
+        Ok(self.owner.id)
     }
 
     /// Writes the closed boundaries to this worker's slot, and takes a seat if it has none.
@@ -319,12 +362,7 @@ impl Member {
     }
 
     fn write_slot(&mut self, store: &impl Store, recorder: &Recorder, sealed: bool) -> Result<bool, Trouble> {
-        if self.owner.id == 0 {
-            self.owner.id = self.pod.update(store, |state| {
-                state.last_id += 1;
-                state.last_id
-            })?;
-        }
+        self.id(store)?;
         let mut rejoined = false;
         for _ in 0..ATTEMPTS {
             let (found, expect) = self.pod.read_slot(store, self.owner.id);
@@ -344,6 +382,7 @@ impl Member {
                         if !state.seats.contains(&owner) {
                             state.seats.push(owner);
                         }
+                        state.departed.retain(|id| *id != owner.id);
                     })?;
                 }
                 self.posted_ns = Some(recorder.closed().next_back().map_or(0, |s| s.as_of_ns));
@@ -433,6 +472,7 @@ impl Member {
         let patience = state.grid.period_ns.max(1).saturating_mul(SILENT_PERIODS_X2) / 2;
         let mut live = Vec::with_capacity(state.seats.len());
         let mut astray = false;
+        let mut gone = Vec::new();
         let ledger = &mut state.ledger;
         state.seats.retain(|owner| {
             let (found, expect) = self.pod.read_slot(store, owner.id);
@@ -449,11 +489,13 @@ impl Member {
             }
             if slot.sealed {
                 *ledger = ledger.plus(&slot.latest().finished());
+                gone.push(owner.id);
                 return false;
             }
             live.push(slot);
             true
         });
+        gone.into_iter().for_each(|id| state.depart(id));
         (live, astray)
     }
 
@@ -497,4 +539,4 @@ impl Member {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -9,7 +9,7 @@ const START: u64 = 1_000_000;
 
 /// A store with the semantics of Envoy's shared data.
 #[derive(Default)]
-struct Map(Mutex<(u32, Values)>);
+pub(crate) struct Map(Mutex<(u32, Values)>);
 
 type Values = HashMap<String, (Vec<u8>, u32)>;
 
@@ -227,10 +227,10 @@ fn an_unreadable_state_is_replaced_and_another_period_changes_the_grid() {
 }
 
 /// A small generator (splitmix64), so that a failing run can be repeated from its seed.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+    pub(crate) fn roll(&mut self, sides: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,0 +1,47 @@
+//! The role `exporter`: the pod's figures at `/metrics`, read from the shared data that the pod's workers
+//! keep; it counts nothing itself.
+
+use std::rc::Rc;
+
+use inflight_stats::Config;
+use inflight_stats::export::{PROTOBUF, Route, Stat, TEXT, route};
+use inflight_stats::shared::Pod;
+use proxy_wasm::traits::{Context, HttpContext};
+use proxy_wasm::types::Action;
+
+use crate::host::{self, Headers, SharedData};
+
+/// What all requests to one exporter share.
+pub struct Exporter {
+    pub config: Config,
+    pub pod: Pod,
+}
+
+/// One request to the exporter.
+pub struct Scrape(pub Rc<Exporter>);
+
+impl Context for Scrape {}
+
+impl HttpContext for Scrape {
+    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
+        let header = |name| host::header(Headers::Request, name);
+        let (method, path) = (header(":method").unwrap_or_default(), header(":path").unwrap_or_default());
+        let Exporter { config, pod } = &*self.0;
+        let stat = || {
+            let state = pod.state(&SharedData).ok();
+            let offset_ns = state.as_ref().map_or(0, |state| state.clock_offset_ns);
+            let now_ns = host::monotonic_ns().wrapping_add(offset_ns);
+            Stat::of(&config.identity.pod, state.as_ref(), now_ns)
+        };
+        match route(&method, &path, header("accept").as_deref()) {
+            Route::Protobuf => host::respond(200, &stat().protobuf(), &[("content-type", PROTOBUF)]),
+            Route::Text => {
+                let text = stat().prometheus(&config.identity);
+                host::respond(200, text.as_bytes(), &[("content-type", TEXT)]);
+            }
+            Route::NotFound => host::respond(404, b"only /metrics is here\n", &[]),
+            Route::MethodNotAllowed => host::respond(405, b"only GET and HEAD\n", &[("allow", "GET, HEAD")]),
+        }
+        Action::Pause
+    }
+}
