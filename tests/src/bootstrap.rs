@@ -35,9 +35,7 @@ impl Bootstrap {
     /// `envoy/envoy.yaml`, on free ports, with the built module and an access log in [`truth::FORMAT`].
     pub fn sidecar(app: SocketAddr, statserver: SocketAddr) -> Self {
         let mut bootstrap = Self(shipped("envoy.yaml"));
-        *at(&mut bootstrap.0, "/admin/address/socket_address/port_value") = json!(0);
-        let listener = "/static_resources/listeners/0/address/socket_address";
-        *at(&mut bootstrap.0, listener) = json!({"address": "127.0.0.1", "port_value": 0});
+        bootstrap.on_free_ports();
         bootstrap.cluster("app", Some(app));
         bootstrap.cluster("inflight-statserver", Some(statserver));
         bootstrap.cluster("nohosts", None);
@@ -68,6 +66,9 @@ impl Bootstrap {
         let sidecar = shipped("istio/sidecar.yaml");
         let module = at(bootstrap.filter(), "/typed_config/config/vm_config/code/local/filename").clone();
         *bootstrap.filter() = patch(&sidecar, "HTTP_FILTER");
+        let mut exporter = patch(&shipped("istio/exporter.yaml"), "LISTENER");
+        *at(&mut exporter, "/address/socket_address") = json!({"address": "127.0.0.1", "port_value": 0});
+        *at(&mut bootstrap.0, "/static_resources/listeners/1") = exporter;
         bootstrap.module(Path::new(module.as_str().expect("a path")));
         let mut cluster = patch(&sidecar, "CLUSTER");
         let address = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address/socket_address";
@@ -76,6 +77,12 @@ impl Bootstrap {
         let clusters = at(&mut bootstrap.0, "/static_resources/clusters").as_array_mut().expect("clusters");
         clusters.retain(|c| c["name"] != cluster["name"]);
         clusters.push(cluster);
+        bootstrap.0["node"] = json!({"id": "sidecar", "cluster": "cart.shop", "metadata": {
+            "NAMESPACE": "shop",
+            "NAME": "cart-v2-7d9f-x2x4p",
+            "WORKLOAD_NAME": "cart-v2",
+            "LABELS": {"service.istio.io/canonical-name": "cart", "service.istio.io/canonical-revision": "v2"},
+        }});
         let tags = patch(&shipped("istio/stats-tags.yaml"), "BOOTSTRAP");
         *at(&mut bootstrap.0, "/stats_config") = tags["stats_config"].clone();
         bootstrap
@@ -98,6 +105,22 @@ impl Bootstrap {
         }
     }
 
+    /// `envoy/knative/envoy.yaml`, on free ports, with the built module.
+    pub fn knative(app: SocketAddr) -> Self {
+        let mut bootstrap = Self(shipped("knative/envoy.yaml"));
+        bootstrap.on_free_ports();
+        bootstrap.cluster("app", Some(app));
+        bootstrap.module(&built("wasm32-wasip1/release/inflight_filter.wasm"));
+        bootstrap
+    }
+
+    fn on_free_ports(&mut self) {
+        *at(&mut self.0, "/admin/address/socket_address/port_value") = json!(0);
+        for listener in at(&mut self.0, "/static_resources/listeners").as_array_mut().expect("listeners") {
+            *at(listener, "/address/socket_address") = json!({"address": "127.0.0.1", "port_value": 0});
+        }
+    }
+
     /// Adds the access log.
     pub fn access_log(&mut self, path: &Path) {
         at(&mut self.0, MANAGER)["access_log"] = json!([{
@@ -115,10 +138,13 @@ impl Bootstrap {
         at(&mut self.0, &format!("{MANAGER}/http_filters/0"))
     }
 
-    /// Uses another module.
+    /// Uses another module, in all listeners.
     pub fn module(&mut self, path: &Path) {
+        let filter = "/filter_chains/0/filters/0/typed_config/http_filters/0";
         let code = "/typed_config/config/vm_config/code/local/filename";
-        *at(self.filter(), code) = json!(path);
+        for listener in at(&mut self.0, "/static_resources/listeners").as_array_mut().expect("listeners") {
+            *at(listener, &format!("{filter}{code}")) = json!(path);
+        }
     }
 
     /// Sets a key of the plugin's configuration.

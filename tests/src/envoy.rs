@@ -48,6 +48,8 @@ impl Version {
 pub struct Envoy {
     /// Where requests go.
     pub address: SocketAddr,
+    /// The exporter's listener.
+    pub exporter: SocketAddr,
     /// The admin interface.
     pub admin: SocketAddr,
     /// The process.
@@ -84,8 +86,9 @@ impl Envoy {
             }
         })
         .await;
-        let address = wait::until("Envoy listens", limit, || listener(admin)).await;
-        Self { address, admin, process, folder }
+        let address = wait::until("Envoy listens", limit, || listener(admin, 0)).await;
+        let exporter = wait::until("the exporter listens", limit, || listener(admin, 1)).await;
+        Self { address, exporter, admin, process, folder }
     }
 
     /// Runs one that is expected to refuse its configuration; how it ended and what it said.
@@ -123,10 +126,10 @@ impl Envoy {
     }
 }
 
-async fn listener(admin: SocketAddr) -> Result<SocketAddr, String> {
+async fn listener(admin: SocketAddr, number: usize) -> Result<SocketAddr, String> {
     let text = http::get(admin, "/listeners?format=json").await?;
     let value: Value = serde_json::from_str(&text).map_err(|e| e.to_string())?;
-    let address = &value["listener_statuses"][0]["local_address"]["socket_address"];
+    let address = &value["listener_statuses"][number]["local_address"]["socket_address"];
     let (ip, port) = (address["address"].as_str(), address["port_value"].as_u64());
     match (ip, port) {
         (Some(ip), Some(port)) if http::get(admin, "/ready").await.is_ok() => {

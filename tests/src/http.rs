@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
-use hyper::{Request, StatusCode};
+use hyper::{HeaderMap, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
@@ -26,6 +26,19 @@ pub async fn ask(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<(Statu
     let answer = answer.await;
     connection.abort();
     answer
+}
+
+/// Sends a request; the head of the answer.
+///
+/// # Errors
+/// What went wrong, in words.
+pub async fn headers(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<HeaderMap, String> {
+    let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+    let connection = tokio::spawn(connection);
+    let answer = sender.send_request(request).await.map_err(|e| e.to_string());
+    connection.abort();
+    Ok(answer?.headers().clone())
 }
 
 /// GETs a path.

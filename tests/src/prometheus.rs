@@ -1,6 +1,17 @@
-//! Reading the Prometheus text format, as far as Envoy writes it.
+//! Reading the Prometheus text format, as far as Envoy writes it; and a real Prometheus.
 
 use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::process::Process;
+use crate::{http, root, wait};
 
 /// One sample.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,4 +58,94 @@ pub fn sum(samples: &[Sample], name: &str, labels: &[(&str, &str)]) -> f64 {
         .filter(|sample| labels.iter().all(|(k, v)| sample.labels.get(*k).is_some_and(|found| found == v)))
         .map(|sample| sample.value)
         .sum()
+}
+
+/// What `promtool check metrics` says against a text, if anything.
+///
+/// # Errors
+/// Its complaint.
+///
+/// # Panics
+/// If promtool cannot be had.
+pub fn promtool_check(text: &str) -> Result<(), String> {
+    let mut promtool = Command::new(tool("promtool"))
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool");
+    let mut stdin = promtool.stdin.take().expect("its standard input");
+    stdin.write_all(text.as_bytes()).expect("promtool reads");
+    drop(stdin);
+    let output = promtool.wait_with_output().expect("promtool's verdict");
+    // Code 3 means a matter of style: Knative's names are not ours to change.
+    match output.status.code() {
+        Some(0 | 3) => Ok(()),
+        _ => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    }
+}
+
+fn tool(name: &str) -> PathBuf {
+    let output = Command::new(root().join("tools/prometheus.sh")).arg(name).output().expect("a shell");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+}
+
+/// A running Prometheus that scrapes every quarter of a second.
+#[derive(Debug)]
+pub struct Prometheus {
+    address: SocketAddr,
+    #[allow(dead_code, reason = "held for its Drop")]
+    process: Process,
+    #[allow(dead_code, reason = "held for its Drop")]
+    folder: TempDir,
+}
+
+impl Prometheus {
+    /// Starts one with a job for each target: its name, address and path.
+    ///
+    /// # Panics
+    /// If it cannot be had, or does not start.
+    pub async fn start(targets: &[(&str, SocketAddr, &str)]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let jobs: Vec<Value> = targets
+            .iter()
+            .map(|(name, address, path)| {
+                json!({"job_name": name, "metrics_path": path, "static_configs": [{"targets": [address.to_string()]}]})
+            })
+            .collect();
+        let config = json!({"global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"}, "scrape_configs": jobs});
+        let file = folder.path().join("prometheus.yml");
+        std::fs::write(&file, config.to_string()).expect("a file");
+        let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = probe.local_addr().expect("an address");
+        drop(probe);
+        let mut command = Command::new(tool("prometheus"));
+        command.arg(format!("--config.file={}", file.display()));
+        command.arg(format!("--storage.tsdb.path={}", folder.path().join("data").display()));
+        command.arg(format!("--web.listen-address={address}"));
+        let mut process = Process::start(&mut command, &folder.path().join("log"));
+        wait::until("Prometheus is ready", Duration::from_secs(60), || {
+            assert!(process.ended().is_none(), "Prometheus ended at its start:\n{}", process.log());
+            http::get(address, "/-/ready")
+        })
+        .await;
+        Self { address, process, folder }
+    }
+
+    /// The value of a query with one result; 0 if there is none (yet).
+    ///
+    /// # Panics
+    /// If Prometheus does not answer, or has several results.
+    pub async fn query(&self, query: &str) -> f64 {
+        let encoded: String = query.bytes().map(|b| format!("%{b:02x}")).collect();
+        let answer =
+            http::get(self.address, &format!("/api/v1/query?query={encoded}")).await.expect("an answer");
+        let answer: Value = serde_json::from_str(&answer).expect("JSON");
+        let results = answer["data"]["result"].as_array().expect("results");
+        assert!(results.len() <= 1, "{query} has several results: {answer}");
+        let value = results.first().and_then(|result| result["value"][1].as_str());
+        value.map_or(0.0, |value| value.parse().expect("a number"))
+    }
 }

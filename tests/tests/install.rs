@@ -25,9 +25,12 @@ async fn the_envoyfilters_patch_counts_in_a_real_envoy() {
         let plan = Plan { requests: 500, connections: 10, average_ms: 5.0, mixed: true, seed: 3 };
         let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
         wait::until_equal("the server's count", SETTLED, sent, || {
-            server.number("default", "hello-00001", "requests_total")
+            // Who it is comes from the node's metadata.
+            server.number("shop", "cart-v2", "requests_total")
         })
         .await;
+        let scraped = http::get(envoy.exporter, "/metrics").await.expect("the exporter");
+        assert!(scraped.contains("destination_pod=\"cart-v2-7d9f-x2x4p\""), "{scraped}");
         let forbidden = [("response_code", "403"), ("response_code_class", "4xx")];
         let logged = envoy.requests_when(sent).await.iter().filter(|r| r.code == 403).count();
         assert_eq!(envoy.stat("revision_request_count", &forbidden).await, logged as f64);

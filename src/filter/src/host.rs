@@ -295,6 +295,25 @@ pub fn increment(metric: Option<u32>, by: u64) {
     }
 }
 
+/// Changes this VM's part of a gauge that all VMs add to.
+pub fn adjust(metric: Option<u32>, to: u64, from: u64) {
+    if let Some(id) = metric
+        && to != from
+    {
+        let difference = i64::try_from(to).unwrap_or(i64::MAX).saturating_sub_unsigned(from);
+        // SAFETY: as in `record`.
+        unsafe { proxy_increment_metric(id, difference) };
+    }
+}
+
+/// The size of this VM's linear memory in bytes; it never shrinks.
+pub fn memory_bytes() -> u64 {
+    #[cfg(target_arch = "wasm32")]
+    return core::arch::wasm32::memory_size::<0>() as u64 * 65_536;
+    #[cfg(not(target_arch = "wasm32"))]
+    return 0;
+}
+
 /// Envoy's shared data, as the store of the pod's figures.
 pub struct SharedData;
 

@@ -22,6 +22,8 @@ pub struct Metrics {
     reports_sent: Option<u32>,
     reports_failed: Option<u32>,
     queue_depth: Option<u32>,
+    memory: Option<u32>,
+    memory_shown: u64,
     requests_by_code: BTreeMap<u16, ByCode>,
     app_requests_by_code: BTreeMap<u16, ByCode>,
     flushed: Snapshot,
@@ -68,6 +70,8 @@ impl Metrics {
             reports_sent: counter("inflight_reports_sent"),
             reports_failed: counter("inflight_reports_failed"),
             queue_depth: None,
+            memory: gauge("inflight_wasm_memory_bytes"),
+            memory_shown: 0,
             requests_by_code: BTreeMap::new(),
             app_requests_by_code: BTreeMap::new(),
             flushed: Snapshot::default(),
@@ -113,6 +117,12 @@ impl Metrics {
         for by_code in self.requests_by_code.values_mut().chain(self.app_requests_by_code.values_mut()) {
             host::increment(by_code.count, std::mem::take(&mut by_code.pending));
         }
+    }
+
+    /// Shows how much memory this VM has: the gauge is the sum over all VMs, each adding what it has more. 0 at
+    /// the end of the VM.
+    pub fn show_memory(&mut self, bytes: u64) {
+        host::adjust(self.memory, bytes, std::mem::replace(&mut self.memory_shown, bytes));
     }
 
     /// Sets the pod's gauges.

@@ -170,6 +170,7 @@ impl Worker {
         let now_ns = self.clock.read(host::monotonic_ns());
         self.recorder.advance(now_ns);
         self.metrics.flush(self.recorder.current());
+        self.metrics.show_memory(host::memory_bytes());
         now_ns
     }
 
@@ -283,6 +284,7 @@ impl Worker {
     /// Leaves everything counted up to now to the others.
     fn seal(&mut self) -> Option<u64> {
         let now_ns = self.advance();
+        self.metrics.show_memory(0);
         if let Some(gate) = &mut self.gate {
             gate.close();
         }

@@ -423,7 +423,8 @@ impl Member {
             };
             let mut stock =
                 if newest < state.grid.at_or_before(now_ns) { Stock::Wait } else { Stock::UpToDate };
-            if newest > state.published[1].as_of_ns {
+            // A worker that has just come has closed no boundary yet; its beginning is none.
+            if newest > state.published[1].as_of_ns && newest == state.grid.at_or_before(newest) {
                 let sum = live.iter().try_fold(state.ledger, |sum, slot| Some(sum.plus(&slot.at(newest)?)));
                 if let Some(sum) = sum {
                     // The ledger may hold counts from after the boundary; the figure is still as of it.

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Prints the path of `prometheus` or `promtool`: the one on PATH, else out of Debian's package, unpacked into .cache.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=$1
+if found=$(command -v "$name"); then
+    echo "$found"
+    exit
+fi
+folder=$PWD/.cache/prometheus
+if [ ! -x "$folder/usr/bin/$name" ]; then
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    # The package lists of a fresh machine may be missing; bringing them takes root, downloading does not.
+    apt-cache show prometheus >/dev/null 2>&1 || apt-get -qq update >&2
+    (cd "$work" && apt-get -qq download prometheus >&2)
+    mkdir -p "$folder.$$"
+    dpkg-deb -x "$work"/prometheus_*.deb "$folder.$$"
+    rm -rf "$folder"
+    mv "$folder.$$" "$folder"
+fi
+echo "$folder/usr/bin/$name"
