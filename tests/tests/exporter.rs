@@ -178,11 +178,6 @@ async fn a_real_prometheus_reads_the_exporter_and_envoy() {
         27.0
     );
     assert_eq!(prometheus.query("revision_queue_depth").await, 0.0);
-    println!("DBG {:?}", http::get(prometheus.address, "/api/v1/targets").await);
-    println!(
-        "DBG {:?}",
-        http::get(prometheus.address, "/api/v1/series?match[]=queue_requests_per_second").await
-    );
     let labels = r#"destination_namespace="default",destination_configuration="hello""#;
     let labels =
         format!(r#"{labels},destination_revision="hello-00001",destination_pod="hello-00001-pod-1""#);
@@ -192,10 +187,7 @@ async fn a_real_prometheus_reads_the_exporter_and_envoy() {
         "queue_average_concurrent_requests",
         "queue_average_proxied_concurrent_requests",
     ] {
-        assert_eq!(
-            prometheus.query(&format!("count({gauge}{{{labels},job=\"exporter\"}})")).await,
-            1.0,
-            "{gauge}"
-        );
+        let query = format!("count({gauge}{{{labels},job=\"exporter\"}})");
+        wait::until_equal(gauge, SETTLED, 1.0, || prometheus.query(&query)).await;
     }
 }
