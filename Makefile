@@ -6,7 +6,7 @@ WASM := --target wasm32-wasip1 --release --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all help build-tests envoys unit e2e test run lint deny clean
+.PHONY: all help build-tests envoys unit e2e test soak run lint deny clean
 
 all: ## The module and the stats server, in release builds
 	$(CARGO) build --locked $(WASM)
@@ -31,6 +31,9 @@ e2e: build-tests envoys ## The tests against real Envoys, the oldest and the new
 	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture
 
 test: unit e2e ## Every test
+
+soak: build-tests envoys ## The tests that take ten minutes and more
+	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture --ignored
 
 run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
 	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo

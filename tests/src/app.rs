@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming};
@@ -32,6 +32,8 @@ pub struct Counts {
     now: AtomicU64,
     most: AtomicU64,
     seen: Mutex<HashSet<String>>,
+    idle_since: Mutex<Option<Instant>>,
+    gaps: Mutex<Vec<Duration>>,
 }
 
 impl Counts {
@@ -55,10 +57,18 @@ impl Counts {
         self.seen.lock().expect("no panic under this lock").remove(id)
     }
 
+    /// How long the app was empty each time between two requests.
+    pub fn gaps(&self) -> Vec<Duration> {
+        self.gaps.lock().expect("no panic under this lock").clone()
+    }
+
     fn enter(self: &Arc<Self>, id: Option<String>) -> Inside {
         self.requests.fetch_add(1, Ordering::SeqCst);
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
+        if let Some(since) = self.idle_since.lock().expect("no panic under this lock").take() {
+            self.gaps.lock().expect("no panic under this lock").push(since.elapsed());
+        }
         if let Some(id) = id {
             self.seen.lock().expect("no panic under this lock").insert(id);
         }
@@ -71,7 +81,9 @@ struct Inside(Arc<Counts>);
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        self.0.now.fetch_sub(1, Ordering::SeqCst);
+        if self.0.now.fetch_sub(1, Ordering::SeqCst) == 1 {
+            *self.0.idle_since.lock().expect("no panic under this lock") = Some(Instant::now());
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 //! | [`envoy`] | a running Envoy |
 //! | [`load`] | a load of mixed requests, reproducible from its seed |
 //! | [`process`] | child processes that cannot outlive us |
-//! | [`prometheus`] | reading the Prometheus text format |
+//! | [`prometheus`] | reading the Prometheus text format; a real Prometheus |
 //! | [`statserver`] | a running `inflight-statserver` |
 //! | [`tap`] | between Envoy and the stats server: records reports, loses answers |
 //! | [`truth`] | counts and concurrency out of Envoy's own access log |

@@ -212,3 +212,62 @@ async fn the_slots_of_a_worker_that_panics_come_back() {
 async fn the_slots_of_a_worker_that_traps_come_back() {
     slots_come_back_after("trap").await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_queue_for_all_workers_and_no_slot_lies_idle() {
+    let (app, tap) = (App::start().await, Tap::start(None).await);
+    let envoy = Arc::new(Envoy::start(Version::Newest, &limited(&app, &tap, 1, 1000), 4).await);
+    // The kernel spreads connections over the workers as chance has it: some get several times what others get.
+    let (requests, work) = (60, Duration::from_millis(30));
+    let began = Instant::now();
+    let mut clients = JoinSet::new();
+    for _ in 0..requests {
+        let envoy = Arc::clone(&envoy);
+        clients.spawn(async move {
+            assert_eq!(ask(&envoy, "/work?ms=30").await.0, 200);
+            began.elapsed()
+        });
+    }
+    let longest = clients.join_all().await.into_iter().max().expect("a request");
+    let mut gaps = app.counts.gaps();
+    gaps.sort();
+    let median = gaps[gaps.len() / 2];
+    let ideal = work * requests;
+    println!(
+        "the longest wait {longest:?}, with one queue {ideal:?}; a free slot is taken after {median:?} (median)"
+    );
+    assert!(longest <= 2 * ideal, "{longest:?}");
+    assert_eq!((app.counts.requests(), app.counts.most()), (u64::from(requests), 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "ten minutes: make soak"]
+async fn ten_minutes_of_aborts_and_resets_leak_nothing() {
+    let (app, tap) = (App::start().await, Tap::start(None).await);
+    let envoy = Envoy::start(Version::Newest, &limited(&app, &tap, 7, 1000), 4).await;
+    let began = Instant::now();
+    let mut total = 0;
+    let mut memory = Vec::new();
+    while began.elapsed() < Duration::from_secs(600) {
+        let seed = began.elapsed().as_micros() as u64;
+        let plan = Plan { requests: 20_000, connections: 200, average_ms: 3.0, mixed: true, seed };
+        total += Load::start(plan, envoy.address, &app.counts).finish().await;
+        empties(&envoy, &app).await;
+        let wasm = envoy.stat("inflight_wasm_memory_bytes", &[]).await;
+        memory.push((wasm, envoy.process.resident_bytes()));
+        println!(
+            "{:?}: {total} requests, wasm memory {wasm}, resident {}",
+            began.elapsed(),
+            envoy.process.resident_bytes()
+        );
+    }
+    assert_eq!(app.counts.most(), 7);
+    wait::until_equal("the reported count", SETTLED, total, async || {
+        tap.acknowledged().last().map_or(0, |report| report.messages[0].until.requests)
+    })
+    .await;
+    // After the first round all buffers have their size.
+    let (first, last) = (memory[1], memory[memory.len() - 1]);
+    assert_eq!(last.0, first.0, "wasm memory");
+    assert!(last.1 < first.1 + (16 << 20), "resident memory {} -> {}", first.1, last.1);
+}

@@ -126,22 +126,33 @@ impl Gate {
         pass
     }
 
-    /// A request ends; `broken_off` if it was still in the app. Which others go on.
-    pub fn leave(&mut self, pass: Pass, broken_off: bool, now_ns: u64) -> Turn {
-        let owed = match pass {
-            Pass::Refused => return Turn::default(),
-            Pass::Admitted(_) if broken_off => {
-                self.lingering.push_back(now_ns.saturating_add(LINGER_NS));
-                host::tick_in(LINGER_NS / 1_000_000);
-                return Turn::default();
-            }
-            Pass::Admitted(_) => Owed::Leave,
+    /// A request ends. Which others go on.
+    pub fn leave(&mut self, pass: Pass, now_ns: u64) -> Turn {
+        let resume = match pass {
+            Pass::Refused => Vec::new(),
             Pass::Waiting(number) => {
                 self.waiting.remove(&number);
-                Owed::Abandon(Ticket { worker: self.worker, number })
+                self.pay(Owed::Abandon(Ticket { worker: self.worker, number }), now_ns)
+            }
+            Pass::Admitted(_) => {
+                match self.breaker.leave_unless(&SharedData, self.worker, host::was_broken_off) {
+                    Ok(Some(grants)) => {
+                        self.running = self.running.saturating_sub(1);
+                        self.deliver(grants, now_ns)
+                    }
+                    Ok(None) => {
+                        self.lingering.push_back(now_ns.saturating_add(LINGER_NS));
+                        host::tick_in(LINGER_NS / 1_000_000);
+                        Vec::new()
+                    }
+                    Err(Contended) => {
+                        self.owed.push(Owed::Leave);
+                        Vec::new()
+                    }
+                }
             }
         };
-        Turn { resume: self.pay(owed, now_ns), ..Turn::default() }
+        Turn { resume, ..Turn::default() }
     }
 
     /// Messages have come: some of this worker's waiting requests have slots.

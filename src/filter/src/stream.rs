@@ -61,7 +61,7 @@ impl Stream {
             Pass::Waiting(_) | Pass::Refused => None,
         };
         worker.request_out(now_ns, proxied, code(), now_ns.saturating_sub(raw_ns), app_ns);
-        let turn = worker.gate.as_mut().map(|gate| gate.leave(pass, host::was_broken_off(), now_ns));
+        let turn = worker.gate.as_mut().map(|gate| gate.leave(pass, now_ns));
         drop(worker);
         if let Some(turn) = turn {
             turn.take(self.id);

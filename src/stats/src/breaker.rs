@@ -151,17 +151,37 @@ impl Breaker {
         })
     }
 
+    /// As [`Breaker::leave`], unless `must_linger` says that the app may still be at work on the request: then
+    /// the slot stays taken, and `None` asks for [`Breaker::leave`] later. It is asked only while more than
+    /// half of the slots are taken: otherwise it would be long until the app could see one too many.
+    ///
+    /// # Errors
+    /// [`Contended`]; the slot is still taken, so this must be tried again.
+    pub fn leave_unless(
+        &self,
+        store: &impl Store,
+        worker: u64,
+        mut must_linger: impl FnMut() -> bool,
+    ) -> Result<Option<Vec<Grant>>, Contended> {
+        self.update(store, |state| {
+            let crowded = !state.waiting.is_empty() || state.running() > self.limits.concurrency / 2;
+            if crowded && must_linger() { None } else { Some(self.leave_desk(state, worker)) }
+        })
+    }
+
     /// A request of `worker` that had a slot is done. Who gets slots now.
     ///
     /// # Errors
     /// [`Contended`]; the slot is still taken, so this must be tried again.
     pub fn leave(&self, store: &impl Store, worker: u64) -> Result<Vec<Grant>, Contended> {
-        self.update(store, |state| {
-            if let Some(desk) = state.desk(worker) {
-                desk.running = desk.running.saturating_sub(1);
-            }
-            state.grant(self.limits.concurrency)
-        })
+        self.update(store, |state| self.leave_desk(state, worker))
+    }
+
+    fn leave_desk(&self, state: &mut State, worker: u64) -> Vec<Grant> {
+        if let Some(desk) = state.desk(worker) {
+            desk.running = desk.running.saturating_sub(1);
+        }
+        state.grant(self.limits.concurrency)
     }
 
     /// A waiting request gives up. If it had been given a slot meanwhile, that goes to others.
@@ -174,11 +194,7 @@ impl Breaker {
                 Some(position) => {
                     state.waiting.remove(position);
                 }
-                None => {
-                    if let Some(desk) = state.desk(ticket.worker) {
-                        desk.running = desk.running.saturating_sub(1);
-                    }
-                }
+                None => return self.leave_desk(state, ticket.worker),
             }
             state.grant(self.limits.concurrency)
         })
@@ -327,6 +343,22 @@ mod tests {
         assert_eq!(breaker.depth(&store), (3, 1));
         assert_eq!(breaker.leave(&store, 2).unwrap(), [], "three minus one is not below two");
         assert_eq!(breaker.leave(&store, 2).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_slot_lingers_only_while_the_app_is_half_full() {
+        let (store, breaker) = (Map::default(), breaker(Limits { concurrency: 4, queue_depth: 0 }));
+        for number in 0..3 {
+            breaker.enter(&store, 1, 0, number).unwrap();
+        }
+        assert_eq!(breaker.leave_unless(&store, 1, || true).unwrap(), None);
+        assert_eq!(breaker.depth(&store), (3, 0));
+        assert_eq!(breaker.leave_unless(&store, 1, || false).unwrap(), Some(vec![]));
+        assert_eq!(
+            breaker.leave_unless(&store, 1, || panic!("asked with two of four")).unwrap(),
+            Some(vec![])
+        );
+        assert_eq!(breaker.depth(&store), (1, 0));
     }
 
     #[test]
