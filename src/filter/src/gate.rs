@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use inflight_stats::Config;
-use inflight_stats::breaker::{Answer, Breaker, Contended, Grant, Ticket};
+use inflight_stats::breaker::{Answer, Breaker, Contended, Grant, Limits, Ticket};
 use inflight_stats::shared::Pod;
 
 use crate::host::{self, SharedData};
@@ -19,6 +19,9 @@ pub const TIMED_OUT: &[u8] = b"pending request queue timeout";
 /// timeout struck. The app learns of it by a closed connection, a moment after Envoy's stream has ended; to let
 /// another request in at once would show the app one too many.
 const LINGER_NS: u64 = 10_000_000;
+
+/// No worker has this id.
+const NOBODY: u64 = 0;
 
 /// How a request stands to the breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +60,7 @@ pub struct Gate {
     running: u32,
     waiting: BTreeMap<u64, Waiter>,
     owed: Vec<Owed>,
+    reconfigured: bool,
     /// When slots of requests that were broken off come back; the earliest first.
     lingering: VecDeque<u64>,
 }
@@ -91,6 +95,7 @@ impl Gate {
             running: 0,
             waiting: BTreeMap::new(),
             owed: Vec::new(),
+            reconfigured: false,
             lingering: VecDeque::new(),
         })
     }
@@ -98,9 +103,9 @@ impl Gate {
     /// Takes over another configuration's limits. The mailbox is registered anew, because the host calls
     /// the root context that registered it last.
     pub fn configure(&mut self, config: &Config) {
-        if let Some(limits) = config.limits {
-            self.breaker.limits = limits;
-        }
+        const NONE: Limits = Limits { concurrency: u32::MAX, queue_depth: u32::MAX };
+        self.breaker.limits = config.limits.unwrap_or(NONE);
+        self.reconfigured = true;
         self.timeout_ns = timeout_ns(config);
         self.mailbox = host::mailbox(&self.mailbox_name);
     }
@@ -176,6 +181,10 @@ impl Gate {
         }
         for owed in std::mem::take(&mut self.owed) {
             turn.resume.extend(self.pay(owed, now_ns));
+        }
+        if std::mem::take(&mut self.reconfigured) {
+            // Nobody's slots come back, but there may be more of them now.
+            turn.resume.extend(self.forget(NOBODY, now_ns).unwrap_or_default().resume);
         }
         if self.running > 0 || !self.waiting.is_empty() {
             match self.breaker.waiting(&SharedData, self.worker) {

@@ -112,9 +112,10 @@ impl Worker {
         self.metrics.request_done(code, latency_ns, app_ns);
     }
 
-    /// Takes over a configuration's breaker. One that is switched off lets go those who wait as slots come
-    /// back, and is gone for the streams to come.
+    /// Takes over a configuration. A breaker that it does not have any more lets everything through, those who
+    /// wait included.
     fn configure(&mut self, config: &Config) -> Result<(), Trouble> {
+        self.clock.set_longest_step_ns(longest_step_ns(period_ns(config)));
         match &mut self.gate {
             Some(gate) => gate.configure(config),
             None if config.limits.is_some() => {

@@ -26,6 +26,11 @@ impl Clock {
         self.now_ns
     }
 
+    /// For another reporting period.
+    pub fn set_longest_step_ns(&mut self, longest_step_ns: u64) {
+        self.longest_step_ns = longest_step_ns;
+    }
+
     /// Takes over the time of workers that are ahead, after this one was stopped for so long that
     /// [`Clock::read`] cut its step. Never goes back.
     pub fn catch_up(&mut self, offset_ns: u64) {
@@ -68,6 +73,18 @@ mod tests {
     fn a_wall_clock_behind_the_monotonic_one_wraps_the_offset_and_nothing_else() {
         let mut clock = Clock::new(5u64.wrapping_sub(1_000), 1_000, 100);
         assert_eq!(clock.read(1_001), 6);
+    }
+
+    #[test]
+    fn a_clock_that_fell_behind_catches_up_and_never_goes_back() {
+        let mut clock = Clock::new(0, 50, 100);
+        clock.read(1_000);
+        clock.catch_up(0);
+        assert_eq!(clock.read(1_010), 1_010);
+        clock.catch_up(0u64.wrapping_sub(500));
+        assert_eq!(clock.read(1_020), 1_020);
+        clock.set_longest_step_ns(1);
+        assert_eq!(clock.read(1_040), 1_021);
     }
 
     #[test]
