@@ -29,6 +29,13 @@ pub fn at<'a>(value: &'a mut Value, pointer: &str) -> &'a mut Value {
     value.pointer_mut(pointer).unwrap_or_else(|| panic!("nothing at {pointer}"))
 }
 
+/// The value that an EnvoyFilter patches in.
+fn patch(document: &Value, apply_to: &str) -> Value {
+    let patches = document["spec"]["configPatches"].as_array().expect("configPatches");
+    let patch = patches.iter().find(|p| p["applyTo"] == apply_to).expect("the patch");
+    patch["patch"]["value"].clone()
+}
+
 const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
 
 impl Bootstrap {
@@ -43,11 +50,10 @@ impl Bootstrap {
         // Else a response that was cut short holds its client for a second more.
         at(&mut bootstrap.0, MANAGER)["delayed_close_timeout"] = json!("0s");
         // Two more ways for a request to end that need Envoy's help.
+        bootstrap.local_route();
         let routes = at(&mut bootstrap.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
-        let routes = routes.as_array_mut().expect("routes");
-        let local = json!({"match": {"prefix": "/local"}, "direct_response": {"status": 403}});
-        routes.insert(0, local);
-        routes.insert(0, json!({"match": {"prefix": "/nohosts"}, "route": {"cluster": "nohosts"}}));
+        let nohosts = json!({"match": {"prefix": "/nohosts"}, "route": {"cluster": "nohosts"}});
+        routes.as_array_mut().expect("routes").insert(0, nohosts);
         bootstrap
     }
 
@@ -58,33 +64,16 @@ impl Bootstrap {
     /// If the EnvoyFilters do not have them.
     pub fn istio(app: SocketAddr, statserver: SocketAddr) -> Self {
         let mut bootstrap = Self::sidecar(app, statserver);
-        let patch = |document: &Value, apply_to: &str| {
-            let patches = document["spec"]["configPatches"].as_array().expect("configPatches");
-            let patch = patches.iter().find(|p| p["applyTo"] == apply_to).expect("the patch");
-            patch["patch"]["value"].clone()
-        };
-        let sidecar = shipped("istio/sidecar.yaml");
-        let module = at(bootstrap.filter(), "/typed_config/config/vm_config/code/local/filename").clone();
-        *bootstrap.filter() = patch(&sidecar, "HTTP_FILTER");
         let mut exporter = patch(&shipped("istio/exporter.yaml"), "LISTENER");
         *at(&mut exporter, "/address/socket_address") = json!({"address": "127.0.0.1", "port_value": 0});
         *at(&mut bootstrap.0, "/static_resources/listeners/1") = exporter;
-        bootstrap.module(Path::new(module.as_str().expect("a path")));
-        let mut cluster = patch(&sidecar, "CLUSTER");
-        let address = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address/socket_address";
-        *at(&mut cluster, address) =
-            json!({"address": statserver.ip().to_string(), "port_value": statserver.port()});
-        let clusters = at(&mut bootstrap.0, "/static_resources/clusters").as_array_mut().expect("clusters");
-        clusters.retain(|c| c["name"] != cluster["name"]);
-        clusters.push(cluster);
+        bootstrap.patch_in("istio/sidecar.yaml", statserver);
         bootstrap.0["node"] = json!({"id": "sidecar", "cluster": "cart.shop", "metadata": {
             "NAMESPACE": "shop",
             "NAME": "cart-v2-7d9f-x2x4p",
             "WORKLOAD_NAME": "cart-v2",
             "LABELS": {"service.istio.io/canonical-name": "cart", "service.istio.io/canonical-revision": "v2"},
         }});
-        let tags = patch(&shipped("istio/stats-tags.yaml"), "BOOTSTRAP");
-        *at(&mut bootstrap.0, "/stats_config") = tags["stats_config"].clone();
         bootstrap
     }
 
@@ -103,6 +92,52 @@ impl Bootstrap {
             Some(cluster) => cluster["load_assignment"] = assignment,
             None => clusters.push(json!({"name": name, "type": "STATIC", "load_assignment": assignment})),
         }
+    }
+
+    /// `envoy/gateway.yaml`, on free ports, with the built module, its one service at `upstream`.
+    pub fn gateway(upstream: SocketAddr, statserver: SocketAddr) -> Self {
+        let mut bootstrap = Self(shipped("gateway.yaml"));
+        bootstrap.on_free_ports();
+        bootstrap.cluster("outbound|80||hello-00001.default.svc.cluster.local", Some(upstream));
+        bootstrap.cluster("inflight-statserver", Some(statserver));
+        bootstrap.module(&built("wasm32-wasip1/release/inflight_filter.wasm"));
+        bootstrap.local_route();
+        bootstrap
+    }
+
+    /// The same, with filter, cluster and stats tags out of the EnvoyFilters for an Istio ingress gateway.
+    ///
+    /// # Panics
+    /// If the EnvoyFilters do not have them.
+    pub fn istio_gateway(upstream: SocketAddr, statserver: SocketAddr) -> Self {
+        let mut bootstrap = Self::gateway(upstream, statserver);
+        bootstrap.patch_in("istio/gateway.yaml", statserver);
+        bootstrap.0["node"] =
+            json!({"id": "gw", "cluster": "gw", "metadata": {"NAMESPACE": "mesh", "NAME": "gw-7"}});
+        bootstrap
+    }
+
+    fn local_route(&mut self) {
+        let routes = at(&mut self.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
+        let local = json!({"match": {"prefix": "/local"}, "direct_response": {"status": 403}});
+        routes.as_array_mut().expect("routes").insert(0, local);
+    }
+
+    /// Filter and cluster of an EnvoyFilter, and the stats tags, instead of those that are there.
+    fn patch_in(&mut self, envoy_filter: &str, statserver: SocketAddr) {
+        let document = shipped(envoy_filter);
+        let module = at(self.filter(), "/typed_config/config/vm_config/code/local/filename").clone();
+        *self.filter() = patch(&document, "HTTP_FILTER");
+        self.module(Path::new(module.as_str().expect("a path")));
+        let mut cluster = patch(&document, "CLUSTER");
+        let address = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address/socket_address";
+        *at(&mut cluster, address) =
+            json!({"address": statserver.ip().to_string(), "port_value": statserver.port()});
+        let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
+        clusters.retain(|c| c["name"] != cluster["name"]);
+        clusters.push(cluster);
+        let tags = patch(&shipped("istio/stats-tags.yaml"), "BOOTSTRAP");
+        *at(&mut self.0, "/stats_config") = tags["stats_config"].clone();
     }
 
     /// `envoy/knative/envoy.yaml`, on free ports, with the built module.

@@ -41,6 +41,37 @@ pub async fn headers(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<He
     Ok(answer?.headers().clone())
 }
 
+/// A connection for one request after another.
+#[derive(Debug)]
+pub struct Connection {
+    sender: http1::SendRequest<Full<Bytes>>,
+}
+
+impl Connection {
+    /// Connects.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub async fn open(to: SocketAddr) -> Result<Self, String> {
+        let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+        tokio::spawn(connection);
+        Ok(Self { sender })
+    }
+
+    /// Sends a request and reads the whole answer; its status.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub async fn ask(&mut self, request: Request<Full<Bytes>>) -> Result<StatusCode, String> {
+        self.sender.ready().await.map_err(|e| e.to_string())?;
+        let response = self.sender.send_request(request).await.map_err(|e| e.to_string())?;
+        let status = response.status();
+        response.into_body().collect().await.map_err(|e| e.to_string())?;
+        Ok(status)
+    }
+}
+
 /// GETs a path.
 ///
 /// # Errors

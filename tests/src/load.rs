@@ -15,6 +15,13 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::app::Counts;
 
+impl Default for Plan {
+    /// A hundred plain requests of some ten milliseconds.
+    fn default() -> Self {
+        Self { requests: 100, connections: 10, average_ms: 10.0, mixed: false, seed: 1, path: "/work" }
+    }
+}
+
 /// What a load is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -28,6 +35,8 @@ pub struct Plan {
     pub mixed: bool,
     /// For the dice.
     pub seed: u64,
+    /// The path of ordinary requests, for the access log.
+    pub path: &'static str,
 }
 
 #[derive(Debug)]
@@ -139,7 +148,7 @@ impl Client {
         let ms = if self.dice.below(3) == 0 { ms * 2.0 } else { ms / 2.0 };
         let id = format!("{}-{id}", self.number);
         let path = match kind {
-            Kind::Work => format!("/work?ms={ms:.1}"),
+            Kind::Work => format!("{}?ms={ms:.1}", self.plan.path),
             Kind::AbortBeforeAnswer => "/work?ms=30000".into(),
             Kind::AbortInAnswer => "/hang".into(),
             Kind::Reset => "/reset".into(),

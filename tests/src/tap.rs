@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -40,6 +40,8 @@ pub struct Recorded {
     pub report: Report,
     /// The code that the sender got.
     pub answered: Option<u16>,
+    /// When it came.
+    pub at: Instant,
     /// The request's headers.
     pub headers: Vec<(String, String)>,
 }
@@ -120,6 +122,7 @@ async fn take(
     request: Request<Incoming>,
     shared: Arc<Mutex<Shared>>,
 ) -> Result<Response<Full<Bytes>>, &'static str> {
+    let at = Instant::now();
     let headers = request.headers().iter();
     let headers =
         headers.map(|(k, v)| (k.to_string(), String::from_utf8_lossy(v.as_bytes()).into_owned())).collect();
@@ -140,7 +143,12 @@ async fn take(
     };
     let answer = if mode == Mode::LoseAnswer { Err("lost as asked") } else { answer };
     let answered = answer.as_ref().ok().map(|(code, _)| code.as_u16());
-    shared.lock().expect("no panic under this lock").recorded.push(Recorded { report, answered, headers });
+    shared.lock().expect("no panic under this lock").recorded.push(Recorded {
+        report,
+        answered,
+        at,
+        headers,
+    });
     if mode == Mode::Hang {
         tokio::time::sleep(Duration::from_secs(600)).await;
     }

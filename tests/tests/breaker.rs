@@ -43,7 +43,8 @@ async fn empties(envoy: &Envoy, app: &App) {
 async fn the_app_never_sees_more_than_the_limit(version: Version, mixed: bool) {
     let (app, tap) = (App::start().await, Tap::start(None).await);
     let envoy = Envoy::start(version, &limited(&app, &tap, 7, 1000), 4).await;
-    let plan = Plan { requests: 12_000, connections: 200, average_ms: 3.0, mixed, seed: 11 };
+    let plan =
+        Plan { requests: 12_000, connections: 200, average_ms: 3.0, mixed, seed: 11, ..Plan::default() };
     let began = Instant::now();
     let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
     println!(
@@ -250,7 +251,14 @@ async fn ten_minutes_of_aborts_and_resets_leak_nothing() {
     let mut memory = Vec::new();
     while began.elapsed() < Duration::from_secs(600) {
         let seed = began.elapsed().as_micros() as u64;
-        let plan = Plan { requests: 20_000, connections: 200, average_ms: 3.0, mixed: true, seed };
+        let plan = Plan {
+            requests: 20_000,
+            connections: 200,
+            average_ms: 3.0,
+            mixed: true,
+            seed,
+            ..Plan::default()
+        };
         total += Load::start(plan, envoy.address, &app.counts).finish().await;
         empties(&envoy, &app).await;
         let wasm = envoy.stat("inflight_wasm_memory_bytes", &[]).await;

@@ -47,7 +47,14 @@ fn by_code(stats: &[Sample], name: &str) -> BTreeMap<u16, u64> {
 
 /// The whole of it: a load of mixed requests, every figure against the access log.
 async fn the_numbers_are_right(version: Version, concurrency: u32) {
-    let plan = Plan { requests: 100_000, connections: 120, average_ms: 25.0, mixed: true, seed: 1 };
+    let plan = Plan {
+        requests: 100_000,
+        connections: 120,
+        average_ms: 25.0,
+        mixed: true,
+        seed: 1,
+        ..Plan::default()
+    };
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let tap = Tap::start(Some(server.address)).await;
     let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), concurrency).await;

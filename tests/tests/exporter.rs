@@ -54,7 +54,14 @@ async fn a_scrape_has_the_numbers_of_the_same_seconds_report() {
     for version in [Version::Oldest, Version::Newest] {
         let (app, tap) = (App::start().await, Tap::start(None).await);
         let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), 2).await;
-        let plan = Plan { requests: u64::MAX, connections: 10, average_ms: 10.0, mixed: true, seed: 5 };
+        let plan = Plan {
+            requests: u64::MAX,
+            connections: 10,
+            average_ms: 10.0,
+            mixed: true,
+            seed: 5,
+            ..Plan::default()
+        };
         let load = Load::start(plan, envoy.address, &app.counts);
         // Twenty scrapes a second, of both kinds.
         let mut scraped = Vec::new();
@@ -132,7 +139,14 @@ async fn the_knative_configuration_limits_and_is_scraped() {
     bootstrap.configure("container_concurrency", json!(2));
     bootstrap.configure("reporting_period", json!("200ms"));
     let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
-    let plan = Plan { requests: u64::MAX, connections: 6, average_ms: 20.0, mixed: false, seed: 6 };
+    let plan = Plan {
+        requests: u64::MAX,
+        connections: 6,
+        average_ms: 20.0,
+        mixed: false,
+        seed: 6,
+        ..Plan::default()
+    };
     let load = Load::start(plan, envoy.address, &app.counts);
     wait::until("the scrape shows those who wait, too", SETTLED, || async {
         let stat = scrape(&envoy).await;
@@ -153,7 +167,8 @@ async fn a_real_prometheus_reads_the_exporter_and_envoy() {
     at(&mut bootstrap.0, "/stats_config")["stats_matcher"] =
         json!({"inclusion_list": {"patterns": [{"prefix": "wasmcustom."}]}});
     let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
-    let plan = Plan { requests: 400, connections: 10, average_ms: 10.0, mixed: true, seed: 8 };
+    let plan =
+        Plan { requests: 400, connections: 10, average_ms: 10.0, mixed: true, seed: 8, ..Plan::default() };
     let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
     let targets = [("exporter", envoy.exporter, "/metrics"), ("envoy", envoy.admin, "/stats/prometheus")];
     for (name, address, path) in targets {

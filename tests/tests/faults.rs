@@ -17,7 +17,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 const SETTLED: Duration = Duration::from_secs(15);
-const STEADY: Plan = Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2 };
+const STEADY: Plan =
+    Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
 
 /// What the acknowledged reports add up to.
 fn acknowledged(tap: &Tap) -> u64 {

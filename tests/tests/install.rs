@@ -22,7 +22,8 @@ async fn the_envoyfilters_patch_counts_in_a_real_envoy() {
     for version in [Version::Oldest, Version::Newest] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
         let envoy = Envoy::start(version, &Bootstrap::istio(app.address, server.address), 2).await;
-        let plan = Plan { requests: 500, connections: 10, average_ms: 5.0, mixed: true, seed: 3 };
+        let plan =
+            Plan { requests: 500, connections: 10, average_ms: 5.0, mixed: true, seed: 3, ..Plan::default() };
         let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
         wait::until_equal("the server's count", SETTLED, sent, || {
             // Who it is comes from the node's metadata.
@@ -165,7 +166,14 @@ async fn without_a_stats_server_the_stats_are_there_all_the_same() {
         .configuration(r#"{"namespace": "ns", "revision": "r", "pod": "p", "reporting_period": "100ms"}"#);
     let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
     let load = Load::start(
-        Plan { requests: u64::MAX, connections: 5, average_ms: 20.0, mixed: false, seed: 4 },
+        Plan {
+            requests: u64::MAX,
+            connections: 5,
+            average_ms: 20.0,
+            mixed: false,
+            seed: 4,
+            ..Plan::default()
+        },
         envoy.address,
         &app.counts,
     );

@@ -37,6 +37,14 @@ unsafe extern "C" {
         value: *mut *mut u8,
         value_size: *mut usize,
     ) -> u32;
+    fn proxy_replace_header_map_value(
+        map: u32,
+        key: *const u8,
+        key_size: usize,
+        value: *const u8,
+        value_size: usize,
+    ) -> u32;
+    fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
     fn proxy_get_buffer_bytes(
         buffer: u32,
         start: usize,
@@ -141,6 +149,22 @@ pub fn header(map: Headers, name: &str) -> Option<Vec<u8>> {
     }
 }
 
+/// Sets a header to one value, whatever it was.
+pub fn set_header(map: Headers, name: &str, value: &[u8]) {
+    // SAFETY: the host reads name and value.
+    unsafe {
+        proxy_replace_header_map_value(map as u32, name.as_ptr(), name.len(), value.as_ptr(), value.len());
+    }
+}
+
+/// Takes a header away, if it is there.
+pub fn remove_header(map: Headers, name: &str) {
+    // SAFETY: the host reads the name.
+    unsafe {
+        proxy_remove_header_map_value(map as u32, name.as_ptr(), name.len());
+    }
+}
+
 /// The beginning of the body of the answer to an HTTP call.
 pub fn call_response_body(most: usize) -> Vec<u8> {
     let (mut data, mut size) = (null_mut(), 0);
@@ -204,6 +228,11 @@ fn for_each_stream(streams: &[u32], home: u32, mut action: impl FnMut()) {
         // SAFETY: as above.
         unsafe { proxy_set_effective_context(home) };
     }
+}
+
+/// Does something in another context than the present one, `home`.
+pub fn in_context(context: u32, home: u32, action: impl FnMut()) {
+    for_each_stream(&[context], home, action);
 }
 
 /// Lets paused requests go on. Called in the context `home`.

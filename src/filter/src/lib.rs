@@ -6,6 +6,8 @@
 //! | `host` | the host calls, with every error as a value: a panic would end this worker's VM |
 //! | `exporter` | the role `exporter`: the pod's figures at `/metrics` |
 //! | `gate` | the breaker at this worker: its requests in the app, its requests that wait |
+//! | `keys` | the gateway's side of a worker: counts by key, and the leader's books |
+//! | `passage` | one request through a gateway |
 //! | `root` | the root context: configuration, ticks, the call to the stats server and its answer |
 //! | `stream` | one request: in, out, what it was |
 //! | `worker` | what this VM counted for one pod, shared by all its root and stream contexts |
@@ -17,7 +19,9 @@ mod exporter;
 mod fault;
 mod gate;
 mod host;
+mod keys;
 mod metrics;
+mod passage;
 mod root;
 mod stream;
 mod worker;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use inflight_stats::config::Role;
 use inflight_stats::request::code_suffix;
 use inflight_stats::{Period, Snapshot};
 
@@ -30,32 +31,44 @@ pub struct Metrics {
 }
 
 /// One vantage point's stats for one response code.
-struct ByCode {
+pub struct ByCode {
     count: Option<u32>,
     latencies: Option<u32>,
     pending: u64,
 }
 
 impl ByCode {
-    fn define(vantage: &str, code: u16) -> Self {
+    /// `labels` come between the stat's name and the code.
+    pub fn define(vantage: &str, labels: &str, code: u16) -> Self {
         let suffix = code_suffix(code);
         Self {
-            count: host::define_metric(Kind::Counter, &format!("{vantage}_count{suffix}")),
-            latencies: host::define_metric(Kind::Histogram, &format!("{vantage}_latencies{suffix}")),
+            count: host::define_metric(Kind::Counter, &format!("{vantage}_count{labels}{suffix}")),
+            latencies: host::define_metric(Kind::Histogram, &format!("{vantage}_latencies{labels}{suffix}")),
             pending: 0,
         }
     }
 
-    fn done(&mut self, latency_ns: u64) {
+    /// A request ended. Its count goes out at the tick; a histogram cannot be added up.
+    pub fn done(&mut self, latency_ns: u64) {
         self.pending += 1;
         host::record(self.latencies, latency_ns / 1_000_000);
+    }
+
+    /// Adds what was counted since the last flush.
+    pub fn flush(&mut self) {
+        host::increment(self.count, std::mem::take(&mut self.pending));
     }
 }
 
 impl Metrics {
-    pub fn define() -> Self {
-        let counter = |name| host::define_metric(Kind::Counter, name);
-        let gauge = |name| host::define_metric(Kind::Gauge, name);
+    /// Those of a role: a gateway has no `queue_*`.
+    pub fn define(role: Role) -> Self {
+        let of_role = |kind, name: &str| {
+            let defined = role != Role::Gateway || name.starts_with("inflight_");
+            defined.then(|| host::define_metric(kind, name)).flatten()
+        };
+        let counter = |name| of_role(Kind::Counter, name);
+        let gauge = |name| of_role(Kind::Gauge, name);
         Self {
             requests: counter("queue_requests_total"),
             proxied_requests: counter("queue_proxied_requests_total"),
@@ -81,7 +94,7 @@ impl Metrics {
     /// A request ended: from its arrival, and from leaving the breaker's queue if it ever did. Counts go out at
     /// the tick; a histogram cannot be added up.
     pub fn request_done(&mut self, code: u16, latency_ns: u64, app_ns: Option<u64>) {
-        let define = |vantage| move || ByCode::define(vantage, code);
+        let define = |vantage| move || ByCode::define(vantage, "", code);
         self.requests_by_code.entry(code).or_insert_with(define("revision_request")).done(latency_ns);
         if let Some(app_ns) = app_ns {
             self.app_requests_by_code.entry(code).or_insert_with(define("revision_app_request")).done(app_ns);
@@ -115,7 +128,7 @@ impl Metrics {
         }
         self.flushed = *now;
         for by_code in self.requests_by_code.values_mut().chain(self.app_requests_by_code.values_mut()) {
-            host::increment(by_code.count, std::mem::take(&mut by_code.pending));
+            by_code.flush();
         }
     }
 

@@ -12,8 +12,9 @@ use proxy_wasm::types::ContextType;
 
 use crate::exporter::{Exporter, Scrape};
 use crate::host::{self, Headers};
+use crate::passage::{Gateway, Passage};
 use crate::stream::Stream;
-use crate::worker::Worker;
+use crate::worker::{Outgoing, Worker};
 
 /// A configured plugin. Without a configuration (before `on_configure`) it counts nothing.
 pub struct Root {
@@ -24,6 +25,7 @@ pub struct Root {
 enum Role {
     Unconfigured,
     Sidecar(Box<Plugin>),
+    Gateway(Rc<Gateway>),
     Exporter(Rc<Exporter>),
 }
 
@@ -32,6 +34,29 @@ struct Plugin {
     token: Option<String>,
     proxied_header: Rc<str>,
     worker: Rc<RefCell<Worker>>,
+}
+
+/// What the roles that count have in common.
+struct Counting<'a> {
+    config: &'a Config,
+    token: Option<&'a str>,
+    worker: &'a Rc<RefCell<Worker>>,
+}
+
+impl Role {
+    fn counting(&self) -> Option<Counting<'_>> {
+        match self {
+            Self::Sidecar(plugin) => {
+                let Plugin { config, token, worker, .. } = &**plugin;
+                Some(Counting { config, token: token.as_deref(), worker })
+            }
+            Self::Gateway(gateway) => {
+                let Gateway { config, token, worker, .. } = &**gateway;
+                Some(Counting { config, token: token.as_deref(), worker })
+            }
+            Self::Unconfigured | Self::Exporter(_) => None,
+        }
+    }
 }
 
 impl Root {
@@ -57,38 +82,49 @@ impl Root {
         };
         let worker =
             Worker::of(&config).map_err(|trouble| format!("the shared data is of no use ({trouble:?})"))?;
+        if config.role == config::Role::Gateway {
+            return Ok(Role::Gateway(Rc::new(Gateway { root: self.id, config, token, worker })));
+        }
         let proxied_header = config.proxied_header.as_str().into();
         Ok(Role::Sidecar(Box::new(Plugin { token, proxied_header, worker, config })))
     }
 
-    fn send(&self, plugin: &Plugin, report: &[u8]) {
-        let Some(StatServer { cluster, authority, path, timeout, .. }) = &plugin.config.statserver else {
-            return;
-        };
-        let authorization = plugin.token.as_ref().map(|token| format!("Bearer {token}"));
-        let mut headers = vec![
-            (":method", "POST"),
-            (":path", path.as_str()),
-            (":authority", authority.as_str()),
-            ("content-type", CONTENT_TYPE),
-        ];
-        headers.extend(authorization.as_ref().map(|value| ("authorization", value.as_str())));
-        if let Err(status) = self.dispatch_http_call(cluster, headers, Some(report), vec![], *timeout)
-            && let Ok(mut worker) = plugin.worker.try_borrow_mut()
-        {
-            worker.not_sent(&format!("cannot be called: cluster \"{cluster}\", {status:?}"));
+    fn send(&self, Counting { config, token, worker }: Counting, reports: Vec<Outgoing>) {
+        let Some(server) = &config.statserver else { return };
+        for report in reports {
+            let call = call(server, token, &report.bytes);
+            let Ok(mut worker) = worker.try_borrow_mut() else { return };
+            match call {
+                Ok(call) => worker.sent(call, report, config),
+                Err(why) => worker.not_sent(&why),
+            }
         }
     }
 }
 
+/// Calls the stats server from the context in effect; the call's number.
+pub fn call(server: &StatServer, token: Option<&str>, report: &[u8]) -> Result<u32, String> {
+    let StatServer { cluster, authority, path, timeout, .. } = server;
+    let authorization = token.map(|token| format!("Bearer {token}"));
+    let mut headers = vec![
+        (":method", "POST"),
+        (":path", path.as_str()),
+        (":authority", authority.as_str()),
+        ("content-type", CONTENT_TYPE),
+    ];
+    headers.extend(authorization.as_ref().map(|value| ("authorization", value.as_str())));
+    proxy_wasm::hostcalls::dispatch_http_call(cluster, headers, Some(report), vec![], *timeout)
+        .map_err(|status| format!("cannot be called: cluster \"{cluster}\", {status:?}"))
+}
+
 impl Context for Root {
-    fn on_http_call_response(&mut self, _: u32, _: usize, body: usize, _: usize) {
-        let Role::Sidecar(plugin) = &self.role else { return };
+    fn on_http_call_response(&mut self, call: u32, _: usize, body: usize, _: usize) {
+        let Some(Counting { worker, .. }) = self.role.counting() else { return };
         let status = host::header(Headers::CallResponse, ":status")
             .and_then(|value| std::str::from_utf8(&value).ok()?.parse().ok())
             .unwrap_or(0);
-        if let Ok(mut worker) = plugin.worker.try_borrow_mut() {
-            worker.answered(status, || {
+        if let Ok(mut worker) = worker.try_borrow_mut() {
+            worker.answered(call, status, || {
                 String::from_utf8_lossy(&host::call_response_body(body.min(200)))
                     .replace(char::is_control, " ")
             });
@@ -96,11 +132,9 @@ impl Context for Root {
     }
 
     fn on_done(&mut self) -> bool {
-        if let Role::Sidecar(plugin) = &self.role {
-            let report = plugin.worker.try_borrow_mut().ok().and_then(|mut w| w.root_done(&plugin.config));
-            if let Some(report) = report {
-                self.send(plugin, &report);
-            }
+        if let Some(counting) = self.role.counting() {
+            let reports = counting.worker.try_borrow_mut().map(|mut w| w.root_done(counting.config));
+            self.send(counting, reports.unwrap_or_default());
         }
         true
     }
@@ -110,7 +144,7 @@ impl RootContext for Root {
     fn on_configure(&mut self, _: usize) -> bool {
         match self.configure() {
             Ok(role) => {
-                if let Role::Sidecar(_) = role {
+                if role.counting().is_some() {
                     // The first tick sets the pace.
                     host::tick_in(1);
                 }
@@ -125,15 +159,13 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
-        let Role::Sidecar(plugin) = &self.role else { return };
-        let Ok(mut worker) = plugin.worker.try_borrow_mut() else { return };
-        let tick = worker.tick(&plugin.config);
+        let Some(counting) = self.role.counting() else { return };
+        let Ok(mut worker) = counting.worker.try_borrow_mut() else { return };
+        let tick = worker.tick(counting.config);
         drop(worker);
         host::tick_in(tick.next_ms);
         tick.turn.take(self.id);
-        if let Some(report) = tick.report {
-            self.send(plugin, &report);
-        }
+        self.send(counting, tick.reports);
         #[cfg(feature = "fault-injection")]
         if tick.leads {
             crate::fault::of_leader();
@@ -160,6 +192,7 @@ impl RootContext for Root {
                 let (worker, header) = (Rc::clone(&plugin.worker), Rc::clone(&plugin.proxied_header));
                 Some(Box::new(Stream::new(id, worker, header)))
             }
+            Role::Gateway(gateway) => Some(Box::new(Passage::new(id, Rc::clone(gateway)))),
             Role::Exporter(exporter) => Some(Box::new(Scrape(Rc::clone(exporter)))),
             // A stream before a configuration: the SDK would panic on None.
             Role::Unconfigured => Some(Box::new(Uncounted)),

@@ -31,12 +31,6 @@ impl Stream {
         Self { id, worker, proxied_header, counted: None }
     }
 
-    fn is_probe() -> bool {
-        host::header(Headers::Request, "user-agent").is_some_and(|agent| request::is_kubelet_agent(&agent))
-            || host::header(Headers::Request, KUBELET_PROBE_HEADER).is_some()
-            || host::header(Headers::Request, NETWORK_PROBE_HEADER).is_some()
-    }
-
     /// In first, then the breaker, in the seed's order: so waiting is concurrency.
     fn count_in(&mut self, raw_ns: u64) -> Option<Pass> {
         let proxied =
@@ -69,6 +63,13 @@ impl Stream {
     }
 }
 
+/// Whether the request at hand is a probe.
+pub fn is_probe() -> bool {
+    host::header(Headers::Request, "user-agent").is_some_and(|agent| request::is_kubelet_agent(&agent))
+        || host::header(Headers::Request, KUBELET_PROBE_HEADER).is_some()
+        || host::header(Headers::Request, NETWORK_PROBE_HEADER).is_some()
+}
+
 impl Context for Stream {}
 
 impl HttpContext for Stream {
@@ -77,7 +78,7 @@ impl HttpContext for Stream {
         crate::fault::of_request();
         // First of all, so that what is looked up here counts as part of the request.
         let raw_ns = host::monotonic_ns();
-        if self.counted.is_some() || Self::is_probe() {
+        if self.counted.is_some() || is_probe() {
             return Action::Continue;
         }
         match self.count_in(raw_ns) {

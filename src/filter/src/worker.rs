@@ -5,12 +5,15 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use inflight_stats::clock::{Clock, longest_step_ns};
+use inflight_stats::config::Role;
+use inflight_stats::keyed::{Books, KeyName};
 use inflight_stats::report::VERSION;
 use inflight_stats::shared::{Member, Pod, Stock, Trouble};
-use inflight_stats::{Config, KeyReport, Recorder, Report, Snapshot};
+use inflight_stats::{Config, Identity, KeyReport, Recorder, Report, Snapshot};
 
 use crate::gate::{Gate, Turn};
 use crate::host::{self, SharedData};
+use crate::keys::{self, Counted, Keys};
 use crate::metrics::Metrics;
 
 /// Workers tick this long after a boundary: the timer's millisecond, and one to spare.
@@ -27,23 +30,37 @@ pub struct Worker {
     member: Member,
     pub metrics: Metrics,
     pub gate: Option<Gate>,
+    keys: Option<Keys>,
+    pub incarnation: u64,
     /// Root contexts that use this worker; the last one to end seals it.
     roots: usize,
-    sending: Option<Sending>,
+    sending: Vec<Sending>,
     failing: bool,
+}
+
+/// A report on its way out.
+pub struct Outgoing {
+    pub bytes: Vec<u8>,
+    said: Said,
+}
+
+/// What a report says, and so what an acknowledgement means.
+enum Said {
+    Pod(u64, Snapshot),
+    Keys(Vec<(KeyName, Snapshot)>),
 }
 
 /// A report that was not answered yet.
 struct Sending {
-    incarnation: u64,
-    until: Snapshot,
+    call: u32,
+    said: Said,
     /// When to stop waiting: the root context that would get the answer may be gone.
     deadline_ns: u64,
 }
 
 /// What a tick asks the root context to do.
 pub struct Tick {
-    pub report: Option<Vec<u8>>,
+    pub reports: Vec<Outgoing>,
     pub turn: Turn,
     pub next_ms: u64,
     /// Whether this worker leads, for the tests that end the leader.
@@ -78,10 +95,12 @@ impl Worker {
             clock,
             recorder: Recorder::new(now_ns, state.grid),
             member: Member::new(pod, now_ns),
-            metrics: Metrics::define(),
+            metrics: Metrics::define(config.role),
             gate: None,
+            keys: None,
+            incarnation: state.incarnation,
             roots: 1,
-            sending: None,
+            sending: Vec::new(),
             failing: false,
         };
         worker.configure(config)?;
@@ -112,10 +131,46 @@ impl Worker {
         self.metrics.request_done(code, latency_ns, app_ns);
     }
 
+    /// A request without a key came to the gateway.
+    pub fn keyless(&mut self) {
+        if let Some(keys) = &mut self.keys {
+            keys.keyless();
+        }
+    }
+
+    /// A request of a key came to the gateway. The recorder's own total decides who leads.
+    pub fn key_in(&mut self, key: &KeyName, raw_ns: u64) -> Counted {
+        let now_ns = self.clock.read(raw_ns);
+        let counted = self.keys.as_mut().map_or(Counted::No, |keys| keys.request_in(key, now_ns));
+        if !matches!(counted, Counted::No) {
+            self.recorder.request_in(now_ns, false);
+        }
+        counted
+    }
+
+    pub fn key_out(&mut self, key: &KeyName, raw_ns: u64, code: u16, latency_ns: u64) {
+        let now_ns = self.clock.read(raw_ns);
+        self.recorder.request_out(now_ns, false);
+        if let Some(keys) = &mut self.keys {
+            keys.request_out(key, now_ns, code, latency_ns);
+        }
+    }
+
     /// Takes over a configuration. A breaker that it does not have any more lets everything through, those who
     /// wait included.
     fn configure(&mut self, config: &Config) -> Result<(), Trouble> {
         self.clock.set_longest_step_ns(longest_step_ns(period_ns(config)));
+        if config.role == Role::Gateway {
+            let grid = self.recorder.grid();
+            match &mut self.keys {
+                Some(keys) => keys.configure(config, grid),
+                None => {
+                    let (id, now_ns) = (self.member.id(&SharedData)?, self.recorder.current().as_of_ns);
+                    self.keys = Some(Keys::new(config, self.member.pod(), id, now_ns, grid));
+                }
+            }
+            return Ok(());
+        }
         match &mut self.gate {
             Some(gate) => gate.configure(config),
             None if config.limits.is_some() => {
@@ -136,18 +191,40 @@ impl Worker {
             log::warn!("inflight: this tick's figures wait for the next one ({trouble:?})");
             Stock::Follow
         });
-        let mut report = None;
+        let mut reports = Vec::new();
         if let Stock::Published { previous, latest, acknowledged, incarnation } = stock {
-            if let Some(period) = latest.since(&previous) {
-                self.metrics.publish(&period, &latest);
+            self.sending.retain(|sending| now_ns < sending.deadline_ns);
+            let may_send = config.statserver.is_some() && self.sending.is_empty();
+            let departed = self.departed();
+            let mut settled = departed.clone();
+            if let Some(keys) = &mut self.keys {
+                let workers: Vec<u64> =
+                    self.member.pod().state(&SharedData).map(|s| s.workers().collect()).unwrap_or_default();
+                match keys.lead(&workers, &departed, latest.as_of_ns) {
+                    Some((books, all_in)) => {
+                        settled = all_in;
+                        reports = of_books(config, incarnation, &books, may_send);
+                        if config.statserver.is_none() {
+                            // Nobody else is to know: what the stats show is all there is.
+                            let known: Vec<_> =
+                                books.keys().map(|(key, book)| (key.clone(), book.until)).collect();
+                            keys.acknowledged(&known);
+                        }
+                    }
+                    None => settled.clear(),
+                }
+            } else {
+                if let Some(period) = latest.since(&previous) {
+                    self.metrics.publish(&period, &latest);
+                }
+                if may_send {
+                    reports.extend(of_pod(config, incarnation, acknowledged, latest));
+                }
             }
             if let Some(gate) = &self.gate {
                 self.metrics.queue_depth(gate.depth());
             }
-            turn.resume.extend(self.clear_up(raw_ns));
-            if config.statserver.is_some() && self.sending.as_ref().is_none_or(|s| now_ns >= s.deadline_ns) {
-                report = self.report(config, incarnation, acknowledged, latest, now_ns);
-            }
+            turn.resume.extend(self.clear_up(settled, raw_ns));
         }
         let boundary_ns = self.recorder.grid().after(now_ns).saturating_add(SETTLE_NS);
         let wait_ns = boundary_ns.saturating_sub(now_ns);
@@ -159,7 +236,7 @@ impl Worker {
         let wait_ns =
             self.gate.as_ref().and_then(|g| g.next_look_ns(raw_ns)).map_or(wait_ns, |look| wait_ns.min(look));
         Tick {
-            report,
+            reports,
             turn,
             next_ms: wait_ns.div_ceil(1_000_000),
             #[cfg(feature = "fault-injection")]
@@ -178,6 +255,11 @@ impl Worker {
     fn step(&mut self, now_ns: u64) -> Result<Stock, Trouble> {
         let state = self.member.pod().state(&SharedData)?;
         self.recorder.set_grid(state.grid);
+        if let Some(keys) = &mut self.keys {
+            // Before the books of the pod are closed, so that whoever finds the one finds the other.
+            keys.set_grid(state.grid);
+            keys.post(self.member.id(&SharedData)?, now_ns);
+        }
         if self.member.post(&SharedData, &self.recorder)? {
             log::warn!("inflight: this worker was silent for so long that it was counted out; it is back");
             self.clock.catch_up(state.clock_offset_ns);
@@ -185,9 +267,12 @@ impl Worker {
         self.member.take_stock(&SharedData, now_ns, self.clock.offset_ns())
     }
 
+    fn departed(&self) -> Vec<u64> {
+        self.member.pod().state(&SharedData).map(|state| state.departed).unwrap_or_default()
+    }
+
     /// The leader gives back what workers that are gone held in the breaker.
-    fn clear_up(&mut self, raw_ns: u64) -> Vec<u32> {
-        let departed = self.member.pod().state(&SharedData).map(|state| state.departed).unwrap_or_default();
+    fn clear_up(&mut self, departed: Vec<u64>, raw_ns: u64) -> Vec<u32> {
         let mut resume = Vec::new();
         let mut done = Vec::new();
         for id in departed {
@@ -207,43 +292,31 @@ impl Worker {
         resume
     }
 
-    fn report(
-        &mut self,
-        config: &Config,
-        incarnation: u64,
-        since: Snapshot,
-        until: Snapshot,
-        now_ns: u64,
-    ) -> Option<Vec<u8>> {
-        let server = config.statserver.as_ref()?;
-        let timeout_ns = u64::try_from(server.timeout.as_nanos()).unwrap_or(u64::MAX);
-        let report = Report {
-            version: VERSION,
-            pod: config.identity.pod.clone(),
-            incarnation,
-            messages: vec![KeyReport {
-                namespace: config.identity.namespace.clone(),
-                name: config.identity.revision.clone(),
-                from_gateway: false,
-                since,
-                until,
-            }],
-        };
-        let deadline_ns = now_ns.saturating_add(timeout_ns).saturating_add(period_ns(config));
-        self.sending = Some(Sending { incarnation, until, deadline_ns });
-        report.encode().inspect_err(|error| log::error!("inflight: {error}")).ok()
+    /// A report is on its way.
+    pub fn sent(&mut self, call: u32, report: Outgoing, config: &Config) {
+        let timeout = config.statserver.as_ref().map_or(0, |server| server.timeout.as_nanos());
+        let wait_ns = u64::try_from(timeout).unwrap_or(u64::MAX).saturating_add(period_ns(config));
+        let deadline_ns = self.recorder.current().as_of_ns.saturating_add(wait_ns);
+        self.sending.push(Sending { call, said: report.said, deadline_ns });
     }
 
     /// The stats server's verdict. 202 acknowledges; 4xx means never again, so the figures go on from there
     /// too; after anything else the next report begins where this one did.
-    pub fn answered(&mut self, status: u16, reason: impl FnOnce() -> String) {
-        let Some(sending) = self.sending.take() else { return };
-        let final_word = status == 202 || (400..500).contains(&status);
-        if final_word {
-            let acknowledged =
-                self.member.pod().acknowledge(&SharedData, sending.incarnation, &sending.until);
-            if let Err(trouble) = acknowledged {
-                log::warn!("inflight: an acknowledged report will be sent again ({trouble:?})");
+    pub fn answered(&mut self, call: u32, status: u16, reason: impl FnOnce() -> String) {
+        let Some(position) = self.sending.iter().position(|sending| sending.call == call) else { return };
+        let said = self.sending.swap_remove(position).said;
+        if status == 202 || (400..500).contains(&status) {
+            match said {
+                Said::Keys(known) => {
+                    if let Some(keys) = &mut self.keys {
+                        keys.acknowledged(&known);
+                    }
+                }
+                Said::Pod(incarnation, until) => {
+                    if let Err(trouble) = self.member.pod().acknowledge(&SharedData, incarnation, &until) {
+                        log::warn!("inflight: an acknowledged report will be sent again ({trouble:?})");
+                    }
+                }
             }
         }
         if status == 202 {
@@ -258,7 +331,6 @@ impl Worker {
 
     /// The call could not be made.
     pub fn not_sent(&mut self, why: &str) {
-        self.sending = None;
         self.failed(|| why.to_owned());
     }
 
@@ -272,14 +344,21 @@ impl Worker {
 
     /// A root context ends. With the last one, everything counted here goes into the pod's figure, and a
     /// last report is made, whether this worker led or not: nobody knows who is the last of all.
-    pub fn root_done(&mut self, config: &Config) -> Option<Vec<u8>> {
+    pub fn root_done(&mut self, config: &Config) -> Vec<Outgoing> {
         self.roots = self.roots.saturating_sub(1);
         if self.roots > 0 {
-            return None;
+            return Vec::new();
         }
-        let now_ns = self.seal()?;
-        let (until, state) = self.member.last_figure(&SharedData, now_ns).ok()?;
-        self.report(config, state.incarnation, state.acknowledged, until, now_ns)
+        let Some(now_ns) = self.seal() else { return Vec::new() };
+        let Ok((until, state)) = self.member.last_figure(&SharedData, now_ns) else { return Vec::new() };
+        if let Some(keys) = &mut self.keys {
+            let workers: Vec<u64> = state.workers().collect();
+            let books = keys.lead(&[], &workers, until.as_of_ns);
+            return books
+                .map(|(books, _)| of_books(config, state.incarnation, &books, true))
+                .unwrap_or_default();
+        }
+        of_pod(config, state.incarnation, state.acknowledged, until).into_iter().collect()
     }
 
     /// Leaves everything counted up to now to the others.
@@ -289,8 +368,35 @@ impl Worker {
         if let Some(gate) = &mut self.gate {
             gate.close();
         }
+        if let Some(keys) = &mut self.keys {
+            keys.end(now_ns);
+        }
         self.member.seal(&SharedData, &self.recorder).ok().map(|()| now_ns)
     }
+}
+
+/// The report of a pod.
+fn of_pod(config: &Config, incarnation: u64, since: Snapshot, until: Snapshot) -> Option<Outgoing> {
+    let Identity { namespace, revision, pod, .. } = config.identity.clone();
+    let message = KeyReport { namespace, name: revision, from_gateway: false, since, until };
+    encoded(
+        &Report { version: VERSION, pod, incarnation, messages: vec![message] },
+        Said::Pod(incarnation, until),
+    )
+}
+
+/// The reports of a gateway.
+fn of_books(config: &Config, incarnation: u64, books: &Books, may_send: bool) -> Vec<Outgoing> {
+    if config.statserver.is_none() || !may_send {
+        return Vec::new();
+    }
+    let reports = keys::reports(&config.identity.pod, incarnation, books).into_iter();
+    reports.filter_map(|(report, known)| encoded(&report, Said::Keys(known))).collect()
+}
+
+fn encoded(report: &Report, said: Said) -> Option<Outgoing> {
+    let bytes = report.encode().inspect_err(|error| log::error!("inflight: {error}")).ok()?;
+    Some(Outgoing { bytes, said })
 }
 
 fn period_ns(config: &Config) -> u64 {

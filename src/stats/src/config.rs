@@ -15,6 +15,8 @@ use crate::report::MAX_NAME_BYTES;
 pub enum Role {
     /// Counts for the pod it stands in.
     Sidecar,
+    /// Counts per destination, in front of the pods.
+    Gateway,
     /// Shows the pod's figures at `/metrics`, on a listener of its own.
     Exporter,
 }
@@ -34,6 +36,31 @@ pub struct StatServer {
     pub token_env: Option<String>,
 }
 
+/// Where a gateway's key comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeySource {
+    /// The cluster that the request goes to ([`crate::keyed::KeyName::of_cluster`]).
+    Cluster,
+    /// Two headers, in lower case.
+    Headers {
+        /// The one with the namespace.
+        namespace: String,
+        /// The one with the name.
+        name: String,
+    },
+}
+
+/// What is particular to the role `gateway`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gateway {
+    /// Where the key comes from.
+    pub key: KeySource,
+    /// The most keys that are told apart in the life of an Envoy.
+    pub max_keys: u32,
+    /// Whether requests go on marked as proxied.
+    pub mark: bool,
+}
+
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -45,6 +72,8 @@ pub struct Config {
     pub reporting_period: Duration,
     /// The header that marks a proxied request, in lower case.
     pub proxied_header: String,
+    /// For the role `gateway`.
+    pub gateway: Gateway,
     /// What the breaker lets through; without it, everything.
     pub limits: Option<Limits>,
     /// The longest wait in the breaker's queue.
@@ -79,6 +108,8 @@ impl std::error::Error for ConfigError {}
 const MOST_CONCURRENCY: u32 = 100_000;
 /// Each request that comes or goes while others wait reads and writes the whole queue.
 const MOST_QUEUE_DEPTH: u32 = 100_000;
+/// Each key costs Envoy some ten stats, which it cannot delete.
+const MOST_KEYS: u32 = 1_000_000;
 /// As in knative/serving, `cmd/queue`.
 const QUEUE_DEPTH_FACTOR: u32 = 10;
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
@@ -97,17 +128,20 @@ impl Config {
             allowed: "a JSON object".into(),
         })?;
         let mut fields = Fields::new("", document)?;
+        let roles = [("sidecar", Role::Sidecar), ("gateway", Role::Gateway), ("exporter", Role::Exporter)];
+        let role = fields.one_of("role", &roles)?.unwrap_or(Role::Sidecar);
+        // A gateway stands for no revision; its namespace only completes clusters that name none.
+        let name = if role == Role::Gateway { Fields::label } else { Fields::name };
         let config = Self {
-            role: fields
-                .one_of("role", &[("sidecar", Role::Sidecar), ("exporter", Role::Exporter)])?
-                .unwrap_or(Role::Sidecar),
+            role,
             identity: Identity {
-                namespace: fields.name("namespace", &node.namespace)?,
+                namespace: name(&mut fields, "namespace", &node.namespace)?,
                 service: fields.label("service", &node.service)?,
                 configuration: fields.label("configuration", &node.configuration)?,
-                revision: fields.name("revision", &node.revision)?,
+                revision: name(&mut fields, "revision", &node.revision)?,
                 pod: fields.name("pod", &node.pod)?,
             },
+            gateway: fields.object("gateway")?.map(Gateway::parse).transpose()?.unwrap_or_default(),
             reporting_period: fields
                 .duration("reporting_period", Duration::from_millis(100), Duration::from_secs(60))?
                 .unwrap_or(Duration::from_secs(1)),
@@ -123,7 +157,46 @@ impl Config {
     /// What tells this pod's figures from those of another plugin in the same VM.
     pub fn domain(&self) -> String {
         let Identity { namespace, revision, pod, .. } = &self.identity;
-        format!("{namespace}/{revision}/{pod}")
+        match self.role {
+            Role::Gateway => format!("gateway/{pod}"),
+            Role::Sidecar | Role::Exporter => format!("{namespace}/{revision}/{pod}"),
+        }
+    }
+}
+
+impl Default for Gateway {
+    fn default() -> Self {
+        Self { key: KeySource::Cluster, max_keys: 10_000, mark: true }
+    }
+}
+
+impl Gateway {
+    fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
+        let default = Self::default();
+        let key = fields.object("key")?.map(KeySource::parse).transpose()?;
+        let max_keys = fields.integer("max_keys", MOST_KEYS)?;
+        let gateway = Self {
+            key: key.unwrap_or(default.key),
+            max_keys: max_keys.unwrap_or(default.max_keys),
+            mark: fields.boolean("mark")?.unwrap_or(default.mark),
+        };
+        fields.finish()?;
+        Ok(gateway)
+    }
+}
+
+impl KeySource {
+    fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
+        let source = if fields.one_of("from", &[("cluster", false), ("headers", true)])?.unwrap_or(false) {
+            Self::Headers {
+                namespace: fields.header("namespace")?.unwrap_or_else(|| "knative-serving-namespace".into()),
+                name: fields.header("name")?.unwrap_or_else(|| "knative-serving-revision".into()),
+            }
+        } else {
+            Self::Cluster
+        };
+        fields.finish()?;
+        Ok(source)
     }
 }
 
@@ -262,6 +335,14 @@ impl Fields {
         }
     }
 
+    fn boolean(&mut self, key: &'static str) -> Result<Option<bool>, ConfigError> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(other) => Err(self.error(key, shown(&other), "true or false")),
+        }
+    }
+
     fn integer(&mut self, key: &'static str, most: u32) -> Result<Option<u32>, ConfigError> {
         let Some(value) = self.take(key) else { return Ok(None) };
         // A google.protobuf.Struct has only floating-point numbers.
@@ -351,6 +432,21 @@ mod tests {
     }
 
     #[test]
+    fn a_gateway_needs_no_revision_and_has_its_own_keys() {
+        let config = parse(r#"{"role": "gateway", "pod": "gw-1"}"#).unwrap();
+        assert_eq!((config.gateway, config.identity.namespace.as_str()), (Gateway::default(), ""));
+        let key = r#"{"from": "headers", "namespace": "Knative-Serving-Namespace"}"#;
+        let json =
+            format!(r#"{{"role": "gateway", "pod": "gw-1", "gateway": {{"key": {key}, "mark": false}}}}"#);
+        let gateway = parse(&json).unwrap().gateway;
+        let (namespace, name) = ("knative-serving-namespace".into(), "knative-serving-revision".into());
+        assert_eq!(
+            gateway,
+            Gateway { key: KeySource::Headers { namespace, name }, max_keys: 10_000, mark: false }
+        );
+    }
+
+    #[test]
     fn what_is_left_out_comes_from_the_node() {
         let node = Identity {
             namespace: "mesh".into(),
@@ -378,7 +474,19 @@ mod tests {
             (r#""reporting_period": "-1s""#, r#"`reporting_period` was "-1s""#),
             (r#""reporting_period": "1h""#, r#"`reporting_period` was "1h""#),
             (r#""reporting_period": "1e1s""#, r#"`reporting_period` was "1e1s""#),
-            (r#""role": "router""#, r#"`role` was "router", allowed is "sidecar" or "exporter""#),
+            (
+                r#""role": "router""#,
+                r#"`role` was "router", allowed is "sidecar" or "gateway" or "exporter""#,
+            ),
+            (r#""gateway": {"mark": "yes"}"#, r#"`gateway.mark` was "yes", allowed is true or false"#),
+            (
+                r#""gateway": {"key": {"from": "path"}}"#,
+                r#"`gateway.key.from` was "path", allowed is "cluster" or "headers""#,
+            ),
+            (
+                r#""gateway": {"key": {"name": "x"}}"#,
+                "`gateway.key.name` was an unknown key, allowed is one of from",
+            ),
             (
                 r#""container_concurrency": -1"#,
                 "`container_concurrency` was -1, allowed is a whole number from 0 to",

@@ -8,9 +8,11 @@
 //! | [`clock`] | the pod's time: from a monotonic clock, never back, never far ahead at once |
 //! | [`shared`] | many workers, one pod figure: slots, the leader's lease, what was acknowledged |
 //! | [`breaker`] | at most so many requests in the app, and one queue over all workers |
+//! | [`keyed`] | one figure per key, for a gateway |
 //! | [`request`] | which requests are probes, which came through a proxy; code classes |
 //! | [`config`] | the plugin's JSON configuration and its errors |
 //! | [`export`] | the exporter's answers: Knative's `Stat`, and Prometheus text |
+//! | [`registry`] | which keys a gateway tells apart, and who saw one first |
 //! | [`report`] | the report's bytes, and what makes a report invalid |
 //! | [`identity`] | who an Envoy serves, also by Istio's node metadata |
 //! | [`ingest`] | the receiver's side: what a report adds to what is already known |
@@ -41,7 +43,9 @@ pub mod config;
 pub mod export;
 pub mod identity;
 pub mod ingest;
+pub mod keyed;
 pub mod recorder;
+pub mod registry;
 pub mod report;
 pub mod request;
 pub mod shared;

@@ -116,6 +116,11 @@ impl Slot {
 }
 
 impl State {
+    /// The ids of the workers that have seats.
+    pub fn workers(&self) -> impl Iterator<Item = u64> {
+        self.seats.iter().map(|owner| owner.id)
+    }
+
     fn depart(&mut self, id: u64) {
         if !self.departed.contains(&id) {
             self.departed.push(id);
@@ -237,6 +242,11 @@ impl Pod {
     /// [`Trouble`]; they are then cleared up again, which changes nothing.
     pub fn cleared_up(&self, store: &impl Store, ids: &[u64]) -> Result<(), Trouble> {
         self.update(store, |state| state.departed.retain(|id| !ids.contains(id)))
+    }
+
+    /// The key of another value of this pod.
+    pub fn key(&self, name: &str) -> String {
+        format!("{}/{name}", self.prefix)
     }
 
     /// The key of the pod's breaker ([`crate::breaker`]).

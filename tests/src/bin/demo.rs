@@ -81,7 +81,14 @@ async fn main() -> ExitCode {
     println!("stats server  http://{}/v1/keys/default/hello-00001", server.address);
     println!();
     println!("second  requests  by reports  by the log  difference");
-    let steady = Plan { requests: u64::MAX, connections: 8, average_ms: 25.0, mixed: false, seed: 7 };
+    let steady = Plan {
+        requests: u64::MAX,
+        connections: 8,
+        average_ms: 25.0,
+        mixed: false,
+        seed: 7,
+        ..Plan::default()
+    };
     let burst = Plan { requests: 1_000, connections: 30, ..steady };
     let mut loads = vec![Load::start(steady, envoy.address, &app.counts)];
     let mut table = Table { shown: 0, worst: 0.0, disagreed: 0 };

@@ -1,0 +1,360 @@
+//! Role gateway on real Envoys: one figure per destination, nothing twice, the first request at once.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::Request;
+use inflight_e2e::app::App;
+use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::envoy::{Envoy, Version};
+use inflight_e2e::http::{self, Connection};
+use inflight_e2e::load::{Load, Plan};
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::tap::Tap;
+use inflight_e2e::{built, prometheus, truth, wait};
+use inflight_stats::KeyReport;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+const SETTLED: Duration = Duration::from_secs(20);
+
+fn by_headers(app: &App, statserver: SocketAddr, period: &str) -> Bootstrap {
+    let mut bootstrap = Bootstrap::gateway(app.address, statserver);
+    bootstrap.configure("gateway", json!({"key": {"from": "headers"}}));
+    bootstrap.configure("reporting_period", period.into());
+    bootstrap
+}
+
+fn request(path: &str, name: &str) -> Request<Full<Bytes>> {
+    let request = Request::get(path).header("host", "app").header("knative-serving-namespace", "ns");
+    request.header("knative-serving-revision", name).body(Full::default()).expect("a request")
+}
+
+/// What all reports say of a key.
+fn said_of(tap: &Tap, name: &str) -> Vec<KeyReport> {
+    let reports = tap.acknowledged().into_iter().flat_map(|report| report.messages);
+    reports.filter(|message| message.name == name).collect()
+}
+
+async fn all_keys(server: &StatServer) -> BTreeMap<String, u64> {
+    let text = http::get(server.address, "/v1/keys").await.expect("the keys");
+    let keys: Value = serde_json::from_str(&text).expect("JSON");
+    let keys = keys["keys"].as_array().expect("keys").iter();
+    keys.map(|k| {
+        (k["name"].as_str().expect("a name").into(), k["requests_total"].as_u64().expect("a number"))
+    })
+    .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_and_sidecar_together_count_once() {
+    for version in [Version::Oldest, Version::Newest] {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let tap = Tap::start(Some(server.address)).await;
+        let sidecar = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), 2).await;
+        let gateway = Envoy::start(version, &Bootstrap::gateway(sidecar.address, tap.address), 2).await;
+        // All through the gateway, none, half and half.
+        let plan = Plan { requests: 3_000, connections: 20, average_ms: 20.0, ..Plan::default() };
+        let direct = Plan { path: "/direct", ..plan };
+        let mut sent = Load::start(plan, gateway.address, &app.counts).finish().await;
+        sent += Load::start(direct, sidecar.address, &app.counts).finish().await;
+        let halves = (
+            Load::start(plan, gateway.address, &app.counts),
+            Load::start(direct, sidecar.address, &app.counts),
+        );
+        sent += halves.0.finish().await + halves.1.finish().await;
+        assert_eq!(sent, 12_000);
+        wait::until_equal("requests, in flight, pods", SETTLED, Some((12_000, 0, 1)), async || {
+            let key = server.key("default", "hello-00001").await?;
+            Some((key["requests_total"].as_u64()?, key["in_flight"].as_u64()?, key["pods"].as_u64()?))
+        })
+        .await;
+        let reported: u128 = tap
+            .acknowledged()
+            .iter()
+            .flat_map(|report| &report.messages)
+            .map(|message| {
+                let period = message.until.since(&message.since).expect("a period");
+                period.request_ns - if message.from_gateway { 0 } else { period.proxied_request_ns }
+            })
+            .sum();
+        let through = gateway.requests_when(6_000).await;
+        let mut straight = sidecar.requests_when(12_000).await;
+        straight.retain(|request| request.path.starts_with("/direct"));
+        assert_eq!(straight.len(), 6_000);
+        let logged = truth::request_ns(&through, 0, u64::MAX) + truth::request_ns(&straight, 0, u64::MAX);
+        let off = reported as f64 / logged as f64 - 1.0;
+        println!("{version:?}: concurrency of gateway and sidecar together is off by {:+.3} %", off * 100.0);
+        assert!(off.abs() < 0.01, "{off}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_request_of_a_key_is_reported_at_once_and_once() {
+    for concurrency in [1, 2, 4] {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let tap = Tap::start(Some(server.address)).await;
+        let envoy =
+            Arc::new(Envoy::start(Version::Newest, &by_headers(&app, tap.address, "5s"), concurrency).await);
+        let mut delays = Vec::new();
+        for number in 0..20 {
+            let name = format!("single-{number}");
+            let began = Instant::now();
+            let answer = tokio::spawn(http::ask(envoy.address, request("/work?ms=300", &name)));
+            let first = wait::until("the first report", SETTLED, || async {
+                said_of(&tap, &name).first().cloned().ok_or("none")
+            })
+            .await;
+            let arrived =
+                tap.recorded().into_iter().find(|r| r.report.messages.iter().any(|m| m.name == name));
+            delays.push(arrived.expect("the report").at - began);
+            assert_eq!((first.until.requests, first.until.in_flight, first.from_gateway), (1, 1, true));
+            answer.await.expect("the client").expect("an answer");
+        }
+        delays.sort();
+        println!("concurrency {concurrency}: a first request is known after {:?} (median of 20)", delays[10]);
+        // Far less than a period: it did not wait for the tick.
+        assert!(delays[10] < Duration::from_secs(1), "{delays:?}");
+
+        // Fifty at once, over all workers: one report before the tick, and the tick does not double it.
+        let mut clients = JoinSet::new();
+        for _ in 0..50 {
+            clients.spawn(http::ask(envoy.address, request("/work?ms=1000", "many")));
+        }
+        wait::until_equal("in the app", SETTLED, 50, async || app.counts.now()).await;
+        wait::until("the first report", SETTLED, || async {
+            said_of(&tap, "many").first().cloned().ok_or("none")
+        })
+        .await;
+        let answers = clients.join_all().await;
+        assert!(answers.iter().all(|answer| answer.as_ref().is_ok_and(|(status, _)| *status == 200)));
+        let firsts =
+            said_of(&tap, "many").iter().filter(|m| m.until.requests == 1 && m.until.in_flight == 1).count();
+        assert_eq!(firsts, 1);
+        wait::until_equal("the server's count", SETTLED, 50, || {
+            server.number("ns", "many", "requests_total")
+        })
+        .await;
+        assert_eq!(server.number("ns", "single-3", "requests_total").await, 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_thousand_keys_and_every_sum_is_exact() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let tap = Tap::start(Some(server.address)).await;
+    let envoy = Arc::new(Envoy::start(Version::Newest, &by_headers(&app, tap.address, "1s"), 4).await);
+    let before = envoy.process.resident_bytes();
+    let began = Instant::now();
+    let mut clients = JoinSet::new();
+    for client in 0..40_u64 {
+        let envoy = Arc::clone(&envoy);
+        clients.spawn(async move {
+            let mut connection = Connection::open(envoy.address).await.expect("a connection");
+            for number in 0..500 {
+                let key = (client * 500 + number) * 7919 % 5_000;
+                let status = connection.ask(request("/work?ms=2", &format!("key-{key}"))).await;
+                assert_eq!(status.expect("an answer"), 200);
+            }
+        });
+    }
+    clients.join_all().await;
+    println!("20,000 requests of 5,000 keys in {:?}", began.elapsed());
+    let expected: BTreeMap<String, u64> = (0..5_000).map(|key| (format!("key-{key}"), 4)).collect();
+    wait::until("every key has its four requests", SETTLED, || async {
+        let keys = all_keys(&server).await;
+        let wrong = keys.iter().filter(|(name, count)| expected.get(*name) != Some(count)).count();
+        if keys == expected { Ok(()) } else { Err((keys.len(), wrong, keys.values().sum::<u64>())) }
+    })
+    .await;
+    let largest = tap.recorded().iter().map(|r| r.report.messages.len()).max();
+    let grown = envoy.process.resident_bytes() - before;
+    println!("largest report {largest:?} keys; Envoy grew by {} MiB", grown >> 20);
+    // Idle keys are reported as such, then not any more.
+    wait::until_equal("keys in the last report", SETTLED, 0, async || {
+        let before = tap.recorded().len();
+        tokio::time::sleep(Duration::from_millis(2_500)).await;
+        tap.recorded()[before..].iter().map(|r| r.report.messages.len()).max().unwrap_or(0)
+    })
+    .await;
+    assert_eq!(all_keys(&server).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn beyond_max_keys_requests_flow_uncounted_and_a_counter_says_so() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let envoy = Arc::new(Envoy::start(Version::Newest, &by_headers(&app, server.address, "1s"), 4).await);
+    let mut clients = JoinSet::new();
+    for client in 0..10 {
+        let envoy = Arc::clone(&envoy);
+        clients.spawn(async move {
+            let mut connection = Connection::open(envoy.address).await.expect("a connection");
+            for key in (client..10_001).step_by(10) {
+                let status = connection.ask(request("/work", &format!("key-{key}"))).await;
+                assert_eq!(status.expect("an answer"), 200);
+            }
+        });
+    }
+    clients.join_all().await;
+    // A request without the headers has no key at all.
+    let plain = Request::get("/work").header("host", "app").body(Full::default()).expect("a request");
+    http::ask(envoy.address, plain).await.expect("an answer");
+    wait::until_equal("unkeyed and keyless requests", SETTLED, (1.0, 1.0), async || {
+        let (unkeyed, keyless) = ("inflight_unkeyed_requests", "inflight_keyless_requests");
+        (envoy.stat(unkeyed, &[]).await, envoy.stat(keyless, &[]).await)
+    })
+    .await;
+    wait::until_equal("keys and their requests", SETTLED, (10_000, 10_000), async || {
+        let keys = all_keys(&server).await;
+        (keys.len(), keys.values().sum::<u64>())
+    })
+    .await;
+    assert_eq!(app.counts.requests(), 10_002, "all of them flowed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_worker_that_panics_leaves_its_counts_and_nothing_in_flight() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let mut bootstrap = by_headers(&app, server.address, "500ms");
+    bootstrap.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 1).await;
+    let open = tokio::spawn(http::ask(envoy.address, request("/work?ms=60000", "kept")));
+    wait::until_equal("in the app", SETTLED, 1, async || app.counts.now()).await;
+    let figures = async || {
+        let key = server.key("ns", "kept").await?;
+        Some((key["requests_total"].as_u64()?, key["in_flight"].as_u64()?))
+    };
+    wait::until_equal("requests and in flight", SETTLED, Some((1, 1)), figures).await;
+    for _ in 0..9 {
+        http::ask(envoy.address, request("/work", "kept")).await.expect("an answer");
+    }
+    let mut fault = request("/work", "kept");
+    fault.headers_mut().insert("x-inflight-fault", "panic".parse().expect("a value"));
+    let _ = http::ask(envoy.address, fault).await;
+    wait::until_equal("requests and in flight", SETTLED, Some((10, 0)), figures).await;
+    // The new VM goes on with the key.
+    wait::until("requests are served again", SETTLED, || async {
+        match http::ask(envoy.address, request("/work", "kept")).await {
+            Ok((status, _)) if status == 200 => Ok(()),
+            other => Err(other),
+        }
+    })
+    .await;
+    wait::until_equal("requests and in flight", SETTLED, Some((11, 0)), figures).await;
+    open.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_gateway_counted_up_to_a_sigterm_is_reported() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let mut envoy = Envoy::start(Version::Newest, &by_headers(&app, server.address, "1s"), 2).await;
+    let warm_up = || async {
+        // Keys in two reports in a row: Envoy's main thread leads, with a connection to the server.
+        http::ask(envoy.address, request("/work", "before")).await.expect("an answer");
+        let sent = envoy.stat("inflight_reports_sent", &[]).await;
+        if sent >= 3.0 { Ok(()) } else { Err(sent) }
+    };
+    wait::until("three reports", SETTLED, warm_up).await;
+    for _ in 0..20 {
+        http::ask(envoy.address, request("/work", "last")).await.expect("an answer");
+    }
+    envoy.process.signal(libc::SIGTERM);
+    envoy.process.wait(Duration::from_secs(30));
+    wait::until_equal("the server's count", SETTLED, 20, || server.number("ns", "last", "requests_total"))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_short_request_and_never_another_is_counted_then_idle_then_forgotten() {
+    let app = App::start().await;
+    let tap = Tap::start(None).await;
+    let envoy = Envoy::start(Version::Newest, &by_headers(&app, tap.address, "300ms"), 2).await;
+    http::ask(envoy.address, request("/work?ms=1", "once.with.dots")).await.expect("an answer");
+    let idle = wait::until("it is reported as idle", SETTLED, || async {
+        let said = said_of(&tap, "once.with.dots");
+        let last = said.last().cloned().ok_or(said.len())?;
+        let idle = last.since.requests == last.until.requests && last.until.in_flight == 0;
+        if idle { Ok(said) } else { Err(said.len()) }
+    })
+    .await;
+    assert_eq!(idle.last().expect("a report").until.requests, 1);
+    let reports = tap.recorded().len();
+    let count = said_of(&tap, "once.with.dots").len();
+    wait::until("the sidecar's period goes by", SETTLED, || async {
+        // Nothing to say, nothing sent; another key makes a report.
+        http::ask(envoy.address, request("/work", "other")).await.expect("an answer");
+        if tap.recorded().len() >= reports + 5 { Ok(()) } else { Err(tap.recorded().len()) }
+    })
+    .await;
+    assert_eq!(said_of(&tap, "once.with.dots").len(), count, "forgotten");
+    // Its stats, with the labels of the contract.
+    let labels = [("namespace_name", "ns"), ("revision_name", "once.with.dots")];
+    let codes = [labels[0], labels[1], ("response_code", "200"), ("response_code_class", "2xx")];
+    assert_eq!(envoy.stat("activator_request_count", &codes).await, 1.0);
+    wait::until_equal("the histogram", SETTLED, 1.0, || {
+        envoy.stat("activator_request_latencies_count", &codes)
+    })
+    .await;
+    let stats = envoy.stats().await;
+    assert_eq!(prometheus::sum(&stats, "activator_request_concurrency_milli", &labels), 0.0);
+    assert!(stats.iter().any(|s| s.name == "activator_request_concurrency_milli" && s.labels.len() == 2));
+    assert!(!stats.iter().any(|s| s.name.starts_with("queue_")), "a gateway is no pod");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_outside_can_pass_for_the_gateway() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let mut bootstrap = Bootstrap::sidecar(app.address, server.address);
+    bootstrap.configure("reporting_period", "200ms".into());
+    let sidecar = Envoy::start(Version::Newest, &bootstrap, 1).await;
+    let faked = |path: &str| {
+        let request = Request::get(path).header("host", "app").header("k-proxy-request", "activator");
+        request.body(Full::<Bytes>::default()).expect("a request")
+    };
+    let gateway = |mark: bool| {
+        let mut bootstrap = Bootstrap::gateway(sidecar.address, server.address);
+        bootstrap.configure("reporting_period", "200ms".into());
+        bootstrap.configure("gateway", json!({"mark": mark}));
+        bootstrap
+    };
+    let marking = Envoy::start(Version::Newest, &gateway(true), 1).await;
+    http::ask(marking.address, faked("/work")).await.expect("an answer");
+    // Counted at the gateway, passed on as proxied: one.
+    wait::until_equal("the server's count", SETTLED, 1, || {
+        server.number("default", "hello-00001", "requests_total")
+    })
+    .await;
+    wait::until_equal("proxied at the sidecar", SETTLED, 1.0, || {
+        sidecar.stat("queue_proxied_requests_total", &[])
+    })
+    .await;
+    let silent = Envoy::start(Version::Newest, &gateway(false), 1).await;
+    http::ask(silent.address, faked("/work")).await.expect("an answer");
+    wait::until_equal("at the sidecar", SETTLED, 2.0, || sidecar.stat("queue_requests_total", &[])).await;
+    assert_eq!(sidecar.stat("queue_proxied_requests_total", &[]).await, 1.0, "what the client said is gone");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_ingress_gateways_envoyfilter_counts_in_a_real_envoy() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let envoy =
+        Envoy::start(Version::Newest, &Bootstrap::istio_gateway(app.address, server.address), 2).await;
+    let sent = Load::start(Plan::default(), envoy.address, &app.counts).finish().await;
+    let local = Request::get("/local").header("host", "app").body(Full::default()).expect("a request");
+    http::ask(envoy.address, local).await.expect("an answer");
+    wait::until_equal("the server's count", SETTLED, sent, || {
+        server.number("default", "hello-00001", "requests_total")
+    })
+    .await;
+    let labels = [("namespace_name", "default"), ("revision_name", "hello-00001"), ("response_code", "200")];
+    wait::until_equal("the count by code", SETTLED, sent as f64, || {
+        envoy.stat("activator_request_count", &labels)
+    })
+    .await;
+    // A direct response goes to no cluster.
+    wait::until_equal("keyless", SETTLED, 1.0, || envoy.stat("inflight_keyless_requests", &[])).await;
+}
