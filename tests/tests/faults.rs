@@ -1,6 +1,6 @@
 //! What becomes of the counts when something dies, hangs or lies.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -20,6 +20,16 @@ const SETTLED: Duration = Duration::from_secs(15);
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
 
+/// Every version with every number of workers that is promised.
+const MATRIX: [(Version, u32); 6] = [
+    (Version::Oldest, 1),
+    (Version::Oldest, 2),
+    (Version::Oldest, 4),
+    (Version::Newest, 1),
+    (Version::Newest, 2),
+    (Version::Newest, 4),
+];
+
 /// What the acknowledged reports add up to.
 fn acknowledged(tap: &Tap) -> u64 {
     let reports = tap.acknowledged();
@@ -32,15 +42,25 @@ async fn total(server: &StatServer) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stats_server_that_is_away_for_fifteen_seconds_misses_nothing() {
+    for (version, concurrency) in MATRIX {
+        away_for_fifteen_seconds(version, concurrency).await;
+    }
+}
+
+async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
     let (app, mut server) = (App::start().await, StatServer::start(None).await);
     let tap = Tap::start(Some(server.address)).await;
-    let envoy = Envoy::start(Version::Newest, &Bootstrap::sidecar(app.address, tap.address), 2).await;
+    let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), concurrency).await;
     let load = Load::start(STEADY, envoy.address, &app.counts);
     wait::until("reports arrive", SETTLED, || async {
         let total = total(&server).await;
         if total > 1_000 { Ok(()) } else { Err(total) }
     })
     .await;
+
+    let (before, began) = (load.sent(), Instant::now());
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let rate = (load.sent() - before) as f64 / began.elapsed().as_secs_f64();
 
     // Between two reports, so that what the first incarnation acknowledged can be read off it.
     tap.set_mode(Mode::Refuse);
@@ -53,13 +73,16 @@ async fn a_stats_server_that_is_away_for_fifteen_seconds_misses_nothing() {
     assert_eq!(first, acknowledged(&tap));
     server.process.kill();
     tap.set_mode(Mode::Forward);
-    let resident = envoy.process.resident_bytes();
-    let before = load.sent();
+    let memory = || envoy.stat("inflight_wasm_memory_bytes", &[]);
+    let (resident, wasm) = (envoy.process.resident_bytes(), memory().await);
+    let (before, began) = (load.sent(), Instant::now());
     tokio::time::sleep(Duration::from_secs(15)).await;
     let away = load.sent() - before;
+    let ratio = away as f64 / began.elapsed().as_secs_f64() / rate;
     let grown = envoy.process.resident_bytes().saturating_sub(resident);
     assert!(away > 1_000, "requests went on: {away}");
     assert!(grown < 8 << 20, "Envoy grew by {grown} bytes while the stats server was away");
+    assert_eq!(memory().await, wasm, "the filter's memory");
 
     let server = StatServer::start(Some(server.address)).await;
     load.stop();
@@ -71,16 +94,25 @@ async fn a_stats_server_that_is_away_for_fifteen_seconds_misses_nothing() {
     assert_eq!(acknowledged(&tap), sent);
     let failed = envoy.stat("inflight_reports_failed", &[]).await;
     assert!(failed >= 12.0, "{failed} failed reports were counted");
-    println!("{sent} requests, {away} of them while the stats server was away; Envoy grew by {grown} bytes");
+    println!(
+        "{version:?} concurrency {concurrency}: {sent} requests, {away} while the stats server was away, at {ratio:.2} of \
+         the rate before; Envoy grew by {grown} bytes, the filter by none"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_answer_counts_nothing_twice() {
+    for (version, concurrency) in MATRIX {
+        losing_answers(version, concurrency).await;
+    }
+}
+
+async fn losing_answers(version: Version, concurrency: u32) {
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let tap = Tap::start(Some(server.address)).await;
     let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
     bootstrap.configure("reporting_period", "200ms".into());
-    let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
+    let envoy = Envoy::start(version, &bootstrap, concurrency).await;
     let load = Load::start(STEADY, envoy.address, &app.counts);
     for _ in 0..10 {
         for mode in [Mode::Forward, Mode::LoseAnswer, Mode::LoseAnswer] {
@@ -222,8 +254,14 @@ async fn a_worker_that_panics_leaves_its_counts_and_nothing_in_flight() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_websocket_counts_one_for_as_long_as_it_is_open() {
+    for (version, concurrency) in MATRIX {
+        open_websocket(version, concurrency).await;
+    }
+}
+
+async fn open_websocket(version: Version, concurrency: u32) {
     let (app, server) = (App::start().await, StatServer::start(None).await);
-    let envoy = Envoy::start(Version::Newest, &Bootstrap::sidecar(app.address, server.address), 2).await;
+    let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, server.address), concurrency).await;
     let mut socket = TcpStream::connect(envoy.address).await.expect("a connection");
     let request = "GET /ws HTTP/1.1\r\nhost: app\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
                    sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n";

@@ -94,6 +94,37 @@ async fn gateway_and_sidecar_together_count_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_servers_figure_is_the_true_concurrency_whichever_way_the_traffic_goes() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let sidecar = Envoy::start(Version::Newest, &Bootstrap::sidecar(app.address, server.address), 2).await;
+    let gateway =
+        Envoy::start(Version::Newest, &Bootstrap::gateway(sidecar.address, server.address), 2).await;
+    for (through, straight) in [(12, 0), (0, 12), (6, 6)] {
+        let plan = Plan { requests: u64::MAX, average_ms: 50.0, ..Plan::default() };
+        let load = |connections, address| Load::start(Plan { connections, ..plan }, address, &app.counts);
+        let loads = [load(through, gateway.address), load(straight, sidecar.address)];
+        // Twelve clients with always a request each; the app sees that, and twice as much would be 24.
+        let concurrency = wait::until("the panic window is full of it", SETTLED, || async {
+            let key = server.key("default", "hello-00001").await.ok_or("no key".to_owned())?;
+            let figure = key["panic"]["concurrency"].as_f64().expect("a number");
+            if (11.0..=12.5).contains(&figure) { Ok(figure) } else { Err(figure.to_string()) }
+        })
+        .await;
+        println!("{through} clients through the gateway, {straight} straight: concurrency {concurrency:.2}");
+        for load in loads {
+            load.stop();
+            load.finish().await;
+        }
+        wait::until("the panic window is empty", SETTLED, || async {
+            let key = server.key("default", "hello-00001").await.ok_or(0.0)?;
+            let figure = key["panic"]["concurrency"].as_f64().expect("a number");
+            if figure == 0.0 { Ok(()) } else { Err(figure) }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_first_request_of_a_key_is_reported_at_once_and_once() {
     for concurrency in [1, 2, 4] {
         let (app, server) = (App::start().await, StatServer::start(None).await);

@@ -194,33 +194,20 @@ impl Worker {
         let mut reports = Vec::new();
         if let Stock::Published { previous, latest, acknowledged, incarnation } = stock {
             self.sending.retain(|sending| now_ns < sending.deadline_ns);
-            let may_send = config.statserver.is_some() && self.sending.is_empty();
             let departed = self.departed();
-            let mut settled = departed.clone();
-            if let Some(keys) = &mut self.keys {
-                let workers: Vec<u64> =
-                    self.member.pod().state(&SharedData).map(|s| s.workers().collect()).unwrap_or_default();
-                match keys.lead(&workers, &departed, latest.as_of_ns) {
-                    Some((books, all_in)) => {
-                        settled = all_in;
-                        reports = of_books(config, incarnation, &books, may_send);
-                        if config.statserver.is_none() {
-                            // Nobody else is to know: what the stats show is all there is.
-                            let known: Vec<_> =
-                                books.keys().map(|(key, book)| (key.clone(), book.until)).collect();
-                            keys.acknowledged(&known);
-                        }
-                    }
-                    None => settled.clear(),
-                }
+            let settled = if self.keys.is_some() {
+                let (of_keys, settled) = self.lead_keys(config, incarnation, latest.as_of_ns, departed);
+                reports = of_keys;
+                settled
             } else {
                 if let Some(period) = latest.since(&previous) {
                     self.metrics.publish(&period, &latest);
                 }
-                if may_send {
+                if self.may_send(config) {
                     reports.extend(of_pod(config, incarnation, acknowledged, latest));
                 }
-            }
+                departed
+            };
             if let Some(gate) = &self.gate {
                 self.metrics.queue_depth(gate.depth());
             }
@@ -242,6 +229,35 @@ impl Worker {
             #[cfg(feature = "fault-injection")]
             leads: stock != Stock::Follow,
         }
+    }
+
+    /// One report at a time: the next one says what this one did, and more.
+    fn may_send(&self, config: &Config) -> bool {
+        config.statserver.is_some() && self.sending.is_empty()
+    }
+
+    /// The leader of a gateway: what is to be sent, and which of the departed have nothing left to collect.
+    fn lead_keys(
+        &mut self,
+        config: &Config,
+        incarnation: u64,
+        as_of_ns: u64,
+        departed: Vec<u64>,
+    ) -> (Vec<Outgoing>, Vec<u64>) {
+        let may_send = self.may_send(config);
+        let state = self.member.pod().state(&SharedData);
+        let workers: Vec<u64> = state.map(|state| state.workers().collect()).unwrap_or_default();
+        let Some(keys) = &mut self.keys else { return (Vec::new(), departed) };
+        let Some((books, settled)) = keys.lead(&workers, &departed, as_of_ns) else {
+            return (Vec::new(), Vec::new());
+        };
+        if config.statserver.is_none() {
+            // Nobody else is to know: what the stats show is all there is.
+            let known: Vec<_> = books.keys().map(|(key, book)| (key.clone(), book.until)).collect();
+            keys.acknowledged(&known);
+        }
+        let reports = if may_send { of_books(config, incarnation, &books) } else { Vec::new() };
+        (reports, settled)
     }
 
     fn advance(&mut self) -> u64 {
@@ -354,9 +370,7 @@ impl Worker {
         if let Some(keys) = &mut self.keys {
             let workers: Vec<u64> = state.workers().collect();
             let books = keys.lead(&[], &workers, until.as_of_ns);
-            return books
-                .map(|(books, _)| of_books(config, state.incarnation, &books, true))
-                .unwrap_or_default();
+            return books.map(|(books, _)| of_books(config, state.incarnation, &books)).unwrap_or_default();
         }
         of_pod(config, state.incarnation, state.acknowledged, until).into_iter().collect()
     }
@@ -386,10 +400,7 @@ fn of_pod(config: &Config, incarnation: u64, since: Snapshot, until: Snapshot) -
 }
 
 /// The reports of a gateway.
-fn of_books(config: &Config, incarnation: u64, books: &Books, may_send: bool) -> Vec<Outgoing> {
-    if config.statserver.is_none() || !may_send {
-        return Vec::new();
-    }
+fn of_books(config: &Config, incarnation: u64, books: &Books) -> Vec<Outgoing> {
     let reports = keys::reports(&config.identity.pod, incarnation, books).into_iter();
     reports.filter_map(|(report, known)| encoded(&report, Said::Keys(known))).collect()
 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use crate::decider::{Decider, Decision, Observation, Settings};
 use crate::{KeyReport, Period, Snapshot, window::Window};
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -127,6 +128,8 @@ pub struct Key {
     requests: Pair,
     senders: HashMap<(String, u64), Sender>,
     last_report_ns: u64,
+    decider: Option<Decider>,
+    decision: Decision,
 }
 
 impl Key {
@@ -138,6 +141,8 @@ impl Key {
             requests: Pair::new(sizes),
             senders: HashMap::new(),
             last_report_ns: 0,
+            decider: None,
+            decision: Decision::default(),
         }
     }
 
@@ -171,9 +176,13 @@ impl Key {
             }
             return Ok(());
         };
-        // A report that bridges a gap is longer than the sender's period; the shortest one seen is it.
-        let shortest = known.map_or(LONGEST_PERIOD_NS, |sender| sender.period_ns);
-        let period_ns = period.elapsed_ns.clamp(SHORTEST_PERIOD_NS, shortest.max(SHORTEST_PERIOD_NS));
+        // The latest report tells the sender's period; one that bridges a gap is corrected by the next. A gateway's
+        // first one leaves at once and tells nothing: until the next one any period may be its.
+        let period_ns = match known {
+            None if report.from_gateway => LONGEST_PERIOD_NS / SILENT_PERIODS,
+            _ => report.until.as_of_ns.saturating_sub(report.since.as_of_ns),
+        };
+        let period_ns = period_ns.clamp(SHORTEST_PERIOD_NS, LONGEST_PERIOD_NS);
         self.senders.insert(
             sender_key,
             Sender { last: report.until, from_gateway: report.from_gateway, period_ns, seen_ns: now_ns },
@@ -236,6 +245,21 @@ impl Key {
             },
             last_report_age_ms: now_ns.saturating_sub(self.last_report_ns) / 1_000_000,
         }
+    }
+
+    /// Decides how many pods the key wants at the receiver's unix time `now_ns`, taking the pods that report for the
+    /// ready ones.
+    pub fn decide(&mut self, settings: &Settings, now_ns: u64) {
+        let figures = self.figures(now_ns);
+        let ready = u32::try_from(figures.pods).unwrap_or(u32::MAX);
+        let (stable, panic) = (figures.stable.concurrency, figures.panic.concurrency);
+        let decider = self.decider.get_or_insert_with(|| Decider::new(now_ns, ready));
+        self.decision = decider.decide(settings, &Observation { now_ns, ready, stable, panic });
+    }
+
+    /// The last decision.
+    pub fn decision(&self) -> Decision {
+        self.decision
     }
 
     /// Forgets senders that have been silent for [`MEMORY_NS`].
@@ -361,6 +385,31 @@ mod tests {
         key.forget(NOW + 10 * S);
         key.record("a", 1, &report(at(0, 0, 0, 0), at(16, 1, 1, 4)), NOW + 11 * S).unwrap();
         assert_eq!(key.figures(NOW + 11 * S).requests_total, 1, "still recognised");
+    }
+
+    #[test]
+    fn a_gateways_first_report_holds_until_its_next_whatever_its_period() {
+        let mut key = Key::new(WindowSizes::default());
+        let at_once =
+            Snapshot { as_of_ns: 100 * S + 5_000_000, requests: 1, in_flight: 1, ..Snapshot::default() };
+        let gateway = |until| KeyReport { from_gateway: true, ..report(at(100, 0, 0, 0), until) };
+        key.record("gateway", 1, &gateway(at_once), NOW).unwrap();
+        assert_eq!(key.figures(NOW + 59 * S).in_flight, 1);
+        key.record("gateway", 1, &gateway(at(101, 1, 1, 1)), NOW + S).unwrap();
+        assert_eq!(key.figures(NOW + 11 * S).in_flight, 1);
+        assert_eq!(key.figures(NOW + 11 * S + 1).in_flight, 0);
+        assert_eq!(key.figures(NOW + S).requests_total, 1);
+    }
+
+    #[test]
+    fn a_key_wants_pods_by_what_its_pods_report() {
+        let mut key = Key::new(WindowSizes::default());
+        assert_eq!(key.decision(), Decision::default());
+        key.record("pod", 1, &report(at(1, 0, 0, 0), at(2, 5, 140, 140)), NOW).unwrap();
+        key.decide(&Settings::default(), NOW);
+        let decision = key.decision();
+        assert_eq!((decision.desired_pods, decision.panic_mode), (2, true));
+        assert_eq!(decision.excess_burst_capacity, 100 - 211 - 140);
     }
 
     #[test]

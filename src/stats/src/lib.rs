@@ -9,6 +9,7 @@
 //! | [`shared`] | many workers, one pod figure: slots, the leader's lease, what was acknowledged |
 //! | [`breaker`] | at most so many requests in the app, and one queue over all workers |
 //! | [`keyed`] | one figure per key, for a gateway |
+//! | [`decider`] | how many pods a key wants: Knative's KPA |
 //! | [`request`] | which requests are probes, which came through a proxy; code classes |
 //! | [`config`] | the plugin's JSON configuration and its errors |
 //! | [`export`] | the exporter's answers: Knative's `Stat`, and Prometheus text |
@@ -40,6 +41,7 @@
 pub mod breaker;
 pub mod clock;
 pub mod config;
+pub mod decider;
 pub mod export;
 pub mod identity;
 pub mod ingest;

@@ -1,5 +1,6 @@
 //! The answers of the real Knative code in `vectors/` at the crate's root, against ours.
 
+use crate::decider::{Decider, Observation, Settings};
 use crate::{Snapshot, window::Window};
 
 fn read(name: &str) -> String {
@@ -77,4 +78,57 @@ fn every_window_average_comes_out_as_knatives() {
             assert!(close(ours, want), "line {}: {ours}, expected {want}", number + 1);
         }
     }
+}
+
+/// The settings in a scenario's line.
+fn settings(line: &str) -> Settings {
+    let (mut settings, seconds) =
+        (Settings::default(), |v: &str| v.trim_end_matches('s').parse::<u64>().unwrap());
+    for field in line.split_once(": ").unwrap().1.split(' ') {
+        let (name, value) = field.split_once('=').unwrap();
+        let number = || value.parse::<f64>().unwrap();
+        match name {
+            "target" => settings.target = number(),
+            "total" => settings.total = number(),
+            "max_scale_up_rate" => settings.max_scale_up_rate = number(),
+            "max_scale_down_rate" => settings.max_scale_down_rate = number(),
+            "target_burst_capacity" => settings.target_burst_capacity = number(),
+            "panic_threshold" => settings.panic_threshold = number(),
+            "stable_window" => settings.stable_window_ns = seconds(value) * 1_000_000_000,
+            "scale_down_delay" => settings.scale_down_delay_ns = seconds(value) * 1_000_000_000,
+            "activation_scale" => settings.activation_scale = value.parse().unwrap(),
+            other => panic!("unknown setting {other}"),
+        }
+    }
+    settings
+}
+
+#[test]
+fn every_decision_comes_out_as_knatives() {
+    let (mut setting, mut decider, mut steps) = (Settings::default(), None, 0);
+    for line in read("kpa_decisions.tsv").lines().skip(1) {
+        if line.starts_with('#') {
+            (setting, decider) = (settings(line), None);
+            continue;
+        }
+        let fields: Vec<&str> = line.split('\t').collect();
+        let number = |i: usize| fields[i].parse::<f64>().unwrap();
+        let seen = Observation {
+            now_ns: fields[1].parse().unwrap(),
+            ready: number(2) as u32,
+            stable: number(3),
+            panic: number(4),
+        };
+        let decider = decider.get_or_insert_with(|| Decider::new(seen.now_ns, seen.ready));
+        let ours = decider.decide(&setting, &seen);
+        let theirs = (number(5) as u32, number(6) as i64);
+        assert_eq!(
+            (ours.desired_pods, ours.excess_burst_capacity),
+            theirs,
+            "scenario {} at {seen:?}",
+            fields[0]
+        );
+        steps += 1;
+    }
+    assert_eq!(steps, 8 * 150);
 }

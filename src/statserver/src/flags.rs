@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::Parser;
+use inflight_stats::decider::Settings;
 use tracing::level_filters::LevelFilter;
 
 /// Takes the reports of Inflight's filters and answers autoscalers.
@@ -29,15 +30,85 @@ pub struct Flags {
     /// The panic window, in percent of the stable one.
     #[arg(long, env = "INFLIGHT_PANIC_WINDOW_PERCENTAGE", default_value_t = 10.0, value_parser = percentage)]
     pub panic_window_percentage: f64,
+
+    /// The concurrency that one pod can have.
+    #[arg(long, env = "INFLIGHT_TARGET", default_value_t = 100.0, value_parser = positive)]
+    pub target: f64,
+
+    /// How much of the target one pod should have, in percent.
+    #[arg(long, env = "INFLIGHT_TARGET_UTILIZATION_PERCENTAGE", default_value_t = 70.0, value_parser = percentage)]
+    pub target_utilization_percentage: f64,
+
+    /// Panic begins when the panic window wants so many percent of the ready pods.
+    #[arg(long, env = "INFLIGHT_PANIC_THRESHOLD_PERCENTAGE", default_value_t = 200.0, value_parser = positive)]
+    pub panic_threshold_percentage: f64,
+
+    /// At most so many times the ready pods at once.
+    #[arg(long, env = "INFLIGHT_MAX_SCALE_UP_RATE", default_value_t = 1000.0, value_parser = rate)]
+    pub max_scale_up_rate: f64,
+
+    /// At least the ready pods divided by this.
+    #[arg(long, env = "INFLIGHT_MAX_SCALE_DOWN_RATE", default_value_t = 2.0, value_parser = rate)]
+    pub max_scale_down_rate: f64,
+
+    /// Concurrency to be kept free; 0: none; -1: there is never enough.
+    #[arg(long, env = "INFLIGHT_TARGET_BURST_CAPACITY", default_value_t = 211.0, value_parser = burst, allow_negative_numbers = true)]
+    pub target_burst_capacity: f64,
+
+    /// Fewer pods only after they were enough for so long.
+    #[arg(long, env = "INFLIGHT_SCALE_DOWN_DELAY", default_value = "0s", value_parser = duration)]
+    pub scale_down_delay: Duration,
+
+    /// A count above zero is at least this.
+    #[arg(long, env = "INFLIGHT_ACTIVATION_SCALE", default_value_t = 1)]
+    pub activation_scale: u32,
 }
 
 impl Flags {
+    /// The decider's settings.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            target: self.target * self.target_utilization_percentage / 100.0,
+            total: self.target,
+            max_scale_up_rate: self.max_scale_up_rate,
+            max_scale_down_rate: self.max_scale_down_rate,
+            target_burst_capacity: self.target_burst_capacity,
+            panic_threshold: self.panic_threshold_percentage / 100.0,
+            stable_window_ns: in_nanoseconds(self.stable_window),
+            scale_down_delay_ns: in_nanoseconds(self.scale_down_delay),
+            activation_scale: self.activation_scale,
+        }
+    }
+
     /// The windows in seconds.
     pub fn windows(&self) -> inflight_stats::ingest::WindowSizes {
         let stable_seconds = usize::try_from(self.stable_window.as_secs()).unwrap_or(3600);
         let panic = stable_seconds as f64 * self.panic_window_percentage / 100.0;
         inflight_stats::ingest::WindowSizes { stable_seconds, panic_seconds: (panic.round() as usize).max(1) }
     }
+}
+
+fn in_nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn number(text: &str, fits: impl Fn(f64) -> bool, allowed: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|n: &f64| n.is_finite() && fits(*n))
+        .ok_or_else(|| format!("allowed is {allowed}"))
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    number(text, |n| n >= 0.01, "a number from 0.01 on")
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    number(text, |n| n > 1.0, "a number above 1")
+}
+
+fn burst(text: &str) -> Result<f64, String> {
+    number(text, |n| n >= 0.0 || n == -1.0, "-1, or a number from 0 on")
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -53,7 +124,7 @@ fn window(text: &str) -> Result<Duration, String> {
 }
 
 fn percentage(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|p| (1.0..=100.0).contains(p)).ok_or_else(|| "allowed is 1 to 100".into())
+    number(text, |p| (1.0..=100.0).contains(&p), "1 to 100")
 }
 
 #[cfg(test)]
@@ -65,12 +136,20 @@ mod tests {
         let flags = Flags::parse_from(["inflight-statserver"]);
         assert_eq!(flags.listen.to_string(), "127.0.0.1:8080");
         assert_eq!((flags.windows().stable_seconds, flags.windows().panic_seconds), (60, 6));
+        assert_eq!(flags.settings(), Settings::default());
     }
 
     #[test]
     fn a_wrong_value_is_refused_with_what_is_allowed() {
-        for wrong in [["--stable-window", "5s"], ["--panic-window-percentage", "0"], ["--drain-delay", "2h"]]
-        {
+        assert!(Flags::try_parse_from(["inflight-statserver", "--target-burst-capacity", "-1"]).is_ok());
+        for wrong in [
+            ["--target", "0"],
+            ["--max-scale-up-rate", "1"],
+            ["--target-burst-capacity", "NaN"],
+            ["--stable-window", "5s"],
+            ["--panic-window-percentage", "0"],
+            ["--drain-delay", "2h"],
+        ] {
             let error = Flags::try_parse_from(["inflight-statserver", wrong[0], wrong[1]]).unwrap_err();
             assert!(error.to_string().contains("allowed is"), "{error}");
         }

@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use futures_util::StreamExt;
 use inflight_stats::Report;
+use inflight_stats::decider::Decision;
 use inflight_stats::ingest::{Averages, Figures};
 use inflight_stats::report::{CONTENT_TYPE, MAX_BYTES};
 use inflight_stats::request::{KUBELET_PROBE_HEADER, is_kubelet_agent};
@@ -133,6 +134,9 @@ struct KeyView {
     pods: u64,
     stable: AveragesView,
     panic: AveragesView,
+    desired_pods: u32,
+    panic_mode: bool,
+    excess_burst_capacity: i64,
     last_report_age_ms: u64,
 }
 
@@ -148,8 +152,8 @@ impl From<Averages> for AveragesView {
     }
 }
 
-impl From<(KeyName, Figures)> for KeyView {
-    fn from(((namespace, name), figures): (KeyName, Figures)) -> Self {
+impl From<(KeyName, (Figures, Decision))> for KeyView {
+    fn from(((namespace, name), (figures, decision)): (KeyName, (Figures, Decision))) -> Self {
         Self {
             namespace,
             name,
@@ -158,6 +162,9 @@ impl From<(KeyName, Figures)> for KeyView {
             pods: figures.pods,
             stable: figures.stable.into(),
             panic: figures.panic.into(),
+            desired_pods: decision.desired_pods,
+            panic_mode: decision.panic_mode,
+            excess_burst_capacity: decision.excess_burst_capacity,
             last_report_age_ms: figures.last_report_age_ms,
         }
     }

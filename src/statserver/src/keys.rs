@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use inflight_stats::decider::{Decision, Settings};
 use inflight_stats::ingest::{Figures, Key, WentBack, WindowSizes};
 use inflight_stats::{KeyReport, Report};
 
@@ -54,18 +55,21 @@ impl Keys {
         Ok(())
     }
 
-    /// One key's figures.
-    pub fn figures(&self, name: &KeyName, now_ns: u64) -> Option<Figures> {
-        self.shard(name)?.get(name).map(|key| key.figures(now_ns))
+    /// One key's figures, and how many pods it wants.
+    pub fn figures(&self, name: &KeyName, now_ns: u64) -> Option<(Figures, Decision)> {
+        self.shard(name)?.get(name).map(|key| (key.figures(now_ns), key.decision()))
     }
 
     /// All keys' figures, by namespace and name.
-    pub fn all(&self, now_ns: u64) -> Vec<(KeyName, Figures)> {
+    pub fn all(&self, now_ns: u64) -> Vec<(KeyName, (Figures, Decision))> {
         let mut all: Vec<_> = self
             .shards
             .iter()
             .flat_map(|shard| {
-                lock(shard).iter().map(|(name, key)| (name.clone(), key.figures(now_ns))).collect::<Vec<_>>()
+                let shard = lock(shard);
+                let keys = shard.iter();
+                keys.map(|(name, key)| (name.clone(), (key.figures(now_ns), key.decision())))
+                    .collect::<Vec<_>>()
             })
             .collect();
         all.sort_by(|(a, _), (b, _)| a.cmp(b));
@@ -75,6 +79,13 @@ impl Keys {
     /// How many keys there are.
     pub fn len(&self) -> usize {
         self.shards.iter().map(|shard| lock(shard).len()).sum()
+    }
+
+    /// Decides for every key.
+    pub fn decide(&self, settings: &Settings, now_ns: u64) {
+        for shard in &self.shards {
+            lock(shard).values_mut().for_each(|key| key.decide(settings, now_ns));
+        }
     }
 
     /// Forgets senders that have long been silent.

@@ -13,6 +13,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use inflight_stats::decider::{EVERY_NS, Settings};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{debug, info, warn};
@@ -41,6 +42,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
         draining: AtomicBool::new(false),
     });
     let forgetting = tokio::spawn(forget(Arc::clone(&app)));
+    let deciding = tokio::spawn(decide(Arc::clone(&app), flags.settings()));
     let router = router(Arc::clone(&app));
     let connections = GracefulShutdown::new();
     let drained = async {
@@ -68,6 +70,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
         warn!("some requests were not finished");
     }
     forgetting.abort();
+    deciding.abort();
     Ok(())
 }
 
@@ -85,6 +88,14 @@ fn serve(stream: TcpStream, router: Router, connections: &GracefulShutdown) {
             debug!(%error, "a connection ended");
         }
     });
+}
+
+async fn decide(app: Arc<App>, settings: Settings) {
+    let mut ticks = tokio::time::interval(Duration::from_nanos(EVERY_NS));
+    loop {
+        ticks.tick().await;
+        app.keys.decide(&settings, now_ns());
+    }
 }
 
 async fn forget(app: Arc<App>) {

@@ -1,4 +1,5 @@
 use http_body_util::BodyExt;
+use inflight_stats::decider::Settings;
 use inflight_stats::ingest::WindowSizes;
 use inflight_stats::{KeyReport, Snapshot};
 use tower::ServiceExt;
@@ -64,6 +65,12 @@ async fn a_report_shows_up_under_its_key() {
     assert_eq!(value["pods"], 1);
     assert_eq!(value["stable"]["concurrency"], 3.0);
     assert_eq!(value["panic"]["requests_per_second"], 7.0);
+    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&0.into(), &false.into()), "not decided yet");
+    app.keys.decide(&Settings { target: 1.0, ..Settings::default() }, now_ns());
+    let (_, body) = read(&app, "/v1/keys/ns/rev").await;
+    let decided: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&decided["desired_pods"], &decided["panic_mode"]), (&3.into(), &true.into()));
+    assert_eq!(decided["excess_burst_capacity"], 100 - 211 - 3);
     assert!(value["last_report_age_ms"].as_u64().unwrap() < 60_000);
     let (_, all) = read(&app, "/v1/keys").await;
     assert_eq!(serde_json::from_str::<serde_json::Value>(&all).unwrap()["keys"][0]["name"], "rev");

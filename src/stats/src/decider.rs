@@ -1,0 +1,205 @@
+//! How many pods a key wants: Knative's KPA (knative/serving, `pkg/autoscaler/scaling/autoscaler.go`), asked
+//! every two seconds.
+
+use std::collections::VecDeque;
+
+/// How often it is asked: the unit of the scale-down delay, too.
+pub const EVERY_NS: u64 = 2_000_000_000;
+
+/// A key's settings, by Knative's names.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// What one pod should have of the metric: Knative's target times its utilisation.
+    pub target: f64,
+    /// What one pod can have at most, for the burst capacity.
+    pub total: f64,
+    /// At most so many times the ready pods at once.
+    pub max_scale_up_rate: f64,
+    /// At least the ready pods divided by this.
+    pub max_scale_down_rate: f64,
+    /// Capacity to be kept free; 0: none is asked for; below 0: there is never enough.
+    pub target_burst_capacity: f64,
+    /// Panic begins when the panic value wants so many times the ready pods.
+    pub panic_threshold: f64,
+    /// Panic ends so long after it was last called for, in nanoseconds.
+    pub stable_window_ns: u64,
+    /// Fewer pods only after they were enough for so long, in nanoseconds.
+    pub scale_down_delay_ns: u64,
+    /// A count above zero is at least this, if this is above one.
+    pub activation_scale: u32,
+}
+
+impl Default for Settings {
+    /// Knative's defaults, for the metric concurrency.
+    fn default() -> Self {
+        Self {
+            target: 70.0,
+            total: 100.0,
+            max_scale_up_rate: 1000.0,
+            max_scale_down_rate: 2.0,
+            target_burst_capacity: 211.0,
+            panic_threshold: 2.0,
+            stable_window_ns: 60_000_000_000,
+            scale_down_delay_ns: 0,
+            activation_scale: 1,
+        }
+    }
+}
+
+/// What a key shows, at one time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Observation {
+    /// Unix time in nanoseconds.
+    pub now_ns: u64,
+    /// Pods that are ready.
+    pub ready: u32,
+    /// The metric over the stable window, all pods together.
+    pub stable: f64,
+    /// The metric over the panic window.
+    pub panic: f64,
+}
+
+/// What a key wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// Pods.
+    pub desired_pods: u32,
+    /// What could still come at once; below zero, the gateway should buffer.
+    pub excess_burst_capacity: i64,
+    /// Whether it panics: pods only get more.
+    pub panic_mode: bool,
+}
+
+/// One key's decider: what it must remember between two decisions.
+#[derive(Clone, Debug)]
+pub struct Decider {
+    panic_since_ns: Option<u64>,
+    most_in_panic: u32,
+    wanted: Delay,
+}
+
+impl Decider {
+    /// A decider that begins with more than one ready pod begins in panic at that count: it does not know yet
+    /// what they are needed for.
+    pub fn new(now_ns: u64, ready: u32) -> Self {
+        let panics = ready > 1;
+        Self {
+            panic_since_ns: panics.then_some(now_ns),
+            most_in_panic: if panics { ready } else { 0 },
+            wanted: Delay::default(),
+        }
+    }
+
+    /// What the key wants now.
+    pub fn decide(&mut self, settings: &Settings, seen: &Observation) -> Decision {
+        let ready = f64::from(seen.ready.max(1));
+        let most = (settings.max_scale_up_rate * ready).ceil();
+        let least = (ready / settings.max_scale_down_rate).floor();
+        let wanted = |value: f64| {
+            let pods = (value / settings.target).ceil().max(least).min(most) as u32;
+            if pods > 0 && settings.activation_scale > 1 { pods.max(settings.activation_scale) } else { pods }
+        };
+        let (stable_pods, panic_pods) = (wanted(seen.stable), wanted(seen.panic));
+
+        let over = (seen.panic / settings.target).ceil() / ready >= settings.panic_threshold;
+        if over {
+            self.panic_since_ns = Some(seen.now_ns);
+        } else if self
+            .panic_since_ns
+            .is_some_and(|since| since.saturating_add(settings.stable_window_ns) < seen.now_ns)
+        {
+            self.panic_since_ns = None;
+            self.most_in_panic = 0;
+        }
+        let mut pods = stable_pods;
+        if self.panic_since_ns.is_some() {
+            pods = pods.max(panic_pods).max(self.most_in_panic);
+            self.most_in_panic = pods;
+        }
+        if settings.scale_down_delay_ns > 0 {
+            pods = self.wanted.highest(pods, seen.now_ns, settings.scale_down_delay_ns);
+        }
+        Decision {
+            desired_pods: pods,
+            excess_burst_capacity: excess(settings, seen),
+            panic_mode: self.panic_since_ns.is_some(),
+        }
+    }
+}
+
+fn excess(settings: &Settings, seen: &Observation) -> i64 {
+    let burst = settings.target_burst_capacity;
+    if burst == 0.0 {
+        0
+    } else if burst < 0.0 {
+        -1
+    } else {
+        (f64::from(seen.ready) * settings.total - burst - seen.panic).floor() as i64
+    }
+}
+
+/// The counts wanted within the scale-down delay, by units of [`EVERY_NS`]: only those that no later one
+/// exceeds, so the first is the highest.
+#[derive(Clone, Debug, Default)]
+struct Delay(VecDeque<(u64, u32)>);
+
+impl Delay {
+    fn highest(&mut self, pods: u32, now_ns: u64, delay_ns: u64) -> u32 {
+        let (unit, units) = (now_ns / EVERY_NS, delay_ns.div_ceil(EVERY_NS));
+        while self.0.back().is_some_and(|(_, earlier)| *earlier <= pods) {
+            self.0.pop_back();
+        }
+        self.0.push_back((unit, pods));
+        while self.0.front().is_some_and(|(at, _)| at.saturating_add(units) <= unit) {
+            self.0.pop_front();
+        }
+        self.0.front().map_or(pods, |(_, highest)| *highest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: u64 = 1_000_000_000;
+
+    fn seen(second: u64, ready: u32, value: f64) -> Observation {
+        Observation { now_ns: second * S, ready, stable: value, panic: value }
+    }
+
+    #[test]
+    fn nothing_wants_nothing_and_zero_pods_can_be_reached() {
+        let mut decider = Decider::new(0, 1);
+        assert_eq!(decider.decide(&Settings::default(), &seen(2, 1, 0.0)).desired_pods, 0);
+    }
+
+    #[test]
+    fn panic_holds_the_highest_count_for_a_stable_window() {
+        let settings = Settings { target: 10.0, ..Settings::default() };
+        let mut decider = Decider::new(0, 1);
+        let panicking = decider.decide(&settings, &seen(2, 1, 50.0));
+        assert_eq!((panicking.desired_pods, panicking.panic_mode), (5, true));
+        assert_eq!(decider.decide(&settings, &seen(62, 5, 0.0)).desired_pods, 5);
+        let over = decider.decide(&settings, &seen(63, 5, 0.0));
+        assert_eq!((over.desired_pods, over.panic_mode), (2, false));
+    }
+
+    #[test]
+    fn burst_capacity_has_three_cases() {
+        let of = |target_burst_capacity, ready| {
+            excess(&Settings { target_burst_capacity, ..Settings::default() }, &seen(0, ready, 10.5))
+        };
+        assert_eq!((of(0.0, 9), of(-1.0, 9), of(200.0, 3)), (0, -1, 89));
+    }
+
+    #[test]
+    fn a_delay_keeps_the_highest_count_for_as_long() {
+        let mut delay = Delay::default();
+        let counts: Vec<u32> = [3, 5, 1, 2, 1, 1]
+            .iter()
+            .zip(0..)
+            .map(|(n, i)| delay.highest(*n, i * EVERY_NS, 3 * EVERY_NS))
+            .collect();
+        assert_eq!(counts, [3, 5, 5, 5, 2, 2]);
+    }
+}
