@@ -103,11 +103,12 @@ async fn the_servers_figure_is_the_true_concurrency_whichever_way_the_traffic_go
         let plan = Plan { requests: u64::MAX, average_ms: 50.0, ..Plan::default() };
         let load = |connections, address| Load::start(Plan { connections, ..plan }, address, &app.counts);
         let loads = [load(through, gateway.address), load(straight, sidecar.address)];
-        // Twelve clients with always a request each; the app sees that, and twice as much would be 24.
+        // Twelve clients with nearly always a request each. Counted twice it would be 24, or 18 with six through
+        // the gateway.
         let concurrency = wait::until("the panic window is full of it", SETTLED, || async {
             let key = server.key("default", "hello-00001").await.ok_or("no key".to_owned())?;
             let figure = key["panic"]["concurrency"].as_f64().expect("a number");
-            if (11.0..=12.5).contains(&figure) { Ok(figure) } else { Err(figure.to_string()) }
+            if (9.0..=13.0).contains(&figure) { Ok(figure) } else { Err(figure.to_string()) }
         })
         .await;
         println!("{through} clients through the gateway, {straight} straight: concurrency {concurrency:.2}");

@@ -1,7 +1,7 @@
 //! The breaker at this worker: which of its requests are in the app, and which wait, paused.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use inflight_stats::Config;
@@ -189,6 +189,7 @@ impl Gate {
         if self.running > 0 || !self.waiting.is_empty() {
             match self.breaker.waiting(&SharedData, self.worker) {
                 Some(still) => {
+                    let still: BTreeSet<u64> = still.into_iter().collect();
                     let granted: Vec<u64> =
                         self.waiting.keys().filter(|number| !still.contains(number)).copied().collect();
                     turn.resume.extend(granted.into_iter().filter_map(|number| self.admit(number, now_ns)));

@@ -49,13 +49,15 @@ impl Stream {
         let Some(Counted { raw_ns, proxied, pass }) = self.counted.take() else { return };
         let now_ns = host::monotonic_ns();
         let Ok(mut worker) = self.worker.try_borrow_mut() else { return };
-        let pass = pass.map_or(Pass::Admitted(raw_ns), |pass| pass.get());
+        let pass = pass.map(|pass| pass.get());
         let app_ns = match pass {
-            Pass::Admitted(since_ns) => Some(now_ns.saturating_sub(since_ns)),
-            Pass::Waiting(_) | Pass::Refused => None,
+            None => Some(now_ns.saturating_sub(raw_ns)),
+            Some(Pass::Admitted(since_ns)) => Some(now_ns.saturating_sub(since_ns)),
+            Some(Pass::Waiting(_) | Pass::Refused) => None,
         };
         worker.request_out(now_ns, proxied, code(), now_ns.saturating_sub(raw_ns), app_ns);
-        let turn = worker.gate.as_mut().map(|gate| gate.leave(pass, now_ns));
+        // One that came before there was a breaker holds no slot.
+        let turn = worker.gate.as_mut().zip(pass).map(|(gate, pass)| gate.leave(pass, now_ns));
         drop(worker);
         if let Some(turn) = turn {
             turn.take(self.id);

@@ -117,12 +117,17 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 const NAME: &str = "a string of 1 to 512 bytes without control characters";
 
 impl Config {
-    /// Reads and checks a configuration. What it leaves out of the identity is taken from `node`.
+    /// Reads and checks a configuration; none at all is an empty one. What it leaves out of the identity is
+    /// taken from `node`.
     ///
     /// # Errors
     /// [`ConfigError`], for the first mistake.
     pub fn parse(json: &[u8], node: &Identity) -> Result<Self, ConfigError> {
-        let document = serde_json::from_slice(json).map_err(|error| ConfigError {
+        let parsed = match json.is_empty() {
+            true => Ok(Value::Object(Map::new())),
+            false => serde_json::from_slice(json),
+        };
+        let document = parsed.map_err(|error| ConfigError {
             key: String::new(),
             was: format!("not JSON ({error})"),
             allowed: "a JSON object".into(),
@@ -456,6 +461,7 @@ mod tests {
         };
         let config = Config::parse(br#"{"revision": "v2"}"#, &node).unwrap();
         assert_eq!(config.domain(), "mesh/v2/pod-1");
+        assert_eq!(Config::parse(b"", &node).unwrap().domain(), "mesh/v1/pod-1");
     }
 
     #[test]
