@@ -58,23 +58,13 @@ fn of_istio(cluster: &str) -> Option<(&str, &str)> {
     Some((namespace, name))
 }
 
-/// What happened to one key between two boundaries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Delta {
-    requests: u64,
-    proxied_requests: u64,
-    request_ns: u128,
-    proxied_request_ns: u128,
-    in_flight: u32,
-    proxied_in_flight: u32,
-}
-
 /// What happened to all keys of one worker between two boundaries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Batch {
     from_ns: u64,
     until_ns: u64,
-    keys: Vec<(KeyName, Delta)>,
+    /// The totals of this batch alone, and what is in flight at its end.
+    keys: Vec<(KeyName, Snapshot)>,
 }
 
 impl Batch {
@@ -148,7 +138,7 @@ impl KeyedRecorder {
         self.close(now_ns.max(self.closed_ns));
         if let Some(batch) = self.outbox.last_mut() {
             for (_, delta) in &mut batch.keys {
-                (delta.in_flight, delta.proxied_in_flight) = (0, 0);
+                *delta = delta.finished();
             }
         }
         self.keys.clear();
@@ -173,29 +163,10 @@ impl KeyedRecorder {
         let mut keys = Vec::new();
         self.keys.retain(|key, snapshot| {
             snapshot.advance(boundary_ns);
-            let Snapshot {
-                requests,
-                proxied_requests,
-                request_ns,
-                proxied_request_ns,
-                in_flight,
-                proxied_in_flight,
-                ..
-            } = *snapshot;
-            keys.push((
-                key.clone(),
-                Delta {
-                    requests,
-                    proxied_requests,
-                    request_ns,
-                    proxied_request_ns,
-                    in_flight,
-                    proxied_in_flight,
-                },
-            ));
-            let as_of_ns = snapshot.as_of_ns;
-            *snapshot = Snapshot { as_of_ns, in_flight, proxied_in_flight, ..Snapshot::default() };
-            in_flight > 0
+            keys.push((key.clone(), *snapshot));
+            // What is in flight stays; the totals begin anew.
+            *snapshot = snapshot.less_totals_of(snapshot);
+            snapshot.in_flight > 0
         });
         self.outbox.push(Batch { from_ns: self.closed_ns, until_ns: boundary_ns, keys });
         self.closed_ns = boundary_ns;
@@ -258,12 +229,8 @@ impl Books {
                         before: zero,
                         idle: false,
                     });
-                    let until = &mut book.until;
-                    until.requests = until.requests.saturating_add(delta.requests);
-                    until.proxied_requests = until.proxied_requests.saturating_add(delta.proxied_requests);
-                    until.request_ns = until.request_ns.saturating_add(delta.request_ns);
-                    until.proxied_request_ns =
-                        until.proxied_request_ns.saturating_add(delta.proxied_request_ns);
+                    // What is in flight is summed over workers below.
+                    book.until = book.until.plus(delta);
                 }
                 let held = batch.keys.iter().filter(|(_, delta)| delta.in_flight > 0);
                 let held = held

@@ -251,11 +251,11 @@ impl Pod {
 
     /// The key of the pod's breaker ([`crate::breaker`]).
     pub fn breaker_key(&self) -> String {
-        format!("{}/breaker", self.prefix)
+        self.key("breaker")
     }
 
     fn slot_key(&self, id: u64) -> String {
-        format!("{}/slot/{id:016x}", self.prefix)
+        self.key(&format!("slot/{id:016x}"))
     }
 
     fn read(&self, store: &impl Store) -> Option<(State, u32)> {
