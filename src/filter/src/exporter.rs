@@ -4,8 +4,9 @@
 use std::rc::Rc;
 
 use inflight_stats::Config;
-use inflight_stats::export::{PROTOBUF, Route, Stat, TEXT, route};
+use inflight_stats::export::{self, PROTOBUF, Route, TEXT, route};
 use inflight_stats::shared::Pod;
+use prost::Message;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
@@ -31,12 +32,12 @@ impl HttpContext for Scrape {
             let state = pod.state(&SharedData).ok();
             let offset_ns = state.as_ref().map_or(0, |state| state.clock_offset_ns);
             let now_ns = host::monotonic_ns().wrapping_add(offset_ns);
-            Stat::of(&config.identity.pod, state.as_ref(), now_ns)
+            export::stat_of(&config.identity.pod, state.as_ref(), now_ns)
         };
         match route(&method, &path, header("accept").as_deref()) {
-            Route::Protobuf => host::respond(200, &stat().protobuf(), &[("content-type", PROTOBUF)]),
+            Route::Protobuf => host::respond(200, &stat().encode_to_vec(), &[("content-type", PROTOBUF)]),
             Route::Text => {
-                let text = stat().prometheus(&config.identity);
+                let text = export::prometheus(&stat(), &config.identity);
                 host::respond(200, text.as_bytes(), &[("content-type", TEXT)]);
             }
             Route::NotFound => host::respond(404, b"only /metrics is here\n", &[]),

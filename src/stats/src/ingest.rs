@@ -3,9 +3,14 @@
 //! A sender's counters are cumulative, so the receiver keeps each sender's last snapshot and adds
 //! differences. Whatever is repeated, late or overlapping, adds only what was not added before.
 
-use std::collections::HashMap;
+use std::hash::RandomState;
+use std::sync::Arc;
 
-use crate::decider::{Decider, Decision, Observation, Settings};
+use hashbrown::HashMap;
+
+use crate::decider::{Decider, Decision, Observation};
+use crate::settings::{KeySettings, Metric};
+use crate::wire::Stat;
 use crate::{KeyReport, Period, Snapshot, window::Window};
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -14,6 +19,8 @@ pub const SILENT_PERIODS: u64 = 10;
 /// How long the last snapshot of a silent sender is kept, so that a report whose acknowledgement was
 /// lost is recognised when it comes again.
 pub const MEMORY_NS: u64 = 15 * 60 * SECOND_NS;
+/// A sender of stats says nothing of its period; Knative's is a second.
+const STAT_PERIOD_NS: u64 = SECOND_NS;
 const SHORTEST_PERIOD_NS: u64 = SECOND_NS / 10;
 const LONGEST_PERIOD_NS: u64 = 60 * SECOND_NS;
 
@@ -45,24 +52,6 @@ pub fn addition(
         return Ok(None);
     }
     until.since(base).map(Some).ok_or(WentBack)
-}
-
-/// Both windows of one quantity.
-#[derive(Clone, Debug)]
-struct Pair {
-    stable: Window,
-    panic: Window,
-}
-
-impl Pair {
-    fn new(sizes: WindowSizes) -> Self {
-        Self { stable: Window::new(sizes.stable_seconds), panic: Window::new(sizes.panic_seconds) }
-    }
-
-    fn record(&mut self, second: u64, value: f64) {
-        self.stable.record(second, value);
-        self.panic.record(second, value);
-    }
 }
 
 /// The sizes of the stable and the panic window in seconds.
@@ -103,6 +92,16 @@ pub struct Averages {
     pub requests_per_second: f64,
 }
 
+impl Averages {
+    /// The one of them to scale by.
+    pub fn of(&self, metric: Metric) -> f64 {
+        match metric {
+            Metric::Concurrency => self.concurrency,
+            Metric::Rps => self.requests_per_second,
+        }
+    }
+}
+
 /// What is known of one key at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Figures {
@@ -120,30 +119,139 @@ pub struct Figures {
     pub last_report_age_ms: u64,
 }
 
-/// One key, as its senders' reports make it.
+/// What a sender added, a second; what its bucket in the windows gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PerSecond {
+    /// Requests in flight, on average.
+    pub concurrency: f64,
+    /// Of these, proxied ones; always 0 of a gateway, which is in front of all.
+    pub proxied_concurrency: f64,
+    /// Requests that came in.
+    pub requests: f64,
+    /// Of these, proxied ones.
+    pub proxied_requests: f64,
+}
+
+impl PerSecond {
+    /// What counts for the key: what no gateway has counted already.
+    fn own(&self) -> [f64; 2] {
+        [self.concurrency - self.proxied_concurrency, self.requests - self.proxied_requests]
+    }
+}
+
+/// What a report or a stat did to its key.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Recorded {
+    /// What was not known before; `None` if nothing.
+    pub added: Option<PerSecond>,
+    /// Whether the key had no traffic in its stable window until now.
+    pub woke: bool,
+}
+
+/// A stat whose numbers are none, or out of all proportion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Implausible;
+
+/// No pod has so many requests in a second.
+const MOST: f64 = 1e9;
+
+/// One pod, or one gateway, by its name.
+#[derive(Clone, Debug, Default)]
+struct Pod {
+    /// By incarnation: seldom more than one.
+    reported: Vec<(u64, Sender)>,
+    streamed: Option<Streamed>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Streamed {
+    concurrency: f64,
+    seen_ns: u64,
+    from_gateway: bool,
+}
+
+impl Streamed {
+    fn is_live(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.seen_ns) <= STAT_PERIOD_NS * SILENT_PERIODS
+    }
+}
+
+impl Pod {
+    fn sender(&self, incarnation: u64) -> Option<&Sender> {
+        self.reported.iter().find(|(i, _)| *i == incarnation).map(|(_, sender)| sender)
+    }
+
+    /// What is in flight in it, and whether it counts as a pod; `None` if it is silent.
+    fn live(&self, now_ns: u64) -> Option<(f64, bool)> {
+        let mut live = None;
+        let mut add = |in_flight: f64, is_pod: bool| {
+            let (sum, pod) = live.unwrap_or((0.0, false));
+            live = Some((sum + in_flight, pod || is_pod));
+        };
+        for (_, sender) in self.reported.iter().filter(|(_, sender)| sender.is_live(now_ns)) {
+            let proxied = if sender.from_gateway { 0 } else { sender.last.proxied_in_flight };
+            add(sender.last.in_flight.saturating_sub(proxied).into(), !sender.from_gateway);
+        }
+        if let Some(streamed) = self.streamed.filter(|streamed| streamed.is_live(now_ns)) {
+            add(streamed.concurrency, !streamed.from_gateway);
+        }
+        live
+    }
+}
+
+/// Whether a sender of stats is an activator and no pod: a stat does not say, its pod's name does (as in older Knative's
+/// `pkg/autoscaler`, which told them apart by this prefix).
+pub fn is_activator(pod_name: &str) -> bool {
+    pod_name.starts_with("activator")
+}
+
+/// One key, as its senders make it.
 #[derive(Clone, Debug)]
 pub struct Key {
+    settings: Arc<KeySettings>,
     requests_total: u64,
-    concurrency: Pair,
-    requests: Pair,
-    senders: HashMap<(String, u64), Sender>,
+    /// The same from stats, whose counts are doubles.
+    streamed_total: f64,
+    stable: Window<2>,
+    panic: Window<2>,
+    pods: HashMap<String, Pod, RandomState>,
     last_report_ns: u64,
+    last_traffic_second: Option<u64>,
     decider: Option<Decider>,
     decision: Decision,
 }
 
 impl Key {
     /// A key of which nothing is known yet.
-    pub fn new(sizes: WindowSizes) -> Self {
+    pub fn new(settings: Arc<KeySettings>) -> Self {
+        let sizes = settings.windows();
         Self {
+            settings,
             requests_total: 0,
-            concurrency: Pair::new(sizes),
-            requests: Pair::new(sizes),
-            senders: HashMap::new(),
+            streamed_total: 0.0,
+            stable: Window::new(sizes.stable_seconds),
+            panic: Window::new(sizes.panic_seconds),
+            pods: HashMap::default(),
             last_report_ns: 0,
+            last_traffic_second: None,
             decider: None,
             decision: Decision::default(),
         }
+    }
+
+    /// What the key is scaled by.
+    pub fn settings(&self) -> &Arc<KeySettings> {
+        &self.settings
+    }
+
+    /// Has the key scaled by other settings from now on. What its windows hold stays, as far as it fits.
+    pub fn apply(&mut self, settings: Arc<KeySettings>) {
+        let sizes = settings.windows();
+        if sizes != self.settings.windows() {
+            self.stable = self.stable.resized(sizes.stable_seconds);
+            self.panic = self.panic.resized(sizes.panic_seconds);
+        }
+        self.settings = settings;
     }
 
     /// Whether [`Key::record`] would take the report.
@@ -151,7 +259,7 @@ impl Key {
     /// # Errors
     /// [`WentBack`].
     pub fn check(&self, pod: &str, incarnation: u64, report: &KeyReport) -> Result<(), WentBack> {
-        let known = self.senders.get(&(pod.to_owned(), incarnation)).map(|sender| &sender.last);
+        let known = self.pods.get(pod).and_then(|pod| pod.sender(incarnation)).map(|sender| &sender.last);
         addition(known, &report.since, &report.until).map(|_| ())
     }
 
@@ -165,96 +273,156 @@ impl Key {
         incarnation: u64,
         report: &KeyReport,
         now_ns: u64,
-    ) -> Result<(), WentBack> {
-        let sender_key = (pod.to_owned(), incarnation);
-        let known = self.senders.get(&sender_key);
+    ) -> Result<Recorded, WentBack> {
+        let known = self.pods.get(pod).and_then(|pod| pod.sender(incarnation));
         let added = addition(known.map(|sender| &sender.last), &report.since, &report.until)?;
-        self.last_report_ns = self.last_report_ns.max(now_ns);
-        let Some(period) = added else {
-            if let Some(sender) = self.senders.get_mut(&sender_key) {
-                sender.seen_ns = now_ns;
-            }
-            return Ok(());
-        };
         // The latest report tells the sender's period; one that bridges a gap is corrected by the next. A gateway's
         // first one leaves at once and tells nothing: until the next one any period may be its.
         let period_ns = match known {
             None if report.from_gateway => LONGEST_PERIOD_NS / SILENT_PERIODS,
             _ => report.until.as_of_ns.saturating_sub(report.since.as_of_ns),
         };
-        let period_ns = period_ns.clamp(SHORTEST_PERIOD_NS, LONGEST_PERIOD_NS);
-        self.senders.insert(
-            sender_key,
-            Sender { last: report.until, from_gateway: report.from_gateway, period_ns, seen_ns: now_ns },
-        );
-        // A gateway is in front of all; what it passed on comes to the pods as proxied.
-        let (requests, request_ns) = if report.from_gateway {
-            (period.requests, period.request_ns)
-        } else {
-            (
-                period.requests - period.proxied_requests.min(period.requests),
-                period.request_ns.saturating_sub(period.proxied_request_ns),
-            )
+        self.last_report_ns = self.last_report_ns.max(now_ns);
+        let senders = &mut self.pod(pod).reported;
+        let sender = senders.iter_mut().find(|(i, _)| *i == incarnation).map(|(_, sender)| sender);
+        let Some(period) = added else {
+            if let Some(sender) = sender {
+                sender.seen_ns = now_ns;
+            }
+            return Ok(Recorded::default());
         };
-        self.requests_total = self.requests_total.saturating_add(requests);
-        self.spread(&period, report.since.as_of_ns == 0, requests, request_ns, now_ns);
-        Ok(())
+        let now = Sender {
+            last: report.until,
+            from_gateway: report.from_gateway,
+            period_ns: period_ns.clamp(SHORTEST_PERIOD_NS, LONGEST_PERIOD_NS),
+            seen_ns: now_ns,
+        };
+        match sender {
+            Some(sender) => *sender = now,
+            None => senders.push((incarnation, now)),
+        }
+        // A gateway is in front of all; what it passed on comes to the pods as proxied.
+        let (proxied, proxied_ns) =
+            if report.from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
+        self.requests_total = self.requests_total.saturating_add(period.requests.saturating_sub(proxied));
+        // What took longer than a second goes evenly into the seconds that it took. A sender that does not say since
+        // when (0) counts as a second.
+        let seconds = match report.since.as_of_ns {
+            0 => 1,
+            _ => (period.elapsed_ns.saturating_add(SECOND_NS / 2) / SECOND_NS).max(1),
+        };
+        let a_second = |value: f64| value / seconds as f64;
+        let added = PerSecond {
+            concurrency: a_second(period.request_ns as f64 / SECOND_NS as f64),
+            proxied_concurrency: a_second(proxied_ns as f64 / SECOND_NS as f64),
+            requests: a_second(period.requests as f64),
+            proxied_requests: a_second(proxied as f64),
+        };
+        let woke = self.add(added.own(), seconds, now_ns);
+        Ok(Recorded { added: Some(added), woke })
     }
 
-    /// Into the bucket of the present second; what took longer than a second, evenly into the
-    /// seconds that it took. A sender that does not say since when (0) counts as a second.
-    fn spread(&mut self, period: &Period, unknown_start: bool, requests: u64, request_ns: u128, now_ns: u64) {
-        let seconds =
-            if unknown_start { 1 } else { period.elapsed_ns.saturating_add(SECOND_NS / 2) / SECOND_NS }
-                .max(1);
-        let concurrency = request_ns as f64 / SECOND_NS as f64 / seconds as f64;
-        let per_second = requests as f64 / seconds as f64;
-        let this = now_ns / SECOND_NS;
-        let kept = seconds.min(self.concurrency.stable.seconds() as u64);
-        for second in (this + 1).saturating_sub(kept)..=this {
-            self.concurrency.record(second, concurrency);
-            self.requests.record(second, per_second);
+    /// Adds a stat that came by the stream, at the receiver's unix time `now_ns`. As in Knative proxied is subtracted
+    /// whoever sent it, and a stat is of the second in which it arrives.
+    ///
+    /// # Errors
+    /// [`Implausible`]; nothing was changed.
+    pub fn record_stat(&mut self, pod: &str, stat: &Stat, now_ns: u64) -> Result<Recorded, Implausible> {
+        let added = PerSecond {
+            concurrency: stat.average_concurrent_requests,
+            proxied_concurrency: stat.average_proxied_concurrent_requests,
+            requests: stat.request_count,
+            proxied_requests: stat.proxied_request_count,
+        };
+        let plausible = |value: f64| (0.0..=MOST).contains(&value);
+        if ![added.concurrency, added.proxied_concurrency, added.requests, added.proxied_requests]
+            .into_iter()
+            .all(plausible)
+        {
+            return Err(Implausible);
         }
+        let own @ [concurrency, requests] = added.own();
+        self.last_report_ns = self.last_report_ns.max(now_ns);
+        let from_gateway = is_activator(pod);
+        self.pod(pod).streamed = Some(Streamed { concurrency, seen_ns: now_ns, from_gateway });
+        self.streamed_total += requests;
+        let woke = self.add(own, 1, now_ns);
+        Ok(Recorded { added: Some(added), woke })
+    }
+
+    /// A pod by its name, which is copied only the first time.
+    fn pod(&mut self, name: &str) -> &mut Pod {
+        self.pods.entry_ref(name).or_default()
+    }
+
+    /// Adds to the buckets of so many seconds, the present one being the last; whether the key woke.
+    fn add(&mut self, per_second: [f64; 2], seconds: u64, now_ns: u64) -> bool {
+        let this = now_ns / SECOND_NS;
+        for second in (this + 1).saturating_sub(seconds.min(self.stable.seconds() as u64))..=this {
+            self.stable.record(second, per_second);
+            self.panic.record(second, per_second);
+        }
+        let traffic = per_second.into_iter().any(|value| value > 0.0);
+        let woke = traffic && !self.has_traffic(now_ns);
+        if traffic {
+            self.last_traffic_second = self.last_traffic_second.max(Some(this));
+        }
+        woke
+    }
+
+    /// Whether anything came or was in flight within the stable window.
+    fn has_traffic(&self, now_ns: u64) -> bool {
+        let second = now_ns / SECOND_NS;
+        self.last_traffic_second
+            .is_some_and(|last| second.saturating_sub(last) < self.stable.seconds() as u64)
+    }
+
+    /// Whether the key should have any pod: it has traffic, or its decider wants one still.
+    pub fn is_active(&self, now_ns: u64) -> bool {
+        self.has_traffic(now_ns) || self.decision.desired_pods > 0 || self.settings.min_scale > 0
+    }
+
+    /// The metric to scale by, all pods together: the stable average, or the panic one where that is larger in panic.
+    pub fn metric(&self, metric: Metric, now_ns: u64) -> f64 {
+        let Figures { stable, panic, .. } = self.figures(now_ns);
+        let (stable, panic) = (stable.of(metric), panic.of(metric));
+        if self.decision.panic_mode { stable.max(panic) } else { stable }
     }
 
     /// The figures at the receiver's unix time `now_ns`.
     pub fn figures(&self, now_ns: u64) -> Figures {
         let second = now_ns / SECOND_NS;
-        let live = || self.senders.iter().filter(|(_, sender)| sender.is_live(now_ns));
-        let in_flight = live()
-            .map(|(_, sender)| {
-                let proxied = if sender.from_gateway { 0 } else { sender.last.proxied_in_flight };
-                u64::from(sender.last.in_flight.saturating_sub(proxied))
-            })
-            .sum();
-        let mut pods: Vec<&str> =
-            live().filter(|(_, s)| !s.from_gateway).map(|((pod, _), _)| pod.as_str()).collect();
-        pods.sort_unstable();
-        pods.dedup();
+        let (mut in_flight, mut pods) = (0.0, 0);
+        for (live, is_pod) in self.pods.values().filter_map(|pod| pod.live(now_ns)) {
+            in_flight += live;
+            pods += u64::from(is_pod);
+        }
+        // A stat with more proxied requests than requests takes away, as in Knative; what is shown is not below zero.
+        let averages = |window: &Window<2>| {
+            let [concurrency, requests_per_second] = window.average(second).map(|value| value.max(0.0));
+            Averages { concurrency, requests_per_second }
+        };
         Figures {
-            requests_total: self.requests_total,
-            in_flight,
-            pods: pods.len() as u64,
-            stable: Averages {
-                concurrency: self.concurrency.stable.average(second),
-                requests_per_second: self.requests.stable.average(second),
-            },
-            panic: Averages {
-                concurrency: self.concurrency.panic.average(second),
-                requests_per_second: self.requests.panic.average(second),
-            },
+            requests_total: self.requests_total.saturating_add(self.streamed_total.max(0.0).round() as u64),
+            in_flight: in_flight.max(0.0).round() as u64,
+            pods,
+            stable: averages(&self.stable),
+            panic: averages(&self.panic),
             last_report_age_ms: now_ns.saturating_sub(self.last_report_ns) / 1_000_000,
         }
     }
 
-    /// Decides how many pods the key wants at the receiver's unix time `now_ns`, taking the pods that report for the
-    /// ready ones.
-    pub fn decide(&mut self, settings: &Settings, now_ns: u64) {
+    /// Decides how many pods the key wants at the receiver's unix time `now_ns`; the figures that it decided by.
+    pub fn decide(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
-        let ready = u32::try_from(figures.pods).unwrap_or(u32::MAX);
-        let (stable, panic) = (figures.stable.concurrency, figures.panic.concurrency);
+        let reporting = u32::try_from(figures.pods).unwrap_or(u32::MAX);
+        let ready = self.settings.ready_pods.unwrap_or(reporting);
+        let metric = self.settings.metric;
+        let (stable, panic) = (figures.stable.of(metric), figures.panic.of(metric));
         let decider = self.decider.get_or_insert_with(|| Decider::new(now_ns, ready));
-        self.decision = decider.decide(settings, &Observation { now_ns, ready, stable, panic });
+        let wanted = decider.decide(&self.settings.decider(), &Observation { now_ns, ready, stable, panic });
+        self.decision = Decision { desired_pods: self.settings.bounded(wanted.desired_pods), ..wanted };
+        figures
     }
 
     /// The last decision.
@@ -262,9 +430,13 @@ impl Key {
         self.decision
     }
 
-    /// Forgets senders that have been silent for [`MEMORY_NS`].
+    /// Forgets senders that have been silent for [`MEMORY_NS`]; of a stat nothing needs to be remembered.
     pub fn forget(&mut self, now_ns: u64) {
-        self.senders.retain(|_, sender| now_ns.saturating_sub(sender.seen_ns) < MEMORY_NS);
+        self.pods.retain(|_, pod| {
+            pod.reported.retain(|(_, sender)| now_ns.saturating_sub(sender.seen_ns) < MEMORY_NS);
+            pod.streamed = pod.streamed.filter(|streamed| streamed.is_live(now_ns));
+            !pod.reported.is_empty() || pod.streamed.is_some()
+        });
     }
 }
 
@@ -291,7 +463,7 @@ mod tests {
 
     #[test]
     fn a_repeated_report_adds_nothing() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         let first = report(at(1, 0, 0, 0), at(2, 5, 2, 1));
         key.record("pod", 1, &first, NOW).unwrap();
         key.record("pod", 1, &first, NOW + S).unwrap();
@@ -305,7 +477,7 @@ mod tests {
 
     #[test]
     fn a_late_report_adds_nothing_and_takes_nothing() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(3, 8, 4, 2)), NOW).unwrap();
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(2, 5, 2, 9)), NOW).unwrap();
         let figures = key.figures(NOW);
@@ -314,7 +486,7 @@ mod tests {
 
     #[test]
     fn an_empty_receiver_goes_on_from_since() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(100, 1_000, 500, 3), at(101, 1_010, 503, 3)), NOW).unwrap();
         assert_eq!(key.figures(NOW).requests_total, 10);
         // What another receiver acknowledged in between is not ours.
@@ -324,7 +496,7 @@ mod tests {
 
     #[test]
     fn counters_that_go_back_are_refused_and_change_nothing() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(3, 8, 4, 2)), NOW).unwrap();
         let back = report(at(1, 0, 0, 0), at(4, 7, 4, 9));
         assert_eq!(key.check("pod", 1, &back), Err(WentBack));
@@ -335,7 +507,7 @@ mod tests {
 
     #[test]
     fn proxied_requests_count_at_the_gateway_alone() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         let proxied = Snapshot {
             proxied_requests: 6,
             proxied_request_ns: u128::from(3 * S),
@@ -352,7 +524,7 @@ mod tests {
 
     #[test]
     fn a_report_of_fifteen_seconds_is_spread_over_fifteen_seconds() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(16, 30, 45, 3)), NOW).unwrap();
         let figures = key.figures(NOW);
         assert_eq!((figures.stable.concurrency, figures.panic.concurrency), (3.0, 3.0));
@@ -361,7 +533,7 @@ mod tests {
 
     #[test]
     fn ten_reports_of_a_tenth_of_a_second_make_one_second() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         let tenth = |n: u64| Snapshot {
             as_of_ns: S + n * S / 10,
             requests: n,
@@ -376,7 +548,7 @@ mod tests {
 
     #[test]
     fn a_pod_that_is_silent_for_ten_periods_no_longer_counts() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         key.record("a", 1, &report(at(0, 0, 0, 0), at(15, 1, 1, 4)), NOW).unwrap();
         key.record("a", 1, &report(at(15, 1, 1, 4), at(16, 1, 1, 4)), NOW).unwrap();
         key.record("b", 1, &report(at(15, 1, 1, 1), at(16, 1, 1, 1)), NOW + 5 * S).unwrap();
@@ -389,7 +561,7 @@ mod tests {
 
     #[test]
     fn a_gateways_first_report_holds_until_its_next_whatever_its_period() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         let at_once =
             Snapshot { as_of_ns: 100 * S + 5_000_000, requests: 1, in_flight: 1, ..Snapshot::default() };
         let gateway = |until| KeyReport { from_gateway: true, ..report(at(100, 0, 0, 0), until) };
@@ -403,10 +575,10 @@ mod tests {
 
     #[test]
     fn a_key_wants_pods_by_what_its_pods_report() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         assert_eq!(key.decision(), Decision::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(2, 5, 140, 140)), NOW).unwrap();
-        key.decide(&Settings::default(), NOW);
+        key.decide(NOW);
         let decision = key.decision();
         assert_eq!((decision.desired_pods, decision.panic_mode), (2, true));
         assert_eq!(decision.excess_burst_capacity, 100 - 211 - 140);
@@ -414,11 +586,76 @@ mod tests {
 
     #[test]
     fn one_pod_in_two_incarnations_is_one_pod() {
-        let mut key = Key::new(WindowSizes::default());
+        let mut key = Key::new(Arc::default());
         for incarnation in [1, 2] {
             key.record("pod", incarnation, &report(at(1, 0, 0, 0), at(2, 3, 1, 1)), NOW).unwrap();
         }
         let figures = key.figures(NOW);
         assert_eq!((figures.pods, figures.requests_total, figures.in_flight), (1, 6, 2));
+    }
+
+    fn stat(pod_name: &'static str, concurrency: f64, requests: f64) -> Stat {
+        Stat {
+            pod_name: pod_name.into(),
+            average_concurrent_requests: concurrency,
+            request_count: requests,
+            ..Stat::default()
+        }
+    }
+
+    #[test]
+    fn a_stat_is_of_its_second_and_an_activator_is_no_pod() {
+        let mut key = Key::new(Arc::default());
+        key.record_stat("activator-1", &stat("activator-1", 1.0, 1.0), NOW).unwrap();
+        key.record_stat("activator-1", &stat("activator-1", 2.0, 9.0), NOW).unwrap();
+        let pod = Stat {
+            average_proxied_concurrent_requests: 1.5,
+            proxied_request_count: 4.0,
+            ..stat("p", 2.0, 5.0)
+        };
+        key.record_stat("p", &pod, NOW).unwrap();
+        let figures = key.figures(NOW);
+        assert_eq!((figures.requests_total, figures.pods, figures.in_flight), (11, 1, 3));
+        assert_eq!(figures.stable, Averages { concurrency: 3.5, requests_per_second: 11.0 });
+        assert_eq!(key.figures(NOW + 11 * S).in_flight, 0, "silent for more than ten seconds");
+        key.forget(NOW + 11 * S);
+        assert!(key.pods.is_empty());
+    }
+
+    #[test]
+    fn a_stat_that_nobody_can_have_measured_changes_nothing() {
+        let mut key = Key::new(Arc::default());
+        for wrong in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+            assert_eq!(key.record_stat("p", &stat("p", wrong, 0.0), NOW), Err(Implausible));
+            assert_eq!(key.record_stat("p", &stat("p", 0.0, wrong), NOW), Err(Implausible));
+        }
+        assert_eq!((key.figures(NOW).pods, key.last_report_ns), (0, 0));
+    }
+
+    #[test]
+    fn a_key_wakes_with_its_first_traffic_in_a_stable_window() {
+        let mut key = Key::new(Arc::default());
+        let mut at = |second: u64, requests| {
+            let recorded = key.record_stat("p", &stat("p", 0.0, requests), NOW + second * S).unwrap();
+            (recorded.woke, key.is_active(NOW + second * S))
+        };
+        assert_eq!([at(0, 0.0), at(1, 1.0), at(2, 1.0)], [(false, false), (true, true), (false, true)]);
+        assert_eq!([at(61, 0.0), at(62, 0.0), at(63, 1.0)], [(false, true), (false, false), (true, true)]);
+    }
+
+    #[test]
+    fn other_settings_keep_what_the_windows_hold() {
+        let mut key = Key::new(Arc::default());
+        (0..10).for_each(|n| drop(key.record_stat("p", &stat("p", 4.0, 300.0), NOW + n * S)));
+        let told = serde_json::json!({"metric": "rps", "stable_window": "30s", "min_scale": 3, "ready_pods": 1,
+            "target": 100, "target_utilization_percentage": 100});
+        key.apply(Arc::new(KeySettings::default().with(told, 200.0).unwrap()));
+        assert_eq!(
+            key.figures(NOW + 9 * S).stable,
+            Averages { concurrency: 4.0, requests_per_second: 300.0 }
+        );
+        key.decide(NOW + 9 * S);
+        assert_eq!((key.decision().desired_pods, key.metric(Metric::Rps, NOW + 9 * S)), (3, 300.0));
+        assert!(key.is_active(NOW + 9000 * S), "it never goes below min_scale");
     }
 }

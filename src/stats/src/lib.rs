@@ -11,12 +11,15 @@
 //! | [`keyed`] | one figure per key, for a gateway |
 //! | [`decider`] | how many pods a key wants: Knative's KPA |
 //! | [`request`] | which requests are probes, which came through a proxy; code classes |
+//! | [`settings`] | what a key can be told: target, windows, bounds |
 //! | [`config`] | the plugin's JSON configuration and its errors |
 //! | [`export`] | the exporter's answers: Knative's `Stat`, and Prometheus text |
 //! | [`registry`] | which keys a gateway tells apart, and who saw one first |
 //! | [`report`] | the report's bytes, and what makes a report invalid |
 //! | [`identity`] | who an Envoy serves, also by Istio's node metadata |
 //! | [`ingest`] | the receiver's side: what a report adds to what is already known |
+//! | [`wire`] | Knative's stats as protobuf: the scrape and the stream |
+//! | [`gob`] | the stream of an older Knative |
 //! | [`window`] | averages over the stable and the panic window |
 //!
 //! The whole idea in a few lines:
@@ -43,6 +46,8 @@ pub mod clock;
 pub mod config;
 pub mod decider;
 pub mod export;
+mod fields;
+pub mod gob;
 pub mod identity;
 pub mod ingest;
 pub mod keyed;
@@ -50,9 +55,11 @@ pub mod recorder;
 pub mod registry;
 pub mod report;
 pub mod request;
+pub mod settings;
 pub mod shared;
 pub mod snapshot;
 pub mod window;
+pub mod wire;
 
 pub use config::Config;
 pub use identity::Identity;

@@ -155,10 +155,12 @@ impl KeyReport {
 }
 
 fn check_name(field: &'static str, value: &str) -> Result<(), ReportError> {
-    if value.is_empty() || value.len() > MAX_NAME_BYTES || value.chars().any(char::is_control) {
-        return Err(ReportError::BadName(field, value.len()));
-    }
-    Ok(())
+    if is_name(value) { Ok(()) } else { Err(ReportError::BadName(field, value.len())) }
+}
+
+/// Whether a pod, a namespace or a key may be called so.
+pub fn is_name(value: &str) -> bool {
+    !value.is_empty() && value.len() <= MAX_NAME_BYTES && !value.chars().any(char::is_control)
 }
 
 #[cfg(test)]

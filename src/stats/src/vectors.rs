@@ -1,7 +1,8 @@
 //! The answers of the real Knative code in `vectors/` at the crate's root, against ours.
 
 use crate::decider::{Decider, Observation, Settings};
-use crate::{Snapshot, window::Window};
+use crate::wire::{self, Stat, WireStatMessage};
+use crate::{Snapshot, gob, window::Window};
 
 fn read(name: &str) -> String {
     let path = format!("{}/vectors/{name}", env!("CARGO_MANIFEST_DIR"));
@@ -73,8 +74,8 @@ fn every_window_average_comes_out_as_knatives() {
         let fields: Vec<&str> = line.split('\t').collect();
         let value: f64 = fields[1].parse().unwrap();
         for (window, want) in [(&mut stable, fields[3]), (&mut panic, fields[4])] {
-            window.record(second(fields[0]), value);
-            let (ours, want) = (window.average(second(fields[2])), want.parse::<f64>().unwrap());
+            window.record(second(fields[0]), [value]);
+            let ([ours], want) = (window.average(second(fields[2])), want.parse::<f64>().unwrap());
             assert!(close(ours, want), "line {}: {ours}, expected {want}", number + 1);
         }
     }
@@ -131,4 +132,87 @@ fn every_decision_comes_out_as_knatives() {
         steps += 1;
     }
     assert_eq!(steps, 8 * 150);
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digit = |c: u8| (c as char).to_digit(16).unwrap() as u8;
+    text.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
+}
+
+/// The fields of a message in the JSON of the vectors; a field left out is zero.
+fn message(json: &serde_json::Value, names: [&str; 5]) -> WireStatMessage {
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned().into_bytes().into();
+    let stat = &json["Stat"];
+    let [pod, average, proxied_average, count, proxied_count] = names;
+    let number = |name: &str| stat[name].as_f64().unwrap_or_default();
+    WireStatMessage {
+        namespace: text(&json["Key"]["Namespace"]),
+        name: text(&json["Key"]["Name"]),
+        stat: Some(Stat {
+            pod_name: text(&stat[pod]),
+            average_concurrent_requests: number(average),
+            average_proxied_concurrent_requests: number(proxied_average),
+            request_count: number(count),
+            proxied_request_count: number(proxied_count),
+            process_uptime: number("process_uptime"),
+            timestamp: stat["timestamp"].as_i64().unwrap_or_default(),
+        }),
+    }
+}
+
+#[test]
+fn every_frame_of_stats_decodes_as_knatives() {
+    let names = [
+        "pod_name",
+        "average_concurrent_requests",
+        "average_proxied_concurrent_requests",
+        "request_count",
+        "proxied_request_count",
+    ];
+    let vectors = read("wire_stat_messages.tsv");
+    assert_eq!(vectors.lines().count(), 24);
+    for (number, line) in vectors.lines().enumerate() {
+        let (hex, json) = line.split_once('\t').unwrap();
+        let theirs: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
+        let theirs: Vec<WireStatMessage> = theirs.iter().map(|json| message(json, names)).collect();
+        assert_eq!(wire::decode(unhex(hex).into()).unwrap(), theirs, "line {}", number + 1);
+    }
+}
+
+/// The instant of an RFC 3339 text in UTC.
+fn instant(text: &str) -> gob::Time {
+    let field = |range: std::ops::Range<usize>| text[range].parse::<i64>().unwrap();
+    let (year, month, day) = (field(0..4), field(5..7), field(8..10));
+    // Days since 1970-01-01, the year beginning in March so that the leap day is its last.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
+    let seconds = days * 86_400 + field(11..13) * 3600 + field(14..16) * 60 + field(17..19);
+    let fraction = format!("{:0<9}", text[19..].trim_matches(['.', 'Z']));
+    gob::Time { seconds, nanoseconds: fraction.parse().unwrap() }
+}
+
+#[test]
+fn every_gob_message_decodes_as_the_seeds() {
+    let names = [
+        "PodName",
+        "AverageConcurrentRequests",
+        "AverageProxiedConcurrentRequests",
+        "RequestCount",
+        "ProxiedRequestCount",
+    ];
+    let vectors = read("gob_stat_message.tsv");
+    assert_eq!(vectors.lines().count(), 24);
+    for (number, line) in vectors.lines().enumerate() {
+        let (hex, json) = line.split_once('\t').unwrap();
+        let json: serde_json::Value = serde_json::from_str(json).unwrap();
+        let mut ours = gob::decode(&unhex(hex)).unwrap();
+        assert_eq!(ours.time, instant(json["Stat"]["Time"].as_str().unwrap()), "line {}", number + 1);
+        assert_eq!(
+            wire::decode(unhex(hex).into()).unwrap(),
+            [ours.message.clone()],
+            "told apart by its bytes"
+        );
+        ours.message.stat.as_mut().unwrap().timestamp = 0;
+        assert_eq!(ours.message, message(&json, names), "line {}", number + 1);
+    }
 }

@@ -1,18 +1,18 @@
 //! Window averages as Knative's autoscaler computes them (knative/serving,
 //! `pkg/autoscaler/aggregation`): buckets of one second, indexed by unix second.
 
-/// A window of one-second buckets.
+/// A window of one-second buckets, each of `N` quantities that are recorded together.
 #[derive(Clone, Debug)]
-pub struct Window {
-    buckets: Vec<f64>,
+pub struct Window<const N: usize> {
+    buckets: Vec<[f64; N]>,
     first_second: Option<u64>,
     last_second: u64,
 }
 
-impl Window {
+impl<const N: usize> Window<N> {
     /// A window of `seconds` seconds, at least one.
     pub fn new(seconds: usize) -> Self {
-        Self { buckets: vec![0.0; seconds.max(1)], first_second: None, last_second: 0 }
+        Self { buckets: vec![[0.0; N]; seconds.max(1)], first_second: None, last_second: 0 }
     }
 
     /// Its size in seconds.
@@ -20,8 +20,8 @@ impl Window {
         self.buckets.len()
     }
 
-    /// Adds `value` to the bucket of a unix second. What lies before the window is dropped.
-    pub fn record(&mut self, second: u64, value: f64) {
+    /// Adds `values` to the bucket of a unix second. What lies before the window is dropped.
+    pub fn record(&mut self, second: u64, values: [f64; N]) {
         let size = self.buckets.len() as u64;
         match self.first_second {
             None => {
@@ -31,12 +31,12 @@ impl Window {
             Some(_) if second > self.last_second => {
                 if second - self.last_second >= size {
                     // A whole window went by without a record: what came before no longer matters.
-                    self.buckets.fill(0.0);
+                    self.buckets.fill([0.0; N]);
                     self.first_second = Some(second);
                 } else {
                     for between in self.last_second + 1..=second {
                         if let Some(bucket) = self.bucket_mut(between) {
-                            *bucket = 0.0;
+                            *bucket = [0.0; N];
                         }
                     }
                 }
@@ -46,33 +46,50 @@ impl Window {
             Some(first) => self.first_second = Some(first.min(second)),
         }
         if let Some(bucket) = self.bucket_mut(second) {
-            *bucket += value;
+            bucket.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
         }
     }
 
     /// The average bucket as of a unix second, rounded to six digits. It is taken over the part of the
     /// window that has been written: from the first record (or the window's beginning) to the last
     /// one; seconds between without a record count as zero. 0 after a whole window without records.
-    pub fn average(&self, second: u64) -> f64 {
+    pub fn average(&self, second: u64) -> [f64; N] {
         let size = self.buckets.len() as u64;
         let Some(first) = self.first_second else {
-            return 0.0;
+            return [0.0; N];
         };
         let silent = second.saturating_sub(self.last_second);
         if silent >= size {
-            return 0.0;
+            return [0.0; N];
         }
         let still_in_window = size - silent;
         let oldest = (self.last_second + 1).saturating_sub(still_in_window);
-        let sum: f64 = (oldest..=self.last_second).filter_map(|s| self.bucket(s)).sum();
-        round6(sum / still_in_window.min(self.last_second - first + 1) as f64)
+        let seconds = still_in_window.min(self.last_second - first + 1) as f64;
+        let mut sums = [0.0; N];
+        for bucket in (oldest..=self.last_second).filter_map(|second| self.bucket(second)) {
+            sums.iter_mut().zip(bucket).for_each(|(sum, value)| *sum += value);
+        }
+        sums.map(|sum| round6(sum / seconds))
     }
 
-    fn bucket(&self, second: u64) -> Option<f64> {
+    /// The same window with another size: what was recorded stays, as far as both reach.
+    #[must_use]
+    pub fn resized(&self, seconds: usize) -> Self {
+        let mut resized = Self::new(seconds);
+        if let Some(first) = self.first_second {
+            let reach = seconds.clamp(1, self.buckets.len()) as u64;
+            for second in first.max((self.last_second + 1).saturating_sub(reach))..=self.last_second {
+                resized.record(second, self.bucket(second).unwrap_or([0.0; N]));
+            }
+        }
+        resized
+    }
+
+    fn bucket(&self, second: u64) -> Option<[f64; N]> {
         self.buckets.get((second % self.buckets.len() as u64) as usize).copied()
     }
 
-    fn bucket_mut(&mut self, second: u64) -> Option<&mut f64> {
+    fn bucket_mut(&mut self, second: u64) -> Option<&mut [f64; N]> {
         let index = (second % self.buckets.len() as u64) as usize;
         self.buckets.get_mut(index)
     }
@@ -89,35 +106,45 @@ mod tests {
     #[test]
     fn a_young_window_averages_over_its_age() {
         let mut window = Window::new(60);
-        window.record(100, 4.0);
-        window.record(101, 2.0);
-        assert_eq!(window.average(101), 3.0);
+        window.record(100, [4.0]);
+        window.record(101, [2.0]);
+        assert_eq!(window.average(101), [3.0]);
     }
 
     #[test]
     fn seconds_without_a_record_count_as_zero() {
         let mut window = Window::new(4);
-        window.record(100, 8.0);
-        window.record(103, 8.0);
-        assert_eq!(window.average(103), 4.0);
-        assert_eq!(window.average(104), 2.666667);
-        assert_eq!(window.average(106), 8.0);
-        assert_eq!(window.average(107), 0.0);
+        window.record(100, [8.0]);
+        window.record(103, [8.0]);
+        assert_eq!(window.average(103), [4.0]);
+        assert_eq!(window.average(104), [2.666667]);
+        assert_eq!(window.average(106), [8.0]);
+        assert_eq!(window.average(107), [0.0]);
     }
 
     #[test]
     fn a_record_from_before_the_window_is_dropped() {
         let mut window = Window::new(4);
-        window.record(104, 1.0);
-        window.record(100, 9.0);
-        assert_eq!(window.average(104), 1.0);
-        window.record(101, 3.0);
-        assert_eq!(window.average(104), 1.0, "four seconds now, four in all");
+        window.record(104, [1.0]);
+        window.record(100, [9.0]);
+        assert_eq!(window.average(104), [1.0]);
+        window.record(101, [3.0]);
+        assert_eq!(window.average(104), [1.0], "four seconds now, four in all");
     }
 
     #[test]
     fn an_empty_window_is_zero_at_any_time() {
-        assert_eq!(Window::new(0).average(0), 0.0);
-        assert_eq!(Window::new(6).average(u64::MAX), 0.0);
+        assert_eq!(Window::<1>::new(0).average(0), [0.0]);
+        assert_eq!(Window::<1>::new(6).average(u64::MAX), [0.0]);
+    }
+
+    #[test]
+    fn another_size_keeps_what_both_reach() {
+        let mut window = Window::new(6);
+        (100..106).for_each(|second| window.record(second, [second as f64]));
+        assert_eq!(window.resized(2).average(105), [104.5]);
+        let longer = window.resized(60);
+        assert_eq!((longer.seconds(), longer.average(105)), (60, [102.5]));
+        assert_eq!(Window::<1>::new(6).resized(2).average(105), [0.0]);
     }
 }

@@ -1,10 +1,15 @@
 //! The command line. Each flag is also a variable `INFLIGHT_*`.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
-use inflight_stats::decider::Settings;
+use inflight_stats::settings::{
+    BURST, Bound, DEFAULT_RPS_TARGET, KeySettings, LONGEST_DELAY, PERCENTAGE, RATE, STABLE_WINDOW, TARGET,
+    THRESHOLD,
+};
+use tokio_tungstenite::tungstenite::http::Uri;
 use tracing::level_filters::LevelFilter;
 
 /// Takes the reports of Inflight's filters and answers autoscalers.
@@ -14,6 +19,18 @@ pub struct Flags {
     /// Where to listen for HTTP.
     #[arg(long, env = "INFLIGHT_LISTEN", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
+
+    /// Where to listen for KEDA's gRPC.
+    #[arg(long, env = "INFLIGHT_GRPC_LISTEN", default_value = "127.0.0.1:8081")]
+    pub grpc_listen: SocketAddr,
+
+    /// The file that keeps what single keys were told; without it, a restart forgets.
+    #[arg(long, env = "INFLIGHT_SETTINGS", value_name = "FILE")]
+    pub settings: Option<PathBuf>,
+
+    /// A Knative autoscaler to which every stat is sent on, such as ws://autoscaler.knative-serving:8080.
+    #[arg(long, env = "INFLIGHT_FORWARD", value_name = "URL", value_parser = websocket)]
+    pub forward: Option<String>,
 
     /// What to log: error, warn, info, debug or trace.
     #[arg(long, env = "INFLIGHT_LOG_LEVEL", default_value = "info")]
@@ -35,12 +52,16 @@ pub struct Flags {
     #[arg(long, env = "INFLIGHT_TARGET", default_value_t = 100.0, value_parser = positive)]
     pub target: f64,
 
+    /// The requests a second that one pod can have, for keys that scale by these.
+    #[arg(long, env = "INFLIGHT_RPS_TARGET", default_value_t = DEFAULT_RPS_TARGET, value_parser = positive)]
+    pub rps_target: f64,
+
     /// How much of the target one pod should have, in percent.
     #[arg(long, env = "INFLIGHT_TARGET_UTILIZATION_PERCENTAGE", default_value_t = 70.0, value_parser = percentage)]
     pub target_utilization_percentage: f64,
 
     /// Panic begins when the panic window wants so many percent of the ready pods.
-    #[arg(long, env = "INFLIGHT_PANIC_THRESHOLD_PERCENTAGE", default_value_t = 200.0, value_parser = positive)]
+    #[arg(long, env = "INFLIGHT_PANIC_THRESHOLD_PERCENTAGE", default_value_t = 200.0, value_parser = threshold)]
     pub panic_threshold_percentage: f64,
 
     /// At most so many times the ready pods at once.
@@ -65,34 +86,25 @@ pub struct Flags {
 }
 
 impl Flags {
-    /// The decider's settings.
-    pub fn settings(&self) -> Settings {
-        Settings {
-            target: self.target * self.target_utilization_percentage / 100.0,
-            total: self.target,
+    /// What keys are scaled by that were told nothing.
+    pub fn key_settings(&self) -> KeySettings {
+        KeySettings {
+            target: self.target,
+            target_utilization_percentage: self.target_utilization_percentage,
+            stable_window: self.stable_window,
+            panic_window_percentage: self.panic_window_percentage,
+            panic_threshold_percentage: self.panic_threshold_percentage,
             max_scale_up_rate: self.max_scale_up_rate,
             max_scale_down_rate: self.max_scale_down_rate,
             target_burst_capacity: self.target_burst_capacity,
-            panic_threshold: self.panic_threshold_percentage / 100.0,
-            stable_window_ns: in_nanoseconds(self.stable_window),
-            scale_down_delay_ns: in_nanoseconds(self.scale_down_delay),
+            scale_down_delay: self.scale_down_delay,
             activation_scale: self.activation_scale,
+            ..KeySettings::default()
         }
     }
-
-    /// The windows in seconds.
-    pub fn windows(&self) -> inflight_stats::ingest::WindowSizes {
-        let stable_seconds = usize::try_from(self.stable_window.as_secs()).unwrap_or(3600);
-        let panic = stable_seconds as f64 * self.panic_window_percentage / 100.0;
-        inflight_stats::ingest::WindowSizes { stable_seconds, panic_seconds: (panic.round() as usize).max(1) }
-    }
 }
 
-fn in_nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn number(text: &str, fits: impl Fn(f64) -> bool, allowed: &str) -> Result<f64, String> {
+fn number(text: &str, (fits, allowed): Bound) -> Result<f64, String> {
     text.parse()
         .ok()
         .filter(|n: &f64| n.is_finite() && fits(*n))
@@ -100,31 +112,41 @@ fn number(text: &str, fits: impl Fn(f64) -> bool, allowed: &str) -> Result<f64, 
 }
 
 fn positive(text: &str) -> Result<f64, String> {
-    number(text, |n| n >= 0.01, "a number from 0.01 on")
+    number(text, TARGET)
+}
+
+fn threshold(text: &str) -> Result<f64, String> {
+    number(text, THRESHOLD)
 }
 
 fn rate(text: &str) -> Result<f64, String> {
-    number(text, |n| n > 1.0, "a number above 1")
+    number(text, RATE)
 }
 
 fn burst(text: &str) -> Result<f64, String> {
-    number(text, |n| n >= 0.0 || n == -1.0, "-1, or a number from 0 on")
+    number(text, BURST)
+}
+
+fn percentage(text: &str) -> Result<f64, String> {
+    number(text, PERCENTAGE)
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
     let duration = inflight_stats::config::parse_duration(text);
-    duration.filter(|d| *d <= Duration::from_secs(3600)).ok_or_else(|| "allowed is 0s to 60m".into())
+    duration.filter(|d| *d <= LONGEST_DELAY).ok_or_else(|| "allowed is 0s to 60m".into())
 }
 
 fn window(text: &str) -> Result<Duration, String> {
-    duration(text)
-        .ok()
-        .filter(|d| d.as_secs() >= 6 && d.subsec_nanos() == 0)
-        .ok_or_else(|| "allowed is 6s to 60m".into())
+    let [shortest, longest] = STABLE_WINDOW;
+    let duration = inflight_stats::config::parse_duration(text);
+    duration
+        .filter(|d| (shortest..=longest).contains(d) && d.subsec_nanos() == 0)
+        .ok_or_else(|| "allowed is 6s to 60m, in whole seconds".into())
 }
 
-fn percentage(text: &str) -> Result<f64, String> {
-    number(text, |p| (1.0..=100.0).contains(&p), "1 to 100")
+fn websocket(text: &str) -> Result<String, String> {
+    let url = text.parse::<Uri>().ok().filter(|url| url.scheme_str() == Some("ws") && url.host().is_some());
+    url.map(|_| text.to_owned()).ok_or_else(|| "allowed is ws://HOST[:PORT][/PATH]".into())
 }
 
 #[cfg(test)]
@@ -135,8 +157,8 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         let flags = Flags::parse_from(["inflight-statserver"]);
         assert_eq!(flags.listen.to_string(), "127.0.0.1:8080");
-        assert_eq!((flags.windows().stable_seconds, flags.windows().panic_seconds), (60, 6));
-        assert_eq!(flags.settings(), Settings::default());
+        assert_eq!(flags.grpc_listen.to_string(), "127.0.0.1:8081");
+        assert_eq!(flags.key_settings(), KeySettings::default());
     }
 
     #[test]
@@ -149,6 +171,8 @@ mod tests {
             ["--stable-window", "5s"],
             ["--panic-window-percentage", "0"],
             ["--drain-delay", "2h"],
+            ["--forward", "http://autoscaler"],
+            ["--forward", "ws:autoscaler"],
         ] {
             let error = Flags::try_parse_from(["inflight-statserver", wrong[0], wrong[1]]).unwrap_err();
             assert!(error.to_string().contains("allowed is"), "{error}");

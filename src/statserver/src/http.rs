@@ -6,31 +6,55 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Path, Request, State};
+use axum::extract::ws::WebSocketUpgrade;
+use axum::extract::{FromRequestParts, Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use futures_util::StreamExt;
 use inflight_stats::Report;
-use inflight_stats::decider::Decision;
-use inflight_stats::ingest::{Averages, Figures};
-use inflight_stats::report::{CONTENT_TYPE, MAX_BYTES};
+use inflight_stats::decider::EVERY_NS;
+use inflight_stats::ingest::Averages;
+use inflight_stats::report::{CONTENT_TYPE, MAX_BYTES, MAX_NAME_BYTES, is_name};
 use inflight_stats::request::{KUBELET_PROBE_HEADER, is_kubelet_agent};
-use serde::Serialize;
-use tracing::debug;
+use inflight_stats::settings::KeySettings;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
 
-use crate::keys::{KeyName, Keys};
+use crate::forward::Forward;
+use crate::keys::{KeyName, Keys, Point, View};
 use crate::metrics::Metrics;
+use crate::stream::{self, Seldom};
+use crate::told::{TellError, Told};
+
+/// The largest settings of a key, as JSON.
+const MOST_SETTINGS_BYTES: usize = 16 << 10;
+/// The most keys that one `GET` lists.
+const MOST_LISTED: usize = 10_000;
 
 /// What all requests share.
 pub struct App {
     /// The keys.
     pub keys: Keys,
+    /// What single keys were told.
+    pub told: Told,
     /// The server's own metrics.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
+    /// Where stats are sent on to.
+    pub forward: Option<Arc<Forward>>,
+    /// The target of keys that are scaled by requests a second and told no other.
+    pub rps_target: f64,
     /// Set on SIGTERM.
     pub draining: AtomicBool,
+    /// Cancelled when connections have to end.
+    pub ending: CancellationToken,
+    /// The connections that are open, websockets among them.
+    pub connections: TaskTracker,
+    /// What clients make us say.
+    pub seldom: Seldom,
 }
 
 /// Unix time in nanoseconds.
@@ -45,9 +69,15 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/reports", post(report))
         .route("/v1/keys", get(keys))
         .route("/v1/keys/{namespace}/{name}", get(key))
+        .route("/v1/keys/{namespace}/{name}/history", get(history))
+        .route("/v1/keys/{namespace}/{name}/settings", get(settings).put(tell).delete(untell))
+        .route("/", get(|| page("text/html; charset=utf-8", include_str!("page/index.html"))))
+        .route("/page.css", get(|| page("text/css", include_str!("page/page.css"))))
+        .route("/page.js", get(|| page("text/javascript", include_str!("page/page.js"))))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), websocket))
         .layer(middleware::from_fn(kubelet_probe))
         .with_state(app)
 }
@@ -61,6 +91,32 @@ async fn kubelet_probe(request: Request, next: Next) -> Response {
         return StatusCode::OK.into_response();
     }
     next.run(request).await
+}
+
+/// Knative's stats server takes its stream on any path.
+async fn websocket(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let asked = request.headers().get(header::UPGRADE);
+    if !asked.is_some_and(|upgrade| upgrade.as_bytes().eq_ignore_ascii_case(b"websocket")) {
+        return next.run(request).await;
+    }
+    let (mut parts, _) = request.into_parts();
+    match WebSocketUpgrade::from_request_parts(&mut parts, &app).await {
+        Ok(upgrade) => stream::upgrade(upgrade, app),
+        Err(refused) => refused.into_response(),
+    }
+}
+
+/// A part of the live page. It loads nothing from elsewhere, and nothing else may be loaded into it.
+async fn page(content_type: &'static str, text: &'static str) -> Response {
+    let policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
+                  base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+    let headers = [
+        (header::CONTENT_TYPE, content_type),
+        (header::CONTENT_SECURITY_POLICY, policy),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, text).into_response()
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {
@@ -97,7 +153,7 @@ async fn take(app: &App, headers: &HeaderMap, body: Body) -> Result<usize, (Stat
     };
     let bytes = read_up_to(body, MAX_BYTES).await.map_err(|Cut| too_large())?;
     let report = Report::decode(&bytes).map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}\n")))?;
-    app.keys.record(&report, now_ns()).map_err(|((namespace, name), error)| {
+    app.keys.record(&report, now_ns(), app.forward.as_deref()).map_err(|((namespace, name), error)| {
         (StatusCode::CONFLICT, format!("key {namespace}/{name}: {error}\n"))
     })?;
     Ok(bytes.len())
@@ -138,6 +194,7 @@ struct KeyView {
     panic_mode: bool,
     excess_burst_capacity: i64,
     last_report_age_ms: u64,
+    settings: Arc<KeySettings>,
 }
 
 #[derive(Serialize)]
@@ -152,8 +209,8 @@ impl From<Averages> for AveragesView {
     }
 }
 
-impl From<(KeyName, (Figures, Decision))> for KeyView {
-    fn from(((namespace, name), (figures, decision)): (KeyName, (Figures, Decision))) -> Self {
+impl From<View> for KeyView {
+    fn from(View { name: (namespace, name), figures, decision, settings }: View) -> Self {
         Self {
             namespace,
             name,
@@ -166,28 +223,107 @@ impl From<(KeyName, (Figures, Decision))> for KeyView {
             panic_mode: decision.panic_mode,
             excess_burst_capacity: decision.excess_burst_capacity,
             last_report_age_ms: figures.last_report_age_ms,
+            settings,
         }
     }
+}
+
+/// Which keys to list.
+#[derive(Deserialize)]
+struct Wanted {
+    /// A part of `namespace/name`.
+    #[serde(default)]
+    search: String,
+    limit: Option<usize>,
 }
 
 #[derive(Serialize)]
 struct KeysView {
     keys: Vec<KeyView>,
+    /// How many there are that fit, also beyond the limit.
+    found: usize,
 }
 
-async fn keys(State(app): State<Arc<App>>) -> Json<KeysView> {
-    Json(KeysView { keys: app.keys.all(now_ns()).into_iter().map(KeyView::from).collect() })
+async fn keys(State(app): State<Arc<App>>, Query(wanted): Query<Wanted>) -> Json<KeysView> {
+    let most = wanted.limit.unwrap_or(MOST_LISTED).min(MOST_LISTED);
+    let (views, found) = app.keys.views(&wanted.search, most, now_ns());
+    Json(KeysView { keys: views.into_iter().map(KeyView::from).collect(), found })
+}
+
+fn unknown((namespace, name): &KeyName) -> Response {
+    (StatusCode::NOT_FOUND, format!("no report of key {namespace}/{name}\n")).into_response()
 }
 
 async fn key(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
-    match app.keys.figures(&name, now_ns()) {
-        Some(figures) => Json(KeyView::from((name, figures))).into_response(),
-        None => (StatusCode::NOT_FOUND, format!("no report of key {}/{}\n", name.0, name.1)).into_response(),
+    let view = app.keys.view(&name.0, &name.1, now_ns());
+    view.map_or_else(|| unknown(&name), |view| Json(KeyView::from(view)).into_response())
+}
+
+#[derive(Serialize)]
+struct HistoryView {
+    seconds_between: u64,
+    points: Vec<Point>,
+}
+
+async fn history(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
+    let seconds_between = EVERY_NS / 1_000_000_000;
+    let points = app.keys.past(&name.0, &name.1);
+    points.map_or_else(
+        || unknown(&name),
+        |points| Json(HistoryView { seconds_between, points }).into_response(),
+    )
+}
+
+async fn settings(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
+    let settings = app.keys.of(&name.0, &name.1, |key| Arc::clone(key.settings()));
+    settings.map_or_else(|| unknown(&name), |settings| Json(settings).into_response())
+}
+
+/// What a key is told replaces all that it was told before.
+async fn tell(State(app): State<Arc<App>>, Path(name): Path<KeyName>, body: Body) -> Response {
+    let Ok(bytes) = read_up_to(body, MOST_SETTINGS_BYTES).await else {
+        let reason = format!("the settings have more than the allowed {MOST_SETTINGS_BYTES} bytes\n");
+        return (StatusCode::PAYLOAD_TOO_LARGE, reason).into_response();
+    };
+    for (what, value) in [("namespace", &name.0), ("name", &name.1)] {
+        if !is_name(value) {
+            let reason = format!("{what} was {} bytes, allowed are 1 to {MAX_NAME_BYTES}\n", value.len());
+            return (StatusCode::BAD_REQUEST, reason).into_response();
+        }
+    }
+    match serde_json::from_slice(&bytes) {
+        Ok(json) => told(&app, name, Some(json)).await,
+        Err(error) => (StatusCode::BAD_REQUEST, format!("not JSON: {error}\n")).into_response(),
+    }
+}
+
+async fn untell(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
+    told(&app, name, None).await
+}
+
+async fn told(app: &App, name: KeyName, json: Option<serde_json::Value>) -> Response {
+    let removed = json.is_none();
+    match app.told.tell(&app.keys, name.clone(), json).await {
+        Ok(()) if removed => StatusCode::NO_CONTENT.into_response(),
+        Ok(()) => {
+            let settings = app.keys.of(&name.0, &name.1, |key| Arc::clone(key.settings()));
+            settings.map_or_else(|| unknown(&name), |settings| Json(settings).into_response())
+        }
+        Err(TellError::Invalid(reason)) => (StatusCode::BAD_REQUEST, format!("{reason}\n")).into_response(),
+        Err(TellError::TooMany) => {
+            (StatusCode::INSUFFICIENT_STORAGE, "too many keys have settings of their own\n").into_response()
+        }
+        Err(TellError::File(error)) => {
+            warn!(%error, "the settings file cannot be written");
+            let reason = format!("nothing was changed: the settings file cannot be written: {error}\n");
+            (StatusCode::INSUFFICIENT_STORAGE, reason).into_response()
+        }
     }
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    match app.metrics.text(app.keys.len()) {
+    let (views, keys) = app.keys.views("", crate::metrics::MOST_KEYS, now_ns());
+    match app.metrics.text(&views, keys) {
         Ok(text) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, content_type)], text).into_response()

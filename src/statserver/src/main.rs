@@ -3,18 +3,28 @@
 //! | module | its one job |
 //! |---|---|
 //! | `flags` | the command line and its environment variables |
-//! | `http` | the routes: reports, keys, health, metrics |
+//! | `http` | the routes: reports, keys, settings, health, metrics, the live page |
+//! | `stream` | Knative's stat stream: a websocket |
+//! | `keda` | KEDA's external scaler: gRPC |
+//! | `forward` | every stat on to a Knative autoscaler |
 //! | `keys` | every key's figures, in memory, sharded |
-//! | `metrics` | what the server says of itself |
-//! | `serve` | the listener, and its orderly end |
+//! | `told` | what single keys were told, in a file |
+//! | `watch` | who waits for a key to become active |
+//! | `metrics` | what the server says of itself and of its keys |
+//! | `serve` | the listeners, and their orderly end |
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
 mod flags;
+mod forward;
 mod http;
+mod keda;
 mod keys;
 mod metrics;
 mod serve;
+mod stream;
+mod told;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -34,7 +44,7 @@ async fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(reason) => {
-            error!(listen = %flags.listen, %reason, "cannot serve");
+            error!(%reason, "cannot serve");
             ExitCode::FAILURE
         }
     }

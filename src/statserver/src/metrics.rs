@@ -1,24 +1,70 @@
-//! What the server says of itself at `/metrics`.
+//! What the server says of itself, and of its keys, at `/metrics`.
 
+use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 
-use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+
+use crate::keys::View;
+
+/// The most keys that `/metrics` shows.
+pub const MOST_KEYS: usize = 10_000;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answer {
     code: u16,
 }
 
-/// The server's own metrics.
+/// Why a frame of the stream was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Dropped {
+    /// Not a binary frame.
+    Text,
+    /// Neither of the two formats.
+    Undecodable,
+    /// Larger than allowed; that connection was closed.
+    TooLarge,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Frame {
+    reason: Dropped,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfKey {
+    namespace: String,
+    name: String,
+}
+
+type KeyGauge = Family<OfKey, Gauge<f64, AtomicU64>>;
+
+/// The server's metrics.
 pub struct Metrics {
     registry: Registry,
     reports: Family<Answer, Counter>,
     report_bytes: Counter,
     keys: Gauge<u64, AtomicU64>,
+    frames_dropped: Family<Frame, Counter>,
+    /// Websockets that are open.
+    pub streams: Gauge,
+    /// Stats of the stream that were taken.
+    pub stats: Counter,
+    /// Stats of the stream without a name, or with numbers that cannot be.
+    pub stats_dropped: Counter,
+    /// Stats that were sent on.
+    pub forwarded: Counter,
+    /// Stats that were dropped because the autoscaler was away for too long.
+    pub forward_dropped: Counter,
+    /// Whether the autoscaler is connected.
+    pub forward_connected: Gauge,
+    of_keys: [(fn(&View) -> f64, KeyGauge); 6],
+    /// One scrape at a time: the keys' gauges are filled anew.
+    scrape: Mutex<()>,
 }
 
 impl Default for Metrics {
@@ -28,7 +74,57 @@ impl Default for Metrics {
         registry.register("reports", "Reports by the code that answered them", Family::clone(&reports));
         registry.register("report_bytes", "Bytes of the reports that were taken", report_bytes.clone());
         registry.register("keys", "Keys that have been reported", keys.clone());
-        Self { registry, reports, report_bytes, keys }
+        let frames_dropped = Family::default();
+        registry.register("stream_frames_dropped", "Frames of the stat stream", frames_dropped.clone());
+        let streams = Gauge::default();
+        registry.register("streams", "Websockets that are open", streams.clone());
+        let mut counter = |name: &str, help: &str| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let stats = counter("stream_stats", "Stats of the stream that were taken");
+        let stats_dropped =
+            counter("stream_stats_dropped", "Stats without a name, or with impossible numbers");
+        let forwarded = counter("forwarded_stats", "Stats that were sent on");
+        let forward_dropped =
+            counter("forward_dropped_stats", "Stats that waited for too long to be sent on");
+        let forward_connected = Gauge::default();
+        registry.register(
+            "forward_connected",
+            "Whether the autoscaler is connected",
+            forward_connected.clone(),
+        );
+        let mut of_key = |name: &str, help: &str, value: fn(&View) -> f64| {
+            let family = KeyGauge::default();
+            registry.register(format!("key_{name}"), help, family.clone());
+            (value, family)
+        };
+        let of_keys = [
+            of_key("stable_concurrency", "Average over the stable window", |v| v.figures.stable.concurrency),
+            of_key("panic_concurrency", "Average over the panic window", |v| v.figures.panic.concurrency),
+            of_key("requests_per_second", "Average over the stable window", |v| {
+                v.figures.stable.requests_per_second
+            }),
+            of_key("in_flight", "Requests in flight", |v| v.figures.in_flight as f64),
+            of_key("pods", "Pods that report", |v| v.figures.pods as f64),
+            of_key("desired_pods", "Pods that the key wants", |v| v.decision.desired_pods.into()),
+        ];
+        Self {
+            registry,
+            reports,
+            report_bytes,
+            keys,
+            frames_dropped,
+            streams,
+            stats,
+            stats_dropped,
+            forwarded,
+            forward_dropped,
+            forward_connected,
+            of_keys,
+            scrape: Mutex::default(),
+        }
     }
 }
 
@@ -41,9 +137,22 @@ impl Metrics {
         }
     }
 
-    /// The metrics as text, with the present number of keys.
-    pub fn text(&self, keys: usize) -> Result<String, std::fmt::Error> {
+    /// A frame of the stream was dropped.
+    pub fn dropped(&self, reason: Dropped) {
+        self.frames_dropped.get_or_create(&Frame { reason }).inc();
+    }
+
+    /// The metrics as text, with the present keys, of which there are `keys` in all.
+    pub fn text(&self, views: &[View], keys: usize) -> Result<String, std::fmt::Error> {
+        let _one = self.scrape.lock();
         self.keys.set(keys as u64);
+        for (value, family) in &self.of_keys {
+            family.clear();
+            for view in views {
+                let (namespace, name) = view.name.clone();
+                family.get_or_create(&OfKey { namespace, name }).set(value(view));
+            }
+        }
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
         Ok(text)

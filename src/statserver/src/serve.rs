@@ -11,40 +11,69 @@ use std::time::Duration;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use inflight_stats::decider::{EVERY_NS, Settings};
+use inflight_stats::decider::EVERY_NS;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{debug, info, warn};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::server::TcpIncoming;
+use tracing::{debug, error, info, warn};
 
 use crate::flags::Flags;
+use crate::forward::Forward;
 use crate::http::{App, now_ns, router};
+use crate::keda::{ExternalScalerServer, Scaler};
 use crate::keys::Keys;
 use crate::metrics::Metrics;
+use crate::stream::Seldom;
+use crate::told::Told;
 
 /// How long open requests may take once the listener is closed.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
 /// How long a client may take to send a request's head.
 const HEAD: Duration = Duration::from_secs(10);
+/// How often a gRPC client that says nothing is asked whether it is there, and how long it may take to answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// The most calls at once over one gRPC connection: a KEDA has two open for each ScaledObject.
+const MOST_STREAMS: u32 = 10_000;
+const MOST_GRPC_BYTES: usize = 64 << 10;
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// Serves until `terminated` resolves and everything is drained.
 ///
 /// # Errors
-/// If the address cannot be listened on.
+/// If an address cannot be listened on, or the settings file is wrong.
 pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Result<()> {
-    let listener = TcpListener::bind(flags.listen).await?;
-    info!(address = %listener.local_addr()?, "listening");
+    let at = |what: &'static str, address| {
+        move |error: io::Error| io::Error::new(error.kind(), format!("{what} {address}: {error}"))
+    };
+    let keys = Keys::new(Arc::new(flags.key_settings()));
+    let told = Told::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
+    let listener = TcpListener::bind(flags.listen).await.map_err(at("--listen", flags.listen))?;
+    let grpc = TcpListener::bind(flags.grpc_listen).await.map_err(at("--grpc-listen", flags.grpc_listen))?;
+    info!(address = %listener.local_addr()?, grpc = %grpc.local_addr()?, "listening");
+    let metrics = Arc::new(Metrics::default());
     let app = Arc::new(App {
-        keys: Keys::new(flags.windows()),
-        metrics: Metrics::default(),
+        keys,
+        told,
+        forward: flags.forward.as_deref().map(|url| Arc::new(Forward::new(url, Arc::clone(&metrics)))),
+        metrics,
+        rps_target: flags.rps_target,
         draining: AtomicBool::new(false),
+        ending: CancellationToken::new(),
+        connections: TaskTracker::new(),
+        seldom: Seldom::default(),
     });
-    let forgetting = tokio::spawn(forget(Arc::clone(&app)));
-    let deciding = tokio::spawn(decide(Arc::clone(&app), flags.settings()));
+    let mut tasks = JoinSet::new();
+    tasks.spawn(forget(Arc::clone(&app)));
+    tasks.spawn(decide(Arc::clone(&app)));
+    if let Some(forward) = &app.forward {
+        tasks.spawn(Arc::clone(forward).run(app.ending.clone()));
+    }
+    let scaler = tokio::spawn(serve_grpc(grpc, Arc::clone(&app)));
     let router = router(Arc::clone(&app));
-    let connections = GracefulShutdown::new();
     let drained = async {
         terminated.await;
         info!("draining");
@@ -55,7 +84,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => serve(stream, router.clone(), &connections),
+                Ok((stream, _)) => serve(stream, router.clone(), &app),
                 Err(error) => {
                     // Out of file descriptors, most likely: the others go on, and end.
                     warn!(%error, "cannot accept a connection");
@@ -65,36 +94,64 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
             () = &mut drained => break,
         }
     }
+    // Who is told to connect again must find somebody else.
     drop(listener);
-    if tokio::time::timeout(LAST_REQUESTS, connections.shutdown()).await.is_err() {
+    app.ending.cancel();
+    app.connections.close();
+    let last = async { tokio::join!(app.connections.wait(), scaler) };
+    if tokio::time::timeout(LAST_REQUESTS, last).await.is_err() {
         warn!("some requests were not finished");
     }
-    forgetting.abort();
-    deciding.abort();
     Ok(())
+}
+
+/// KEDA's scaler. Its keep-alive finds clients that are gone.
+async fn serve_grpc(listener: TcpListener, app: Arc<App>) {
+    let ending = app.ending.clone();
+    let served = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .max_concurrent_streams(MOST_STREAMS)
+        .add_service(ExternalScalerServer::new(Scaler(app)).max_decoding_message_size(MOST_GRPC_BYTES))
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            ending.cancelled(),
+        )
+        .await;
+    if let Err(error) = served {
+        error!(%error, "gRPC is no longer served");
+    }
 }
 
 /// One connection. A client that closes its side after a request is answered all the same: an Envoy that
 /// ends sends its last report so.
-fn serve(stream: TcpStream, router: Router, connections: &GracefulShutdown) {
+fn serve(stream: TcpStream, router: Router, app: &App) {
     // Answers are small and whole; waiting for more to send would only delay them.
     let _ = stream.set_nodelay(true);
     let mut http = http1::Builder::new();
     http.half_close(true).timer(TokioTimer::new()).header_read_timeout(HEAD);
     let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let connection = connections.watch(connection);
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
+    let ending = app.ending.clone();
+    app.connections.spawn(async move {
+        let mut connection = pin!(connection.with_upgrades());
+        let ended = tokio::select! {
+            ended = &mut connection => ended,
+            () = ending.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
             debug!(%error, "a connection ended");
         }
     });
 }
 
-async fn decide(app: Arc<App>, settings: Settings) {
+async fn decide(app: Arc<App>) {
     let mut ticks = tokio::time::interval(Duration::from_nanos(EVERY_NS));
     loop {
         ticks.tick().await;
-        app.keys.decide(&settings, now_ns());
+        app.keys.decide(now_ns());
     }
 }
 

@@ -1,16 +1,22 @@
 use http_body_util::BodyExt;
-use inflight_stats::decider::Settings;
-use inflight_stats::ingest::WindowSizes;
+use inflight_stats::settings::DEFAULT_RPS_TARGET;
 use inflight_stats::{KeyReport, Snapshot};
 use tower::ServiceExt;
 
 use super::*;
 
 fn app() -> Arc<App> {
+    let keys = Keys::new(Arc::default());
     Arc::new(App {
-        keys: Keys::new(WindowSizes::default()),
-        metrics: Metrics::default(),
+        told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
+        keys,
+        metrics: Arc::default(),
+        forward: None,
+        rps_target: DEFAULT_RPS_TARGET,
         draining: AtomicBool::new(false),
+        ending: CancellationToken::new(),
+        connections: TaskTracker::new(),
+        seldom: Seldom::default(),
     })
 }
 
@@ -28,6 +34,14 @@ async fn read(app: &Arc<App>, path: &str) -> (StatusCode, String) {
 async fn send(app: &Arc<App>, body: Vec<u8>) -> (StatusCode, String) {
     let request = Request::post("/v1/reports").header("content-type", CONTENT_TYPE);
     ask(app, request.body(Body::from(body)).unwrap()).await
+}
+
+async fn put(app: &Arc<App>, path: &str, json: &str) -> (StatusCode, String) {
+    ask(app, Request::put(path).body(Body::from(json.to_owned())).unwrap()).await
+}
+
+fn count(app: &App) -> usize {
+    app.keys.views("", usize::MAX, now_ns()).1
 }
 
 fn sample(name: &str, requests: u64) -> Report {
@@ -66,11 +80,12 @@ async fn a_report_shows_up_under_its_key() {
     assert_eq!(value["stable"]["concurrency"], 3.0);
     assert_eq!(value["panic"]["requests_per_second"], 7.0);
     assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&0.into(), &false.into()), "not decided yet");
-    app.keys.decide(&Settings { target: 1.0, ..Settings::default() }, now_ns());
+    put(&app, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
+    app.keys.decide(now_ns());
     let (_, body) = read(&app, "/v1/keys/ns/rev").await;
     let decided: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!((&decided["desired_pods"], &decided["panic_mode"]), (&3.into(), &true.into()));
-    assert_eq!(decided["excess_burst_capacity"], 100 - 211 - 3);
+    assert_eq!(decided["excess_burst_capacity"], 1 - 211 - 3);
     assert!(value["last_report_age_ms"].as_u64().unwrap() < 60_000);
     let (_, all) = read(&app, "/v1/keys").await;
     assert_eq!(serde_json::from_str::<serde_json::Value>(&all).unwrap()["keys"][0]["name"], "rev");
@@ -106,7 +121,7 @@ async fn what_is_refused_says_why_and_changes_nothing() {
     let (status, text) =
         ask(&app, request.body(Body::from(sample("rev", 7).encode().unwrap())).unwrap()).await;
     assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE, "{text}");
-    assert_eq!(app.keys.len(), 0);
+    assert_eq!(count(&app), 0);
 }
 
 #[tokio::test]
@@ -117,7 +132,7 @@ async fn of_a_report_with_one_bad_key_nothing_is_taken() {
     report.messages.extend(sample("b", 3).messages);
     report.messages[1].until.as_of_ns += 1;
     let (status, text) = send(&app, report.encode().unwrap()).await;
-    assert_eq!((status, app.keys.len()), (StatusCode::CONFLICT, 1), "{text}");
+    assert_eq!((status, count(&app)), (StatusCode::CONFLICT, 1), "{text}");
     assert!(text.contains("ns/b") && text.contains("went back"), "{text}");
 }
 
@@ -142,4 +157,71 @@ async fn metrics_count_reports_by_their_answer() {
     assert!(text.contains("inflight_statserver_reports_total{code=\"202\"} 1\n"), "{text}");
     assert!(text.contains("inflight_statserver_reports_total{code=\"400\"} 1\n"), "{text}");
     assert!(text.contains("inflight_statserver_keys 1\n"), "{text}");
+    let of_key = r#"inflight_statserver_key_stable_concurrency{namespace="ns",name="rev"} 3.0"#;
+    assert!(text.contains(of_key), "{text}");
+}
+
+#[tokio::test]
+async fn a_key_is_told_its_settings_and_told_otherwise() {
+    let app = app();
+    let path = "/v1/keys/ns/rev/settings";
+    assert_eq!(read(&app, path).await.0, StatusCode::NOT_FOUND);
+    let (status, text) = put(&app, path, r#"{"target": 7, "min_scale": 2}"#).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    assert_eq!(read(&app, path).await, (StatusCode::OK, text));
+    app.keys.decide(now_ns());
+    let (_, key) = read(&app, "/v1/keys/ns/rev").await;
+    let key: serde_json::Value = serde_json::from_str(&key).unwrap();
+    assert_eq!((&key["settings"]["target"], &key["desired_pods"]), (&7.0.into(), &2.into()));
+    let history: serde_json::Value =
+        serde_json::from_str(&read(&app, "/v1/keys/ns/rev/history").await.1).unwrap();
+    assert_eq!((&history["seconds_between"], &history["points"][0]["desired_pods"]), (&2.into(), &2.into()));
+
+    for (json, reason) in [
+        (r#"{"target": 0}"#, "`target` was 0"),
+        (r#"{"tarjet": 1}"#, "`tarjet` was an unknown key"),
+        ("{", "not JSON"),
+        (&format!("[{}]", "1,".repeat(20_000)), "allowed 16384 bytes"),
+        (&format!("{}1{}", "[".repeat(5_000), "]".repeat(5_000)), "not JSON"),
+    ] {
+        let (status, text) = put(&app, path, json).await;
+        assert!(status.is_client_error() && text.contains(reason), "{status} {text}");
+    }
+    let (_, unchanged) = read(&app, path).await;
+    assert!(unchanged.contains(r#""target":7.0"#), "{unchanged}");
+
+    let untell = Request::delete(path).body(Body::empty()).unwrap();
+    assert_eq!(ask(&app, untell).await.0, StatusCode::NO_CONTENT);
+    assert!(read(&app, path).await.1.contains(r#""target":100.0"#));
+}
+
+#[tokio::test]
+async fn keys_are_found_by_a_part_of_their_name_and_no_more_than_asked_for() {
+    let app = app();
+    for name in ["b", "a", "ab"] {
+        send(&app, sample(name, 1).encode().unwrap()).await;
+    }
+    let names = async |query: &str| {
+        let (_, text) = read(&app, &format!("/v1/keys{query}")).await;
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let names =
+            value["keys"].as_array().unwrap().iter().map(|key| key["name"].as_str().unwrap().to_owned());
+        (names.collect::<Vec<_>>().join(" "), value["found"].as_u64().unwrap())
+    };
+    assert_eq!(names("").await, ("a ab b".into(), 3));
+    assert_eq!(names("?limit=1").await, ("a".into(), 3));
+    assert_eq!(names("?search=s%2Fa").await, ("a ab".into(), 2));
+    assert_eq!(read(&app, "/v1/keys?limit=-1").await.0, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn the_page_loads_nothing_from_elsewhere() {
+    let app = app();
+    for path in ["/", "/page.css", "/page.js"] {
+        let (status, text) = read(&app, path).await;
+        assert_eq!(status, StatusCode::OK);
+        let outside = text.matches("//").count() - text.matches(r#""http://www.w3.org/2000/svg""#).count();
+        let comments = text.lines().filter(|line| line.trim_start().starts_with("// ")).count();
+        assert_eq!(outside, comments, "{path}");
+    }
 }

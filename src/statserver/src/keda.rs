@@ -1,0 +1,190 @@
+//! KEDA's external scaler over gRPC.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt, future, stream};
+use inflight_stats::settings::{KeySettings, METRICS, Metric, TARGET};
+use tokio_stream::wrappers::{IntervalStream, WatchStream};
+use tonic::{Request, Response, Status};
+
+use crate::http::{App, now_ns};
+use crate::keys::KeyName;
+
+/// What the build made of `proto/externalscaler.proto`.
+#[allow(missing_docs, clippy::all, reason = "generated")]
+mod proto {
+    tonic::include_proto!("externalscaler");
+}
+
+use proto::external_scaler_server::ExternalScaler;
+pub use proto::external_scaler_server::ExternalScalerServer;
+use proto::{
+    GetMetricSpecResponse, GetMetricsRequest, GetMetricsResponse, IsActiveResponse, MetricSpec, MetricValue,
+    ScaledObjectRef,
+};
+
+/// How often a change of a key's settings is looked for.
+const SPEC_EVERY: Duration = Duration::from_secs(1);
+
+/// The scaler, over the keys of the stats server.
+pub struct Scaler(pub Arc<App>);
+
+/// What a ScaledObject asks for.
+struct Asked {
+    key: KeyName,
+    target: Option<f64>,
+    metric: Option<Metric>,
+}
+
+impl Asked {
+    /// Of the metadata `namespace`, `name`, `target` and `metric` are ours; KEDA hands over its own, too.
+    fn of(object: ScaledObjectRef) -> Result<Self, Status> {
+        let ScaledObjectRef { name, namespace, scaler_metadata } = object;
+        let own = |key: &str, fallback: String| match scaler_metadata.get(key) {
+            Some(value) if !value.is_empty() => value.clone(),
+            _ => fallback,
+        };
+        let key = (own("namespace", namespace), own("name", name));
+        for (what, value) in [("namespace", &key.0), ("name", &key.1)] {
+            if !inflight_stats::report::is_name(value) {
+                return Err(refused(what, value, "a name of 1 to 512 bytes without control characters"));
+            }
+        }
+        let (fits, allowed) = TARGET;
+        let target = parsed(&scaler_metadata, "target", allowed, |text| {
+            text.parse().ok().filter(|n: &f64| n.is_finite() && fits(*n))
+        })?;
+        let metric = parsed(&scaler_metadata, "metric", "concurrency or rps", |text| {
+            METRICS.iter().find(|(name, _)| *name == text).map(|(_, metric)| *metric)
+        })?;
+        Ok(Self { key, target, metric })
+    }
+
+    fn settings(&self, app: &App) -> Arc<KeySettings> {
+        let (namespace, name) = &self.key;
+        let of_key = app.keys.of(namespace, name, |key| Arc::clone(key.settings()));
+        of_key.unwrap_or_else(|| Arc::clone(app.keys.defaults()))
+    }
+
+    fn metric(&self, settings: &KeySettings) -> Metric {
+        self.metric.unwrap_or(settings.metric)
+    }
+
+    fn is_active(&self, app: &App) -> bool {
+        let (namespace, name) = &self.key;
+        app.keys.of(namespace, name, |key| key.is_active(now_ns())).unwrap_or(false)
+    }
+
+    fn spec(&self, app: &App) -> GetMetricSpecResponse {
+        let settings = self.settings(app);
+        let metric = self.metric(&settings);
+        let target = self.target.unwrap_or_else(|| settings.target_of(metric, app.rps_target));
+        let metric_specs = vec![MetricSpec {
+            metric_name: metric_name(metric).into(),
+            target_size: target.ceil() as i64,
+            target_size_float: target,
+        }];
+        GetMetricSpecResponse { metric_specs }
+    }
+}
+
+fn parsed<T>(
+    metadata: &HashMap<String, String>,
+    key: &str,
+    allowed: &str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Result<Option<T>, Status> {
+    let value = metadata.get(key).filter(|value| !value.is_empty());
+    value.map(|value| parse(value).ok_or_else(|| refused(key, value, allowed))).transpose()
+}
+
+fn refused(key: &str, was: &str, allowed: &str) -> Status {
+    let was: String = was.chars().take(100).collect();
+    Status::invalid_argument(format!("metadata `{key}` was {was:?}, allowed is {allowed}"))
+}
+
+fn metric_name(metric: Metric) -> &'static str {
+    match metric {
+        Metric::Concurrency => "inflight-concurrency",
+        Metric::Rps => "inflight-rps",
+    }
+}
+
+impl Scaler {
+    /// A stream that ends with the server, so that nobody waits for it.
+    fn until_the_end<T: Send + 'static>(
+        &self,
+        stream: impl Stream<Item = T> + Send + 'static,
+    ) -> Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>> {
+        let ending = self.0.ending.clone().cancelled_owned();
+        let restarting = stream::once(future::ready(Err(Status::unavailable("restarting"))));
+        Box::pin(stream.map(Ok).take_until(Box::pin(ending)).chain(restarting))
+    }
+}
+
+#[tonic::async_trait]
+impl ExternalScaler for Scaler {
+    type StreamIsActiveStream = Pin<Box<dyn Stream<Item = Result<IsActiveResponse, Status>> + Send>>;
+    type StreamMetricSpecStream = Pin<Box<dyn Stream<Item = Result<GetMetricSpecResponse, Status>> + Send>>;
+
+    async fn is_active(
+        &self,
+        request: Request<ScaledObjectRef>,
+    ) -> Result<Response<IsActiveResponse>, Status> {
+        let asked = Asked::of(request.into_inner())?;
+        Ok(Response::new(IsActiveResponse { result: asked.is_active(&self.0) }))
+    }
+
+    async fn stream_is_active(
+        &self,
+        request: Request<ScaledObjectRef>,
+    ) -> Result<Response<Self::StreamIsActiveStream>, Status> {
+        let asked = Asked::of(request.into_inner())?;
+        let changes = self.0.keys.watch.key(asked.key.clone(), || asked.is_active(&self.0));
+        let answers = WatchStream::new(changes).map(|result| IsActiveResponse { result });
+        Ok(Response::new(self.until_the_end(answers)))
+    }
+
+    async fn get_metric_spec(
+        &self,
+        request: Request<ScaledObjectRef>,
+    ) -> Result<Response<GetMetricSpecResponse>, Status> {
+        Ok(Response::new(Asked::of(request.into_inner())?.spec(&self.0)))
+    }
+
+    async fn get_metrics(
+        &self,
+        request: Request<GetMetricsRequest>,
+    ) -> Result<Response<GetMetricsResponse>, Status> {
+        let GetMetricsRequest { scaled_object_ref, metric_name: wanted } = request.into_inner();
+        let asked = Asked::of(scaled_object_ref.unwrap_or_default())?;
+        let metric = asked.metric(&asked.settings(&self.0));
+        let (namespace, name) = &asked.key;
+        let value = self.0.keys.of(namespace, name, |key| key.metric(metric, now_ns())).unwrap_or(0.0);
+        let metric_values = vec![MetricValue {
+            metric_name: if wanted.is_empty() { metric_name(metric).into() } else { wanted },
+            metric_value: value.ceil() as i64,
+            metric_value_float: value,
+        }];
+        Ok(Response::new(GetMetricsResponse { metric_values }))
+    }
+
+    async fn stream_metric_spec(
+        &self,
+        request: Request<ScaledObjectRef>,
+    ) -> Result<Response<Self::StreamMetricSpecStream>, Status> {
+        let asked = Asked::of(request.into_inner())?;
+        let app = Arc::clone(&self.0);
+        let mut last = None;
+        let changes = IntervalStream::new(tokio::time::interval(SPEC_EVERY)).filter_map(move |_| {
+            let spec = asked.spec(&app);
+            let changed = last.as_ref() != Some(&spec);
+            last = Some(spec.clone());
+            future::ready(changed.then_some(spec))
+        });
+        Ok(Response::new(self.until_the_end(changes)))
+    }
+}

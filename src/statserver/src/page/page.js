@@ -1,0 +1,143 @@
+"use strict";
+
+// As many rows as a person reads; the server has the rest.
+const MOST_ROWS = 100;
+const SECONDS = 600;
+const SVG = "http://www.w3.org/2000/svg";
+const LINES = [["flight", "in_flight"], ["stable", "stable"], ["panic", "panic"]];
+
+const at = (id) => document.getElementById(id);
+const path = (key) => `/v1/keys/${encodeURIComponent(key.namespace)}/${encodeURIComponent(key.name)}`;
+const label = (key) => `${key.namespace}/${key.name}`;
+const rounded = (number) => number.toLocaleString("en", { maximumFractionDigits: number < 100 ? 2 : 0 });
+
+let chosen = null;
+const rows = new Map();
+
+async function get(url) {
+  const answer = await fetch(url, { cache: "no-store" });
+  if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
+  return answer.json();
+}
+
+function choose(key) {
+  chosen = { namespace: key.namespace, name: key.name };
+  location.replace(`#${encodeURIComponent(label(key))}`);
+  for (const [name, row] of rows) mark(row, name === label(key));
+  chart().catch(() => {});
+}
+
+function mark(row, isChosen) {
+  row.line.classList.toggle("chosen", isChosen);
+  row.button.setAttribute("aria-pressed", isChosen);
+}
+
+// A row is made once, so that who is on it with the keyboard stays there.
+function rowOf(key) {
+  const line = document.createElement("tr");
+  const head = document.createElement("th");
+  head.scope = "row";
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = label(key);
+  button.addEventListener("click", () => choose(key));
+  const panics = document.createElement("span");
+  panics.className = "panics";
+  panics.textContent = "panic";
+  head.append(button, panics);
+  line.append(head);
+  const cells = Array.from({ length: 6 }, () => line.appendChild(document.createElement("td")));
+  return { line, button, panics, cells };
+}
+
+function fill(row, key) {
+  const values = [
+    key.stable.concurrency, key.panic.concurrency, key.in_flight,
+    key.stable.requests_per_second, key.pods, key.desired_pods,
+  ];
+  values.forEach((value, i) => { row.cells[i].textContent = rounded(value); });
+  row.panics.hidden = !key.panic_mode;
+}
+
+function list(keys, found) {
+  const shown = new Set(keys.map(label));
+  for (const [name, row] of rows) {
+    if (!shown.has(name)) { row.line.remove(); rows.delete(name); }
+  }
+  keys.forEach((key, place) => {
+    const name = label(key);
+    if (!rows.has(name)) rows.set(name, rowOf(key));
+    const row = rows.get(name);
+    fill(row, key);
+    mark(row, chosen !== null && label(chosen) === name);
+    if (at("keys").children[place] !== row.line) at("keys").insertBefore(row.line, at("keys").children[place] ?? null);
+  });
+  at("more").textContent = found > keys.length ? `and ${found - keys.length} more: use Find` : "";
+}
+
+function draw(points, between) {
+  const svg = at("chart");
+  const { width, height } = svg.getBoundingClientRect();
+  const [left, right, top, bottom] = [44, width - 44, 12, height - 24];
+  const most = (values) => {
+    const highest = Math.max(1, ...values);
+    const step = 10 ** Math.floor(Math.log10(highest));
+    return Math.ceil(highest / step) * step;
+  };
+  const load = most(points.flatMap((p) => [p.stable, p.panic, p.in_flight]));
+  const pods = most(points.map((p) => p.desired_pods));
+  const x = (i) => right - ((points.length - 1 - i) * between / SECONDS) * (right - left);
+  const y = (value, of) => bottom - (value / of) * (bottom - top);
+  const parts = [];
+  const add = (name, attributes, text) => {
+    const part = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) part.setAttribute(key, value);
+    if (text !== undefined) part.textContent = text;
+    parts.push(part);
+  };
+  for (const share of [0, 0.5, 1]) {
+    const height = y(share, 1);
+    add("path", { class: "grid", d: `M${left} ${height}H${right}` });
+    add("text", { x: left - 6, y: height + 4, "text-anchor": "end" }, rounded(load * share));
+    add("text", { x: right + 6, y: height + 4 }, rounded(pods * share));
+  }
+  for (const minutes of [10, 5, 0]) {
+    const place = right - (minutes * 60 / SECONDS) * (right - left);
+    const anchor = minutes === 10 ? "start" : minutes === 0 ? "end" : "middle";
+    add("text", { x: place, y: height - 7, "text-anchor": anchor }, minutes ? `${minutes} min ago` : "now");
+  }
+  for (const [style, field] of LINES) {
+    add("path", { class: style, d: points.map((p, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(p[field], load).toFixed(1)}`).join("") });
+  }
+  const steps = points.map((p, i) => (i ? `H${x(i).toFixed(1)}V` : `M${x(i).toFixed(1)} `) + y(p.desired_pods, pods).toFixed(1));
+  add("path", { class: "pods", d: steps.join("") });
+  svg.replaceChildren(...parts);
+}
+
+async function chart() {
+  if (chosen === null) return;
+  const past = await get(`${path(chosen)}/history`);
+  at("chart-title").textContent = label(chosen);
+  draw(past.points, past.seconds_between);
+}
+
+async function tick() {
+  try {
+    const search = encodeURIComponent(at("search").value.trim());
+    const { keys, found } = await get(`/v1/keys?limit=${MOST_ROWS}&search=${search}`);
+    if (chosen === null && keys.length) {
+      const wanted = decodeURIComponent(location.hash.slice(1));
+      choose(keys.find((key) => label(key) === wanted) ?? keys[0]);
+    }
+    list(keys, found);
+    await chart();
+    at("state").textContent = `${found} ${found === 1 ? "key" : "keys"}, as of ${new Date().toLocaleTimeString("en-GB")}`;
+    at("state").classList.remove("lost");
+  } catch (error) {
+    at("state").textContent = `no answer from the stats server: ${error.message}`;
+    at("state").classList.add("lost");
+  }
+  setTimeout(tick, 1000);
+}
+
+tick();
