@@ -112,7 +112,9 @@ impl Prometheus {
         let jobs: Vec<Value> = targets
             .iter()
             .map(|(name, address, path)| {
-                json!({"job_name": name, "metrics_path": path, "static_configs": [{"targets": [address.to_string()]}]})
+                // A stats server's keys have namespaces of their own.
+                json!({"job_name": name, "metrics_path": path, "honor_labels": true,
+                    "static_configs": [{"targets": [address.to_string()]}]})
             })
             .collect();
         let config = json!({"global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"}, "scrape_configs": jobs});

@@ -13,8 +13,10 @@ use crate::{built, http, wait};
 /// A running stats server.
 #[derive(Debug)]
 pub struct StatServer {
-    /// Where it listens.
+    /// Where it listens for HTTP.
     pub address: SocketAddr,
+    /// Where it listens for gRPC.
+    pub grpc: SocketAddr,
     /// The process.
     pub process: Process,
     #[allow(dead_code, reason = "held for its Drop")]
@@ -24,21 +26,29 @@ pub struct StatServer {
 impl StatServer {
     /// Starts one on a free port, or on `address` again.
     pub async fn start(address: Option<SocketAddr>) -> Self {
+        Self::with(address, &[]).await
+    }
+
+    /// Starts one with more flags.
+    pub async fn with(address: Option<SocketAddr>, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let listen = address.map_or("127.0.0.1:0".into(), |a| a.to_string());
         let mut command = Command::new(built("release/inflight-statserver"));
-        command.args(["--listen", &listen]);
+        command.args(["--listen", &listen, "--grpc-listen", "127.0.0.1:0"]).args(flags);
         let mut process = Process::start(&mut command, &folder.path().join("log"));
-        let address = wait::until("the stats server listens", Duration::from_secs(30), || {
+        let [address, grpc] = wait::until("the stats server listens", Duration::from_secs(30), || {
             assert!(process.ended().is_none(), "the stats server ended at its start:\n{}", process.log());
             let log = process.log();
             async move {
-                let address = log.split("address=").nth(1).and_then(|rest| rest.split_whitespace().next());
-                address.and_then(|a| a.parse().ok()).ok_or(log)
+                let listens = |what| {
+                    let address = log.split(what).nth(1).and_then(|rest| rest.split_whitespace().next());
+                    address.and_then(|a| a.parse().ok())
+                };
+                listens("address=").zip(listens("grpc=")).map(|(http, grpc)| [http, grpc]).ok_or(log)
             }
         })
         .await;
-        Self { address, process, folder }
+        Self { address, grpc, process, folder }
     }
 
     /// What it knows of a key; `None` if nothing.

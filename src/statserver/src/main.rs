@@ -29,7 +29,7 @@ mod watch;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -38,6 +38,10 @@ async fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::new(flags.log_level.to_string()))
         .with_writer(std::io::stderr)
         .init();
+    // Each connection takes a descriptor, and 1,024 of them are a common default.
+    if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
+        warn!(%error, "the limit of open files stays");
+    }
     match serve::run(&flags, serve::terminated()).await {
         Ok(()) => {
             info!("drained");

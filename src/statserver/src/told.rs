@@ -182,7 +182,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("settings.json");
         for (text, reason) in [
-            ("{", "EOF"),
+            ("[{", "EOF"),
             (
                 r#"[{"namespace": "a", "name": "b", "settings": {"target": 0}}]"#,
                 "key a/b: configuration key `target`",

@@ -1,0 +1,47 @@
+"""Drives the stats server's gRPC as KEDA does, by Python's grpcio and the .proto: keda.py ADDRESS PROTO."""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import grpc
+from grpc_tools import protoc
+
+address, proto = sys.argv[1], pathlib.Path(sys.argv[2])
+with tempfile.TemporaryDirectory() as folder:
+    made = protoc.main(["", f"-I{proto.parent}", f"--python_out={folder}", f"--grpc_python_out={folder}", proto.name])
+    assert made == 0, "protoc"
+    sys.path.insert(0, folder)
+    import externalscaler_pb2 as messages
+    import externalscaler_pb2_grpc as services
+
+    known = messages.ScaledObjectRef(name="rev", namespace="ns", scalerMetadata={"target": "2.5", "scalerAddress": "x"})
+    unknown = messages.ScaledObjectRef(name="nobody", namespace="ns")
+    with grpc.insecure_channel(address) as channel:
+        scaler = services.ExternalScalerStub(channel)
+        ask = {"timeout": 10}
+        spec = scaler.GetMetricSpec(known, **ask).metricSpecs[0]
+        value = scaler.GetMetrics(messages.GetMetricsRequest(scaledObjectRef=known, metricName=spec.metricName), **ask)
+        nothing = scaler.GetMetrics(messages.GetMetricsRequest(scaledObjectRef=unknown), **ask)
+        active = scaler.StreamIsActive(known, **ask)
+        specs = scaler.StreamMetricSpec(known, **ask)
+        try:
+            wrong = messages.ScaledObjectRef(name="rev", namespace="ns", scalerMetadata={"target": "many"})
+            refused = str(scaler.GetMetricSpec(wrong, **ask))
+        except grpc.RpcError as error:
+            refused = f"{error.code().name}: {error.details()}"
+        print(json.dumps({
+            "is_active": scaler.IsActive(known, **ask).result,
+            "stream_is_active": next(active).result,
+            "metric": spec.metricName,
+            "target": spec.targetSizeFloat,
+            "target_rounded": spec.targetSize,
+            "stream_target": next(specs).metricSpecs[0].targetSizeFloat,
+            "value": value.metricValues[0].metricValueFloat,
+            "unknown_active": scaler.IsActive(unknown, **ask).result,
+            "unknown_value": nothing.metricValues[0].metricValueFloat,
+            "refused": refused,
+        }))
+        active.cancel()
+        specs.cancel()

@@ -1,0 +1,205 @@
+//! What autoscalers and people ask the stats server: KEDA by gRPC, settings by HTTP, the live page in a browser.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use http_body_util::Full;
+use hyper::{Method, Request};
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::{http, prometheus, root, wait};
+use inflight_stats::{KeyReport, Report, Snapshot};
+use serde_json::{Value, json};
+use tonic::Code;
+use tonic::transport::Channel;
+
+mod proto {
+    #![allow(missing_docs, clippy::all, reason = "generated")]
+    tonic::include_proto!("externalscaler");
+}
+use proto::external_scaler_client::ExternalScalerClient;
+use proto::{GetMetricsRequest, ScaledObjectRef};
+
+const SETTLED: Duration = Duration::from_secs(20);
+const SECOND: u64 = 1_000_000_000;
+
+/// One second of one pod: `concurrency` requests all through it.
+async fn report(server: SocketAddr, name: &str, incarnation: u64, concurrency: u64) {
+    let since = Snapshot::starting_at(SECOND);
+    let until = Snapshot {
+        as_of_ns: 2 * SECOND,
+        requests: concurrency,
+        request_ns: u128::from(concurrency * SECOND),
+        ..Snapshot::default()
+    };
+    let message = KeyReport { namespace: "ns".into(), name: name.into(), from_gateway: false, since, until };
+    let report = Report { version: 1, pod: "pod".into(), incarnation, messages: vec![message] };
+    let body = report.encode().expect("a report").into();
+    let answer = http::post(server, "/v1/reports", "application/x-bincode", body).await.expect("an answer");
+    assert_eq!(answer.0, 202, "{}", answer.1);
+}
+
+fn object(name: &str, metadata: &[(&str, &str)]) -> ScaledObjectRef {
+    let scaler_metadata = metadata.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+    ScaledObjectRef { name: name.into(), namespace: "ns".into(), scaler_metadata }
+}
+
+async fn keda(server: &StatServer) -> ExternalScalerClient<Channel> {
+    ExternalScalerClient::connect(format!("http://{}", server.grpc)).await.expect("a connection")
+}
+
+async fn value(client: &mut ExternalScalerClient<Channel>, object: ScaledObjectRef) -> f64 {
+    let request = GetMetricsRequest { scaled_object_ref: Some(object), metric_name: String::new() };
+    client.get_metrics(request).await.expect("metrics").into_inner().metric_values[0].metric_value_float
+}
+
+#[tokio::test]
+async fn keda_gets_what_a_key_has_and_what_a_pod_should_have() {
+    let server = StatServer::start(None).await;
+    let mut client = keda(&server).await;
+    let unknown = object("nobody", &[]);
+    assert_eq!(value(&mut client, unknown.clone()).await, 0.0);
+    assert!(!client.is_active(unknown).await.expect("an answer").into_inner().result);
+
+    report(server.address, "rev", 1, 30).await;
+    assert_eq!(value(&mut client, object("rev", &[])).await, 30.0);
+    // The key need not be called as the ScaledObject is.
+    let elsewhere =
+        object("other", &[("name", "rev"), ("namespace", "ns"), ("metric", "rps"), ("scalerAddress", "x")]);
+    assert_eq!(value(&mut client, elsewhere.clone()).await, 30.0);
+    let mut spec = async |object| {
+        let spec = client.get_metric_spec(object).await?.into_inner().metric_specs.remove(0);
+        Ok::<_, tonic::Status>((spec.metric_name, spec.target_size_float, spec.target_size))
+    };
+    assert_eq!(spec(object("rev", &[])).await.expect("a spec"), ("inflight-concurrency".into(), 70.0, 70));
+    assert_eq!(spec(elsewhere).await.expect("a spec"), ("inflight-rps".into(), 140.0, 140));
+    let own = object("rev", &[("target", "2.5")]);
+    assert_eq!(spec(own).await.expect("a spec"), ("inflight-concurrency".into(), 2.5, 3));
+    for (key, wrong) in [("target", "0"), ("target", "many"), ("metric", "cpu"), ("name", "a\nb")] {
+        let refused = spec(object("rev", &[(key, wrong)])).await.expect_err("refused");
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().contains(&format!("`{key}` was ")), "{}", refused.message());
+    }
+}
+
+#[tokio::test]
+async fn a_key_becomes_active_with_its_first_report_and_stays_so_for_a_stable_window() {
+    let server = StatServer::with(None, &["--stable-window", "6s"]).await;
+    let mut client = keda(&server).await;
+    let mut waits = Vec::new();
+    let mut last = None;
+    for number in 0..20 {
+        let name = format!("rev-{number}");
+        let mut active = client.stream_is_active(object(&name, &[])).await.expect("a stream").into_inner();
+        assert!(!active.next().await.expect("at once").expect("at once").result);
+        let sent = Instant::now();
+        report(server.address, &name, 1, 1).await;
+        assert!(active.next().await.expect("a change").expect("a change").result);
+        waits.push(sent.elapsed());
+        last = Some(active);
+    }
+    waits.sort();
+    println!(
+        "0 -> 1 pushed after {:?} (median of 20, with the report's own way), at most {:?}",
+        waits[10], waits[19]
+    );
+    // Not by asking anew every two seconds: that would take one on average.
+    assert!(waits[10] < Duration::from_millis(500), "{:?}", waits[10]);
+    let mut active = last.expect("a stream");
+    let ended = tokio::time::timeout(SETTLED, active.next()).await.expect("within the window and a decision");
+    assert!(!ended.expect("a change").expect("a change").result);
+}
+
+#[tokio::test]
+async fn the_spec_follows_what_a_key_is_told_and_streams_end_with_the_server() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("settings.json");
+    let flags = ["--settings", file.to_str().expect("a path"), "--drain-delay", "0s"];
+    let mut server = StatServer::with(None, &flags).await;
+    let mut client = keda(&server).await;
+    let mut specs = client.stream_metric_spec(object("rev", &[])).await.expect("a stream").into_inner();
+    let mut active = client.stream_is_active(object("rev", &[])).await.expect("a stream").into_inner();
+    let mut next =
+        async || specs.next().await.expect("a spec").map(|spec| spec.metric_specs[0].target_size_float);
+    assert_eq!(next().await.expect("at once"), 70.0);
+    let tell = async |server: &StatServer, method: Method, json: Value| {
+        let request = Request::builder().method(method).uri("/v1/keys/ns/rev/settings").header("host", "x");
+        let request = request.body(Full::from(json.to_string())).expect("a request");
+        http::ask(server.address, request).await.expect("an answer").0.as_u16()
+    };
+    let told = json!({"target": 10, "target_utilization_percentage": 50, "min_scale": 1, "metric": "rps"});
+    assert_eq!(tell(&server, Method::PUT, told).await, 200);
+    assert_eq!(next().await.expect("the change"), 5.0);
+
+    server.process.signal(libc::SIGTERM);
+    assert_eq!(next().await.expect_err("the end").code(), Code::Unavailable);
+    let ended = async { while let Some(Ok(_)) = active.next().await {} };
+    tokio::time::timeout(SETTLED, ended).await.expect("the end of the other stream");
+    assert!(server.process.wait(Duration::from_secs(30)).success());
+
+    let server = StatServer::with(Some(server.address), &flags).await;
+    let target = async || server.key("ns", "rev").await.map(|key| key["settings"]["target"].clone());
+    assert_eq!(target().await, Some(json!(10.0)), "after a restart, before any report");
+    wait::until_equal("desired pods", SETTLED, 1, || server.number("ns", "rev", "desired_pods")).await;
+    let mut client = keda(&server).await;
+    assert!(
+        client.is_active(object("rev", &[])).await.expect("an answer").into_inner().result,
+        "by min_scale"
+    );
+    assert_eq!(tell(&server, Method::DELETE, json!(null)).await, 204);
+    assert_eq!(target().await, Some(json!(100.0)));
+}
+
+/// What a tool of the repository prints.
+fn printed(command: &mut Command) -> String {
+    let output = command.current_dir(root()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {error}");
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pythons_grpcio_drives_all_five_methods() {
+    let server = StatServer::start(None).await;
+    report(server.address, "rev", 1, 30).await;
+    let python = printed(&mut Command::new("tools/python.sh"));
+    let proto = "src/statserver/proto/externalscaler.proto";
+    let answers = printed(Command::new(python).args(["tests/keda.py", &server.grpc.to_string(), proto]));
+    let answers: Value = serde_json::from_str(&answers).unwrap_or_else(|e| panic!("{e}: {answers}"));
+    let wanted = json!({
+        "is_active": true,
+        "stream_is_active": true,
+        "metric": "inflight-concurrency",
+        "target": 2.5,
+        "target_rounded": 3,
+        "stream_target": 2.5,
+        "value": 30.0,
+        "unknown_active": false,
+        "unknown_value": 0.0,
+        "refused": "INVALID_ARGUMENT: metadata `target` was \"many\", allowed is a number from 0.01 on",
+    });
+    assert_eq!(answers, wanted);
+}
+
+#[tokio::test]
+async fn the_shipped_scaled_object_and_adapter_rule_say_what_the_server_understands() {
+    let python = printed(&mut Command::new("tools/python.sh"));
+    println!("{}", printed(Command::new(python).arg("tests/kubernetes.py")));
+    let server = StatServer::start(None).await;
+    let text = std::fs::read_to_string(root().join("envoy/kubernetes/keda.yaml")).expect("the file");
+    let shipped: Value = serde_norway::from_str(&text).expect("YAML");
+    let metadata = shipped["spec"]["triggers"][0]["metadata"].as_object().expect("metadata");
+    let metadata: Vec<(&str, &str)> =
+        metadata.iter().map(|(key, value)| (key.as_str(), value.as_str().expect("a string"))).collect();
+    let mut client = keda(&server).await;
+    let spec = client.get_metric_spec(object("hello", &metadata)).await.expect("a spec").into_inner();
+    assert_eq!(spec.metric_specs[0].target_size_float, 70.0);
+
+    let text = std::fs::read_to_string(root().join("envoy/kubernetes/hpa.yaml")).expect("the file");
+    let query = text.lines().find_map(|line| line.trim().strip_prefix("metricsQuery: ")).expect("a query");
+    let query = query.replace("<<.LabelMatchers>>", r#"namespace="ns",name="hello-00001""#);
+    report(server.address, "hello-00001", 1, 30).await;
+    let prometheus = prometheus::Prometheus::start(&[("statserver", server.address, "/metrics")]).await;
+    wait::until_equal("Prometheus' answer", SETTLED, 30.0, || prometheus.query(&query)).await;
+}
