@@ -6,7 +6,7 @@ WASM := --target wasm32-wasip1 --release --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all help build-tests envoys unit e2e test soak run lint deny clean
+.PHONY: all help build-tests envoys unit e2e test soak run screenshot lint deny clean
 
 all: ## The module and the stats server, in release builds
 	$(CARGO) build --locked $(WASM)
@@ -39,6 +39,11 @@ run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
 	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
+
+screenshot: all ## The README's picture of the live page: ten minutes of the demo
+	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo
+	@$(PYTHON) tools/envoy.py any >/dev/null
+	target/e2e/inflight-demo --duration 600 --screenshot docs/page.png
 
 lint: ## Format and clippy, for both targets
 	$(CARGO) fmt --all --check

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`app`] | an app that counts for itself, and misbehaves on request |
 //! | [`bootstrap`] | the shipped Envoy configuration, with the test's addresses in it |
+//! | [`browser`] | a headless Chromium |
 //! | [`envoy`] | a running Envoy |
 //! | [`load`] | a load of mixed requests, reproducible from its seed |
 //! | [`process`] | child processes that cannot outlive us |
@@ -16,6 +17,7 @@
 
 pub mod app;
 pub mod bootstrap;
+pub mod browser;
 pub mod envoy;
 pub mod http;
 pub mod load;

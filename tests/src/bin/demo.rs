@@ -2,12 +2,14 @@
 //! that compares what Envoy reported with what its access log says.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use inflight_e2e::app::App;
 use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::browser::Browser;
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
@@ -25,6 +27,9 @@ struct Options {
     /// Envoy's worker threads.
     #[arg(long, default_value_t = 2)]
     concurrency: u32,
+    /// Takes a picture of the live page at the end; that takes a Chromium.
+    #[arg(long, value_name = "FILE")]
+    screenshot: Option<PathBuf>,
 }
 
 /// Two figures agree if they are this close: the tolerance of the tests for a single second.
@@ -76,6 +81,7 @@ async fn main() -> ExitCode {
     let tap = Tap::start(Some(server.address)).await;
     let envoy =
         Envoy::start(Version::Any, &Bootstrap::sidecar(app.address, tap.address), options.concurrency).await;
+    println!("live page     http://{}/", server.address);
     println!("traffic       http://{}/work?ms=20", envoy.address);
     println!("Envoy         http://{}/stats/prometheus", envoy.admin);
     println!("stats server  http://{}/v1/keys/default/hello-00001", server.address);
@@ -117,6 +123,12 @@ async fn main() -> ExitCode {
         }
     }
 
+    if let Some(file) = &options.screenshot {
+        let mut browser = Browser::start(1100, 620).await;
+        browser.open(&format!("http://{}/", server.address)).await;
+        browser.until("document.querySelectorAll('svg path.stable').length", 1.into()).await;
+        browser.screenshot(file).await;
+    }
     let mut sent = 0;
     loads.iter().for_each(Load::stop);
     for load in loads {

@@ -1,0 +1,82 @@
+//! The live page, in a headless Chromium.
+
+use inflight_e2e::browser::Browser;
+use inflight_e2e::http;
+use inflight_e2e::statserver::StatServer;
+use inflight_stats::{KeyReport, Report, Snapshot};
+use serde_json::json;
+
+/// So many requests at once, all through a second.
+async fn report(server: &StatServer, name: &str, concurrency: u64) {
+    let since = Snapshot::starting_at(1);
+    let until = Snapshot {
+        as_of_ns: 1_000_000_001,
+        requests: concurrency,
+        request_ns: u128::from(concurrency * 1_000_000_000),
+        in_flight: u32::try_from(concurrency).expect("a small number"),
+        ..Snapshot::default()
+    };
+    let message = KeyReport { namespace: "ns".into(), name: name.into(), from_gateway: false, since, until };
+    let report = Report { version: 1, pod: name.into(), incarnation: concurrency, messages: vec![message] };
+    let body = report.encode().expect("a report").into();
+    let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
+    assert_eq!(answer.expect("an answer").0, 202);
+}
+
+/// The text of a key's row, by its columns.
+fn row(name: &str) -> String {
+    let rows = "[...document.querySelectorAll('#keys tr')]";
+    format!(
+        "{rows}.filter(r => r.querySelector('button').textContent == 'ns/{name}').map(r => [...r.cells].slice(1).map(c => c.textContent).join(' ')).join()"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_shows_what_the_server_knows_each_second() {
+    let server = StatServer::with(None, &["--target", "10", "--target-utilization-percentage", "100"]).await;
+    let mut browser = Browser::start(1100, 700).await;
+    let url = format!("http://{}/", server.address);
+    browser.open(&url).await;
+    browser.until("document.getElementById('state').textContent.split(',')[0]", json!("0 keys")).await;
+
+    report(&server, "b", 30).await;
+    report(&server, "<img src=x onerror=alert(1)>", 1).await;
+    // Stable, panic, in flight, requests a second, pods, desired: the server's own figures, by hand.
+    browser.until(&row("b"), json!("30 30 30 30 1 3")).await;
+    browser.until("document.querySelectorAll('#keys tr').length", json!(2)).await;
+    assert_eq!(browser.value("document.images.length").await, json!(0), "a name is text");
+
+    // By the keyboard alone: past the search to the second key.
+    for _ in 0..3 {
+        browser.press("Tab", 9, "").await;
+    }
+    assert_eq!(browser.value("document.activeElement.textContent").await, json!("ns/b"));
+    browser.press("Enter", 13, "\r").await;
+    browser.until("document.getElementById('chart-title').textContent", json!("ns/b")).await;
+    browser
+        .until("document.querySelector('svg path.stable').getAttribute('d').includes('L')", json!(true))
+        .await;
+    assert_eq!(browser.value("document.activeElement.textContent").await, json!("ns/b"), "the focus stays");
+    let panics = "getComputedStyle(document.querySelector('.chosen .panics')).display != 'none'";
+    browser.until(panics, json!(true)).await;
+
+    // It goes on by itself.
+    report(&server, "b", 10).await;
+    browser.until(&format!("{}.split(' ')[2]", row("b")), json!("40")).await;
+
+    let ground = "getComputedStyle(document.body).backgroundColor";
+    browser.prefers("light").await;
+    assert_eq!(browser.value(ground).await, json!("rgb(255, 255, 255)"));
+    browser.prefers("dark").await;
+    assert_eq!(browser.value(ground).await, json!("rgb(20, 23, 28)"));
+
+    browser.value("document.getElementById('search').value = 'ns/b'").await;
+    browser.until("document.querySelectorAll('#keys tr').length", json!(1)).await;
+    let outside: Vec<&String> = browser.asked.iter().filter(|asked| !asked.starts_with(&url)).collect();
+    let data = outside.iter().all(|asked| asked.starts_with("data:") || asked.starts_with("about:"));
+    assert!(data, "{outside:?}");
+
+    drop(server);
+    let lost = "document.getElementById('state').className";
+    browser.until(lost, json!("lost")).await;
+}
