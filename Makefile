@@ -6,7 +6,7 @@ WASM := --target wasm32-wasip1 --release --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all help build-tests envoys unit e2e test soak run screenshot lint deny clean
+.PHONY: all help build-tests envoys unit e2e test soak run bench build-bench screenshot lint deny clean
 
 all: ## The module and the stats server, in release builds
 	$(CARGO) build --locked $(WASM)
@@ -40,6 +40,15 @@ run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
 
+# QUICK=1: fewer and shorter rounds, and the README stays as it is.
+bench: build-bench envoys ## Envoy with and without the filter, and the stats server: make bench [QUICK=1]
+	target/e2e/bench-envoy $(if $(QUICK),--rounds 3,--write)
+	target/e2e/bench-statserver $(if $(QUICK),--rounds 1 --seconds 3)
+
+build-bench: all
+	$(CARGO) build --locked --target wasm32-wasip1 --release --package inflight-empty
+	$(CARGO) build --locked --profile e2e --package inflight-benches
+
 screenshot: all ## The README's picture of the live page: ten minutes of the demo
 	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo
 	@$(PYTHON) tools/envoy.py any >/dev/null
@@ -47,8 +56,8 @@ screenshot: all ## The README's picture of the live page: ten minutes of the dem
 
 lint: ## Format and clippy, for both targets
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --workspace --exclude inflight-filter --all-targets -- -D warnings
-	$(CARGO) clippy --locked --package inflight-filter --target wasm32-wasip1 -- -D warnings
+	$(CARGO) clippy --locked --workspace --exclude inflight-filter --exclude inflight-empty --all-targets -- -D warnings
+	$(CARGO) clippy --locked --package inflight-filter --package inflight-empty --target wasm32-wasip1 -- -D warnings
 	$(CARGO) clippy --locked --package inflight-filter --target wasm32-wasip1 --features fault-injection -- -D warnings
 
 deny: ## Licences, sources, bans; advisories where their data can be had

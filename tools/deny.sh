@@ -5,7 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 version=0.20.2
 if ! cargo deny --version 2>/dev/null | grep -q " $version$"; then
+    # It runs for a second: not worth the minutes that an optimised build takes.
     [ -x .cache/deny/bin/cargo-deny ] ||
+        CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=64 \
         cargo install --quiet --locked --root .cache/deny --version "$version" cargo-deny
     PATH="$PWD/.cache/deny/bin:$PATH"
 fi

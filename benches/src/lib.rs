@@ -2,28 +2,27 @@
 
 use std::process::Command;
 
-/// CPU seconds that a process has used so far, in all its threads.
+/// CPU seconds that the threads of a process have used so far, to the nanosecond.
 ///
 /// # Panics
 /// If the process is gone.
 pub fn cpu_seconds(pid: u32) -> f64 {
-    let path = format!("/proc/{pid}/stat");
-    let stat = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-    // The name may hold spaces, and ends with the last parenthesis; user and system time are fields 14 and 15.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks: f64 = fields[11..13].iter().map(|field| field.parse::<f64>().expect("ticks")).sum();
-    // SAFETY: sysconf has no preconditions.
-    ticks / unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64
+    let path = format!("/proc/{pid}/task");
+    let threads = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let nanoseconds = threads.flatten().map(|thread| {
+        // A thread that has just ended is no longer to be asked.
+        let schedstat = std::fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
+        schedstat.split(' ').next().and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0)
+    });
+    nanoseconds.sum::<u64>() as f64 / 1e9
 }
 
-/// The middle of the values, and how far the others lie from it: (median, lowest, highest).
+/// The middle of the values, and the quartiles around it: (median, first, third).
 ///
 /// # Panics
 /// Without values.
 pub fn spread(values: &[f64]) -> (f64, f64, f64) {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    (sorted[sorted.len() / 2], sorted[0], sorted[sorted.len() - 1])
+    (quantile(values, 0.5), quantile(values, 0.25), quantile(values, 0.75))
 }
 
 /// The value below which so large a share of the values lies.
@@ -58,4 +57,16 @@ pub fn machine() -> String {
         .output()
         .map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
     format!("{}, {cores} cores, {}", model.trim_start_matches(['\t', ' ', ':']), date.unwrap_or_default())
+}
+
+/// Rows as a Markdown table, the first one its head.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let mut text = String::new();
+    for (number, row) in rows.iter().enumerate() {
+        text.push_str(&format!("| {} |\n", row.join(" | ")));
+        if number == 0 {
+            text.push_str(&format!("|{}\n", "---|".repeat(row.len())));
+        }
+    }
+    text
 }

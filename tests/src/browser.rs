@@ -1,6 +1,6 @@
 //! A headless Chromium, driven by its DevTools protocol.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::process::Process;
-use crate::{root, wait};
+use crate::{debian, wait};
 
 const SETTLED: Duration = Duration::from_secs(30);
 
@@ -30,12 +30,6 @@ pub struct Browser {
     folder: TempDir,
 }
 
-fn chromium() -> PathBuf {
-    let output = Command::new(root().join("tools/chromium.sh")).output().expect("a shell");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
-}
-
 impl Browser {
     /// Starts one, at an empty page of this size.
     ///
@@ -43,7 +37,7 @@ impl Browser {
     /// If Chromium cannot be had, or does not start.
     pub async fn start(width: u32, height: u32) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut command = Command::new(chromium());
+        let mut command = Command::new(debian("chromium", &["chromium", "fonts-dejavu-core"]));
         command.args(["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]);
         command.args(["--no-first-run", "--disable-background-networking", "--remote-debugging-port=0"]);
         command.arg(format!("--window-size={width},{height}"));

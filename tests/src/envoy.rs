@@ -58,8 +58,6 @@ pub struct Envoy {
 }
 
 fn command(version: Version, bootstrap: &Bootstrap, concurrency: u32, folder: &Path) -> Command {
-    let mut bootstrap = bootstrap.clone();
-    bootstrap.access_log(&folder.join("access.log"));
     let config = folder.join("envoy.json");
     std::fs::write(&config, bootstrap.0.to_string()).expect("a file");
     let mut command = Command::new(version.binary());
@@ -74,6 +72,17 @@ impl Envoy {
     /// Starts one and waits until it listens.
     pub async fn start(version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
+        let mut bootstrap = bootstrap.clone();
+        bootstrap.access_log(&folder.path().join("access.log"));
+        Self::start_in(folder, version, &bootstrap, concurrency).await
+    }
+
+    /// Starts one without an access log, which has its own cost.
+    pub async fn quiet(version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
+        Self::start_in(tempfile::tempdir().expect("a folder"), version, bootstrap, concurrency).await
+    }
+
+    async fn start_in(folder: TempDir, version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
         let mut command = command(version, bootstrap, concurrency, folder.path());
         let mut process = Process::start(&mut command, &folder.path().join("log"));
         let admin_file = folder.path().join("admin");

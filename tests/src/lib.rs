@@ -29,6 +29,7 @@ pub mod truth;
 pub mod wait;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The repository's root.
 pub fn root() -> &'static Path {
@@ -44,4 +45,15 @@ pub fn built(path: &str) -> PathBuf {
     let path = target.join(path);
     assert!(path.exists(), "{} is not there: run `make build-tests`", path.display());
     path
+}
+
+/// A program out of Debian's packages, installed if need be.
+///
+/// # Panics
+/// If it cannot be had.
+pub fn debian(program: &str, packages: &[&str]) -> PathBuf {
+    let output = Command::new(root().join("tools/debian.sh")).arg(program).args(packages).output();
+    let output = output.expect("a shell");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
 }

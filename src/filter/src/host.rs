@@ -12,6 +12,7 @@ const OK: u32 = 0;
 #[repr(u32)]
 pub enum Headers {
     Request = 0,
+    Response = 2,
     CallResponse = 6,
 }
 
@@ -187,10 +188,11 @@ pub fn property(path: &str) -> Option<Vec<u8>> {
     }
 }
 
-/// The code that the client was sent; 0 if the stream ended before any response.
+/// The code that the client was sent; 0 if the stream ended before any response. At a stream's end the response's
+/// headers are those that were sent, local replies included; a header costs a tenth of the property `response.code`.
 pub fn response_code() -> u16 {
-    let value = property("response\0code").and_then(|bytes| <[u8; 8]>::try_from(bytes).ok());
-    value.map_or(0, |bytes| u16::try_from(i64::from_le_bytes(bytes)).unwrap_or(0))
+    let status = header(Headers::Response, ":status");
+    status.and_then(|text| std::str::from_utf8(&text).ok()?.parse().ok()).unwrap_or(0)
 }
 
 /// The message queue of a name, made or taken over: the host calls this VM's root context when there is

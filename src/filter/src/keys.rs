@@ -23,16 +23,26 @@ pub struct Keys {
     /// Boundary of the newest batch in the outbox that was written.
     written_ns: u64,
     stats: BTreeMap<KeyName, KeyStats>,
+    /// The books as this worker wrote them last, and their stamp: as long as they lie in the shared data under this
+    /// stamp, they need not be decoded.
+    books: Option<(Stamp, Books)>,
+    stamps: u64,
+    /// What the stats server has acknowledged since the books were written.
+    acknowledged: Vec<(KeyName, Snapshot)>,
     unkeyed: Option<u32>,
     keyless: Option<u32>,
     pending_unkeyed: u64,
     pending_keyless: u64,
 }
 
+/// Who wrote the books, and for which time: in front of them in the shared data.
+type Stamp = (u64, u64);
+
 /// The stats of one key: the gauge is the leader's, the others are every worker's.
 #[derive(Default)]
 struct KeyStats {
     concurrency: Option<Option<u32>>,
+    shown: Option<u64>,
     by_code: BTreeMap<u16, ByCode>,
 }
 
@@ -55,6 +65,9 @@ impl Keys {
             pod: pod.clone(),
             written_ns: 0,
             stats: BTreeMap::new(),
+            books: None,
+            stamps: 0,
+            acknowledged: Vec::new(),
             unkeyed: host::define_metric(Kind::Counter, "inflight_unkeyed_requests"),
             keyless: host::define_metric(Kind::Counter, "inflight_keyless_requests"),
             pending_unkeyed: 0,
@@ -132,7 +145,13 @@ impl Keys {
 
     /// At the leader, when all workers have closed `as_of_ns`: collects, sets the gauges. The books, and which of
     /// the departed have nothing left to collect.
-    pub fn lead(&mut self, workers: &[u64], departed: &[u64], as_of_ns: u64) -> Option<(Books, Vec<u64>)> {
+    pub fn lead(
+        &mut self,
+        writer: u64,
+        workers: &[u64],
+        departed: &[u64],
+        as_of_ns: u64,
+    ) -> Option<(&Books, Vec<u64>)> {
         let ids = workers.iter().chain(departed.iter().filter(|id| !workers.contains(id)));
         let outboxes: Vec<(u64, Vec<Batch>)> = ids
             .map(|id| {
@@ -140,10 +159,12 @@ impl Keys {
             })
             .collect();
         let gone: Vec<u64> = departed.iter().filter(|id| !workers.contains(id)).copied().collect();
-        let books = self.update_books(|books| {
+        self.update_books(writer, |books| {
+            let forgotten = books.forget_idle();
             books.collect(&outboxes, &gone, as_of_ns);
-            books.clone()
+            forgotten
         })?;
+        let (_, books) = self.books.as_ref()?;
         write(&self.pod.key("collected"), &books.marks());
         for (key, book) in books.keys() {
             let stats = self.stats.entry(key.clone()).or_default();
@@ -153,7 +174,10 @@ impl Keys {
                     &format!("activator_request_concurrency_milli{}", labels(key)),
                 )
             });
-            host::record(gauge, book.until.since(&book.before).map_or(0, |period| period.average_milli()));
+            let average = book.until.since(&book.before).map_or(0, |period| period.average_milli());
+            if stats.shown.replace(average) != Some(average) {
+                host::record(gauge, average);
+            }
         }
         let all_in = |id: &u64| {
             let batches = outboxes.iter().filter(|(worker, _)| worker == id).flat_map(|(_, batches)| batches);
@@ -163,24 +187,63 @@ impl Keys {
         Some((books, settled))
     }
 
-    /// The stats server knows these keys so far.
-    pub fn acknowledged(&mut self, known: &[(KeyName, Snapshot)]) {
-        let forgotten = self.update_books(|books| books.acknowledge(known)).unwrap_or_default();
-        for key in &forgotten {
-            if let Some(gauge) = self.stats.get(key).and_then(|stats| stats.concurrency) {
-                host::record(gauge, 0);
-            }
-            self.registry.leave(&SharedData, key);
+    /// The stats server knows these keys so far. The leader writes that into the books at its next tick, together with
+    /// what it collects then.
+    pub fn acknowledged(&mut self, known: Vec<(KeyName, Snapshot)>) {
+        self.acknowledged.extend(known);
+    }
+
+    /// Who got an answer and no longer leads only notes it: the next leader will forget.
+    pub fn follow(&mut self, writer: u64) {
+        if !self.acknowledged.is_empty() {
+            self.update_books(writer, |_| Vec::new());
+        }
+        // The next leader writes them from now on.
+        if self.books.take().is_some() {
+            self.stats.values_mut().for_each(|stats| stats.shown = None);
         }
     }
 
-    fn update_books<R>(&self, mut change: impl FnMut(&mut Books) -> R) -> Option<R> {
+    /// Writes the books with what is acknowledged and a change, which says what keys it forgot.
+    fn update_books(
+        &mut self,
+        writer: u64,
+        mut change: impl FnMut(&mut Books) -> Vec<KeyName>,
+    ) -> Option<()> {
         let key = self.pod.key("books");
         for _ in 0..ATTEMPTS {
-            let (mut books, expect) = read::<Books>(&key).unwrap_or((Books::default(), expect(&key)));
-            let result = change(&mut books);
-            if bincode::serialize(&books).is_ok_and(|bytes| SharedData.set(&key, &bytes, expect)) {
-                return Some(result);
+            let (mut books, expect) = match SharedData.get(&key) {
+                None => (Books::default(), Expect::Absent),
+                Some((bytes, version)) => {
+                    let expect = Expect::Version(version);
+                    match self.books.take() {
+                        Some((stamp, books))
+                            if bincode::deserialize::<Stamp>(&bytes).is_ok_and(|s| s == stamp) =>
+                        {
+                            (books, expect)
+                        }
+                        _ => {
+                            let (_, books): (Stamp, Books) = bincode::deserialize(&bytes).unwrap_or_default();
+                            (books, expect)
+                        }
+                    }
+                }
+            };
+            books.acknowledge(&self.acknowledged);
+            let forgotten = change(&mut books);
+            self.stamps += 1;
+            let stamp = (writer, self.stamps);
+            if bincode::serialize(&(stamp, &books)).is_ok_and(|bytes| SharedData.set(&key, &bytes, expect)) {
+                for key in forgotten.iter().filter(|key| !books.has(key)) {
+                    if let Some(stats) = self.stats.get_mut(key) {
+                        stats.shown = Some(0);
+                        stats.concurrency.into_iter().for_each(|gauge| host::record(gauge, 0));
+                    }
+                    self.registry.leave(&SharedData, key);
+                }
+                self.acknowledged.clear();
+                self.books = Some((stamp, books));
+                return Some(());
             }
         }
         None
@@ -211,8 +274,8 @@ pub fn reports(pod: &str, incarnation: u64, books: &Books) -> Vec<(Report, Vec<(
 }
 
 pub fn message(key: &KeyName, since: Snapshot, until: Snapshot) -> KeyReport {
-    let KeyName { namespace, name } = key.clone();
-    KeyReport { namespace, name, from_gateway: true, since, until }
+    let KeyName { namespace, name } = key;
+    KeyReport { namespace: namespace.to_string(), name: name.to_string(), from_gateway: true, since, until }
 }
 
 fn labels(key: &KeyName) -> String {

@@ -112,13 +112,13 @@ impl HttpContext for Passage {
         if self.counted.is_some() {
             return Action::Continue;
         }
-        let Gateway { config, .. } = &*self.gateway;
-        let (header, mark) = (config.proxied_header.clone(), config.gateway.mark);
         // Only a request that is counted here may pass for one; whatever the client said of itself goes.
-        if !stream::is_probe() && self.count_in(raw_ns) && mark {
-            host::set_header(Headers::Request, &header, PROXIED_VALUE);
+        let counted = !stream::is_probe() && self.count_in(raw_ns);
+        let Gateway { config, .. } = &*self.gateway;
+        if counted && config.gateway.mark {
+            host::set_header(Headers::Request, &config.proxied_header, PROXIED_VALUE);
         } else {
-            host::remove_header(Headers::Request, &header);
+            host::remove_header(Headers::Request, &config.proxied_header);
         }
         Action::Continue
     }

@@ -213,6 +213,12 @@ impl Worker {
             }
             turn.resume.extend(self.clear_up(settled, raw_ns));
         }
+        if stock == Stock::Follow
+            && let Some(keys) = &mut self.keys
+            && let Ok(writer) = self.member.id(&SharedData)
+        {
+            keys.follow(writer);
+        }
         let boundary_ns = self.recorder.grid().after(now_ns).saturating_add(SETTLE_NS);
         let wait_ns = boundary_ns.saturating_sub(now_ns);
         let wait_ns = match stock {
@@ -247,16 +253,18 @@ impl Worker {
         let may_send = self.may_send(config);
         let state = self.member.pod().state(&SharedData);
         let workers: Vec<u64> = state.map(|state| state.workers().collect()).unwrap_or_default();
+        let Ok(writer) = self.member.id(&SharedData) else { return (Vec::new(), Vec::new()) };
         let Some(keys) = &mut self.keys else { return (Vec::new(), departed) };
-        let Some((books, settled)) = keys.lead(&workers, &departed, as_of_ns) else {
+        let Some((books, settled)) = keys.lead(writer, &workers, &departed, as_of_ns) else {
             return (Vec::new(), Vec::new());
         };
         if config.statserver.is_none() {
             // Nobody else is to know: what the stats show is all there is.
             let known: Vec<_> = books.keys().map(|(key, book)| (key.clone(), book.until)).collect();
-            keys.acknowledged(&known);
+            keys.acknowledged(known);
+            return (Vec::new(), settled);
         }
-        let reports = if may_send { of_books(config, incarnation, &books) } else { Vec::new() };
+        let reports = if may_send { of_books(config, incarnation, books) } else { Vec::new() };
         (reports, settled)
     }
 
@@ -325,7 +333,7 @@ impl Worker {
             match said {
                 Said::Keys(known) => {
                     if let Some(keys) = &mut self.keys {
-                        keys.acknowledged(&known);
+                        keys.acknowledged(known);
                     }
                 }
                 Said::Pod(incarnation, until) => {
@@ -369,8 +377,9 @@ impl Worker {
         let Ok((until, state)) = self.member.last_figure(&SharedData, now_ns) else { return Vec::new() };
         if let Some(keys) = &mut self.keys {
             let workers: Vec<u64> = state.workers().collect();
-            let books = keys.lead(&[], &workers, until.as_of_ns);
-            return books.map(|(books, _)| of_books(config, state.incarnation, &books)).unwrap_or_default();
+            let Ok(writer) = self.member.id(&SharedData) else { return Vec::new() };
+            let books = keys.lead(writer, &[], &workers, until.as_of_ns);
+            return books.map(|(books, _)| of_books(config, state.incarnation, books)).unwrap_or_default();
         }
         of_pod(config, state.incarnation, state.acknowledged, until).into_iter().collect()
     }

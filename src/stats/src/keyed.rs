@@ -8,18 +8,19 @@
 //! than anything that was said of it before.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Grid, Snapshot};
 
-/// Namespace and name.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// Namespace and name; a clone shares them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct KeyName {
     /// The key's namespace.
-    pub namespace: String,
+    pub namespace: Rc<str>,
     /// The key's name.
-    pub name: String,
+    pub name: Rc<str>,
 }
 
 /// The last word of Istio's service host names.
@@ -36,9 +37,7 @@ impl KeyName {
 
     /// A key out of two headers.
     pub fn checked(namespace: &str, name: &str) -> Option<Self> {
-        let fits = |s: &str| {
-            !s.is_empty() && s.len() <= crate::report::MAX_NAME_BYTES && !s.chars().any(char::is_control)
-        };
+        let fits = crate::report::is_name;
         (fits(namespace) && fits(name)).then(|| Self { namespace: namespace.into(), name: name.into() })
     }
 }
@@ -262,26 +261,40 @@ impl Books {
         &self.collected
     }
 
+    /// Whether a key is not forgotten.
+    pub fn has(&self, key: &KeyName) -> bool {
+        self.keys.contains_key(key)
+    }
+
     /// Every key that is not forgotten.
     pub fn keys(&self) -> impl Iterator<Item = (&KeyName, &Book)> {
         self.keys.iter()
     }
 
-    /// The stats server knows these keys up to these snapshots. Which of them are forgotten now.
-    pub fn acknowledge(&mut self, known: &[(KeyName, Snapshot)]) -> Vec<KeyName> {
-        let mut forgotten = Vec::new();
+    /// The stats server knows these keys up to these snapshots.
+    pub fn acknowledge(&mut self, known: &[(KeyName, Snapshot)]) {
         for (key, until) in known {
-            let Some(book) = self.keys.get_mut(key) else { continue };
-            if until.as_of_ns > book.since.as_of_ns {
+            if let Some(book) = self.keys.get_mut(key)
+                && until.as_of_ns > book.since.as_of_ns
+            {
                 book.since = *until;
             }
+        }
+    }
+
+    /// Takes out the keys that were idle for a whole period and of which the stats server knows all; which these are. Only
+    /// the leader may do it, who also puts them in: a key must not be told that it is forgotten while it comes back.
+    pub fn forget_idle(&mut self) -> Vec<KeyName> {
+        let mut forgotten = Vec::new();
+        self.keys.retain(|key, book| {
             let nothing_left =
                 Snapshot { as_of_ns: 0, ..book.since } == Snapshot { as_of_ns: 0, ..book.until };
-            if book.idle && nothing_left && book.until.in_flight == 0 {
-                self.keys.remove(key);
+            let stays = !(book.idle && nothing_left && book.until.in_flight == 0);
+            if !stays {
                 forgotten.push(key.clone());
             }
-        }
+            stays
+        });
         forgotten
     }
 }
@@ -297,7 +310,7 @@ mod tests {
     }
 
     fn name_of(cluster: &str) -> Option<(String, String)> {
-        KeyName::of_cluster(cluster, "default").map(|key| (key.namespace, key.name))
+        KeyName::of_cluster(cluster, "default").map(|key| (key.namespace.to_string(), key.name.to_string()))
     }
 
     #[test]
@@ -367,11 +380,13 @@ mod tests {
         collect(&mut books, &[(1, &worker)], 1_100);
         assert_eq!(figures(&books, "x"), Some((1, 1, 0, false)));
         let said = |books: &Books| books.keys().map(|(k, b)| (k.clone(), b.until)).collect::<Vec<_>>();
-        assert_eq!(books.acknowledge(&said(&books)), [], "active in this period");
+        books.acknowledge(&said(&books));
+        assert_eq!(books.forget_idle(), [], "active in this period");
         worker.advance(1_200);
         collect(&mut books, &[(1, &worker)], 1_200);
         assert_eq!(figures(&books, "x"), Some((1, 1, 0, true)));
-        assert_eq!(books.acknowledge(&said(&books)), [key("x")]);
+        books.acknowledge(&said(&books));
+        assert_eq!(books.forget_idle(), [key("x")]);
         assert_eq!(books.keys().count(), 0);
         // It comes back: from zero, and later than anything that was said of it.
         worker.request_in(&key("x"), 1_350, false);
@@ -392,7 +407,8 @@ mod tests {
             collect(&mut books, &[(1, &worker)], boundary);
         }
         let old = Snapshot { as_of_ns: 1_100, ..Snapshot::default() };
-        assert_eq!(books.acknowledge(&[(key("x"), old), (key("unknown"), old)]), []);
+        books.acknowledge(&[(key("x"), old), (key("unknown"), old)]);
+        assert_eq!(books.forget_idle(), []);
         assert_eq!(figures(&books, "x"), Some((1, 1, 0, true)));
     }
 

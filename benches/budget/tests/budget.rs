@@ -1,0 +1,65 @@
+//! What a request may cost. A regression fails here, on any machine; an improvement lowers the budget.
+
+use std::path::PathBuf;
+
+use inflight_budget::{Cost, Vm, compile};
+use wasmtime::Module;
+
+fn module(name: &str) -> PathBuf {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let path = target.join("wasm32-wasip1/release").join(name);
+    assert!(path.exists(), "{} is not there: run `make build-bench`", path.display());
+    path
+}
+
+const SIDECAR: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod"}"#;
+const BREAKER: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod", "container_concurrency": 32}"#;
+const GATEWAY: &str = r#"{"role": "gateway", "pod": "gw"}"#;
+const PLAIN: &[(&str, &str)] = &[
+    (":method", "GET"),
+    (":path", "/"),
+    (":authority", "hello"),
+    ("user-agent", "Mozilla/5.0 (X11; Linux x86_64)"),
+];
+
+/// What a request costs when it is not the first, and no tick comes in between.
+fn steady(module: &Module, configuration: &str) -> Cost {
+    let mut vm = Vm::start(module, configuration);
+    for _ in 0..10 {
+        vm.request(PLAIN);
+    }
+    let (one, another) = (vm.request(PLAIN), vm.request(PLAIN));
+    assert!(
+        one.instructions.abs_diff(another.instructions) * 20 < one.instructions,
+        "{one:?}, then {another:?}"
+    );
+    another
+}
+
+#[test]
+fn a_request_stays_within_its_budget() {
+    let [filter, empty] = ["inflight_filter.wasm", "inflight_empty.wasm"].map(|name| compile(&module(name)));
+    let budgets = [
+        ("empty filter", &empty, "", 2_000, 0),
+        ("sidecar", &filter, SIDECAR, 5_000, 9),
+        ("sidecar, breaker", &filter, BREAKER, 8_000, 13),
+        ("gateway", &filter, GATEWAY, 9_000, 10),
+    ];
+    let mut over = Vec::new();
+    for (name, module, configuration, instructions, host_calls) in budgets {
+        let cost = steady(module, configuration);
+        println!(
+            "{name}: {} instructions of {instructions}, {} host calls of {host_calls}",
+            cost.instructions,
+            cost.host_calls()
+        );
+        for (call, times) in &cost.calls {
+            println!("    {times} {call}");
+        }
+        if cost.instructions > instructions || cost.host_calls() > host_calls {
+            over.push(name);
+        }
+    }
+    assert!(over.is_empty(), "over budget: {over:?}");
+}
