@@ -6,10 +6,11 @@ WASM := --target wasm32-wasip1 --release --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all help build-tests envoys unit e2e test soak run bench build-bench screenshot lint deny clean
+.PHONY: all help build-tests envoys unit budget e2e test soak run bench build-bench screenshot lint deny clean
 
 all: ## The module and the stats server, in release builds
 	$(CARGO) build --locked $(WASM)
+	$(PYTHON) tools/exports.py target/wasm32-wasip1/release/inflight_filter.wasm
 	$(CARGO) build --locked --release --package inflight-statserver
 
 help: ## This list
@@ -18,6 +19,7 @@ help: ## This list
 # The module with faults on request lies apart, so that it cannot be mistaken for the shipped one.
 build-tests: all
 	CARGO_TARGET_DIR=target/faulty $(CARGO) build --locked $(WASM) --features fault-injection
+	$(PYTHON) tools/exports.py target/faulty/wasm32-wasip1/release/inflight_filter.wasm
 	$(CARGO) test --locked --profile e2e --package inflight-e2e --no-run
 
 envoys:
@@ -27,10 +29,14 @@ envoys:
 unit: ## The rules' tests, without Envoy
 	$(CARGO) test --locked --package inflight-stats --package inflight-statserver
 
+budget: all ## What a request costs in instructions and host calls
+	$(CARGO) build --locked --target wasm32-wasip1 --release --package inflight-empty
+	$(CARGO) test --locked --package inflight-budget -- --nocapture
+
 e2e: build-tests envoys ## The tests against real Envoys, the oldest and the newest
 	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture
 
-test: unit e2e ## Every test
+test: unit budget e2e ## Every test
 
 soak: build-tests envoys ## The tests that take ten minutes and more
 	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture --ignored

@@ -103,8 +103,8 @@ impl Vm {
 
     /// Calls an export that returns a number, or nothing (0).
     fn call(&mut self, name: &str, arguments: &[i32]) -> i32 {
-        let export =
-            self.instance.get_func(&mut self.store, name).unwrap_or_else(|| panic!("no export {name}"));
+        // As Envoy does: what is not exported is not called.
+        let Some(export) = self.instance.get_func(&mut self.store, name) else { return 0 };
         let arguments: Vec<Val> = arguments.iter().map(|a| Val::I32(*a)).collect();
         let mut results = vec![Val::I32(0); export.ty(&self.store).results().len()];
         export.call(&mut self.store, &arguments, &mut results).unwrap_or_else(|e| panic!("{name}: {e:?}"));
@@ -130,7 +130,8 @@ impl Vm {
         self.cost(|vm| {
             vm.call("proxy_on_context_create", &[id, 1]);
             vm.call("proxy_on_request_headers", &[id, count, 1]);
-            vm.call("proxy_on_response_headers", &[id, 3, 1]);
+            vm.call("proxy_on_response_headers", &[id, 3, 0]);
+            vm.call("proxy_on_response_body", &[id, 2, 1]);
             vm.call("proxy_on_done", &[id]);
             vm.call("proxy_on_log", &[id]);
             vm.call("proxy_on_delete", &[id]);

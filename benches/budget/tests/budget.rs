@@ -9,7 +9,7 @@ fn module(name: &str) -> PathBuf {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let path = target.join("wasm32-wasip1/release").join(name);
-    assert!(path.exists(), "{} is not there: run `make build-bench`", path.display());
+    assert!(path.exists(), "{} is not there: run `make budget`", path.display());
     path
 }
 
@@ -41,10 +41,10 @@ fn steady(module: &Module, configuration: &str) -> Cost {
 fn a_request_stays_within_its_budget() {
     let [filter, empty] = ["inflight_filter.wasm", "inflight_empty.wasm"].map(|name| compile(&module(name)));
     let budgets = [
-        ("empty filter", &empty, "", 2_000, 0),
-        ("sidecar", &filter, SIDECAR, 5_000, 9),
-        ("sidecar, breaker", &filter, BREAKER, 8_000, 13),
-        ("gateway", &filter, GATEWAY, 9_000, 10),
+        ("empty filter", &empty, "", 1_500, 0),
+        ("sidecar", &filter, SIDECAR, 3_500, 9),
+        ("sidecar, breaker", &filter, BREAKER, 7_000, 13),
+        ("gateway", &filter, GATEWAY, 10_000, 9),
     ];
     let mut over = Vec::new();
     for (name, module, configuration, instructions, host_calls) in budgets {

@@ -312,12 +312,12 @@ fn picture(subjects: &[Subject], rounds: &[Vec<Measured>], note: &str) -> String
         let y = 34.0 + i as f64 * (bar + gap);
         let cpu = median(own, |m| m.cpu);
         let (base, more) = (cpu.min(bare) * scale, (cpu - bare).max(0.0) * scale);
-        let _ = write!(
+        let _ = writeln!(
             svg,
             "<text x=\"{:.0}\" y=\"{:.0}\" text-anchor=\"end\">{}</text>\
              <rect class=\"bare\" x=\"{left}\" y=\"{y:.0}\" width=\"{base:.1}\" height=\"{bar}\"/>\
              <rect class=\"added\" x=\"{:.1}\" y=\"{y:.0}\" width=\"{more:.1}\" height=\"{bar}\"/>\
-             <text x=\"{:.1}\" y=\"{:.0}\">{cpu:.1}{}</text>\n",
+             <text x=\"{:.1}\" y=\"{:.0}\">{cpu:.1}{}</text>",
             left - 8.0,
             y + 16.0,
             subject.name,
@@ -327,7 +327,7 @@ fn picture(subjects: &[Subject], rounds: &[Vec<Measured>], note: &str) -> String
             if i == 0 { String::new() } else { format!(" (+{:.0} %)", (cpu / bare - 1.0) * 100.0) },
         );
     }
-    let _ = write!(svg, "<text x=\"0\" y=\"{:.0}\" font-size=\"11\">{note}</text>\n</svg>\n", height - 8.0);
+    let _ = writeln!(svg, "<text x=\"0\" y=\"{:.0}\" font-size=\"11\">{note}</text>\n</svg>", height - 8.0);
     svg
 }
 
@@ -380,6 +380,7 @@ async fn main() {
         options.seconds
     );
     let mut text = format!("{note} (first to third quartile).\n");
+    println!("{text}");
     let mut svg = None;
     for (protocol, title) in [
         (Protocol::Http1, "HTTP/1.1, wrk, 32 connections"),
@@ -388,7 +389,9 @@ async fn main() {
         // h2load sends one key.
         let subjects = if protocol == Protocol::Http1 { &subjects[..] } else { &subjects[..5] };
         let rounds = compare(&options, &load, subjects, protocol).await;
-        let _ = write!(text, "\n{title}:\n\n{}", table(&rows(subjects, &rounds)));
+        let part = format!("\n{title}:\n\n{}", table(&rows(subjects, &rounds)));
+        println!("{part}");
+        text.push_str(&part);
         if protocol == Protocol::Http1 {
             svg = Some(picture(subjects, &rounds, &note));
         }
@@ -415,6 +418,7 @@ async fn main() {
         "\np99.9 of a request through the gateway with 1,000 keys, 2 connections: {with:.0} µs with a tick each second, \
          {without:.0} µs with one each minute."
     );
+    println!("{}", text.lines().last().unwrap_or_default());
     drop((subjects, rare));
     let seconds = options.seconds + 4;
     let idle = tick_cost(app, server, 0, seconds).await;
@@ -425,7 +429,7 @@ async fn main() {
          ({busy:.1} ms in all, {idle:.1} ms without a key).",
         busy - idle
     );
-    println!("{text}");
+    println!("{}", text.lines().last().unwrap_or_default());
     if options.write {
         write(&root().join("README.md"), &text, &root().join("docs/bench.svg"), &svg.unwrap_or_default());
     }

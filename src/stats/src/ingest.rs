@@ -646,7 +646,9 @@ mod tests {
     #[test]
     fn other_settings_keep_what_the_windows_hold() {
         let mut key = Key::new(Arc::default());
-        (0..10).for_each(|n| drop(key.record_stat("p", &stat("p", 4.0, 300.0), NOW + n * S)));
+        for n in 0..10 {
+            key.record_stat("p", &stat("p", 4.0, 300.0), NOW + n * S).unwrap();
+        }
         let told = serde_json::json!({"metric": "rps", "stable_window": "30s", "min_scale": 3, "ready_pods": 1,
             "target": 100, "target_utilization_percentage": 100});
         key.apply(Arc::new(KeySettings::default().with(told, 200.0).unwrap()));

@@ -93,7 +93,7 @@ pub type Bound = (fn(f64) -> bool, &'static str);
 /// A target.
 pub const TARGET: Bound = (|n| n >= 0.01, "a number from 0.01 on");
 /// A share in percent.
-pub const PERCENTAGE: Bound = (|n| n >= 1.0 && n <= 100.0, "a number from 1 to 100");
+pub const PERCENTAGE: Bound = (|n| (1.0..=100.0).contains(&n), "a number from 1 to 100");
 /// The panic threshold in percent (Knative: 110 to 1000; less is allowed here).
 pub const THRESHOLD: Bound = (|n| n >= 1.0, "a number from 1 on");
 /// A scale rate.

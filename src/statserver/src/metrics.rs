@@ -43,6 +43,9 @@ struct OfKey {
 
 type KeyGauge = Family<OfKey, Gauge<f64, AtomicU64>>;
 
+/// A figure of each key, and how it is taken from one.
+type OfKeys = (fn(&View) -> f64, KeyGauge);
+
 /// The server's metrics.
 pub struct Metrics {
     registry: Registry,
@@ -62,7 +65,7 @@ pub struct Metrics {
     pub forward_dropped: Counter,
     /// Whether the autoscaler is connected.
     pub forward_connected: Gauge,
-    of_keys: [(fn(&View) -> f64, KeyGauge); 6],
+    of_keys: [OfKeys; 6],
     /// One scrape at a time: the keys' gauges are filled anew.
     scrape: Mutex<()>,
 }
