@@ -24,6 +24,14 @@ pub struct Flags {
     #[arg(long, env = "INFLIGHT_GRPC_LISTEN", default_value = "127.0.0.1:8081")]
     pub grpc_listen: SocketAddr,
 
+    /// The file with the tokens that may report and ask: `TOKEN NAMESPACES [admin]` a line, `*` or a list with commas.
+    #[arg(long, env = "INFLIGHT_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
+    /// Lets everybody in who reaches the address, also if it is not a loopback one.
+    #[arg(long, env = "INFLIGHT_INSECURE")]
+    pub insecure: bool,
+
     /// The file that keeps what single keys were told; without it, a restart forgets.
     #[arg(long, env = "INFLIGHT_SETTINGS", value_name = "FILE")]
     pub settings: Option<PathBuf>,
@@ -86,6 +94,23 @@ pub struct Flags {
 }
 
 impl Flags {
+    /// Whether nobody can get in who should not.
+    ///
+    /// # Errors
+    /// In one line, what to do.
+    pub fn check_access(&self) -> Result<(), String> {
+        if self.token_file.is_some() || self.insecure {
+            return Ok(());
+        }
+        let open = [("--listen", self.listen), ("--grpc-listen", self.grpc_listen)];
+        match open.into_iter().find(|(_, address)| !address.ip().is_loopback()) {
+            None => Ok(()),
+            Some((flag, address)) => Err(format!(
+                "{flag} was {address}, allowed without --token-file is a loopback address; --insecure lets everybody in"
+            )),
+        }
+    }
+
     /// What keys are scaled by that were told nothing.
     pub fn key_settings(&self) -> KeySettings {
         KeySettings {
@@ -159,6 +184,20 @@ mod tests {
         assert_eq!(flags.listen.to_string(), "127.0.0.1:8080");
         assert_eq!(flags.grpc_listen.to_string(), "127.0.0.1:8081");
         assert_eq!(flags.key_settings(), KeySettings::default());
+    }
+
+    #[test]
+    fn an_open_address_takes_tokens_or_the_word_insecure() {
+        let check =
+            |more: &[&str]| Flags::parse_from(["inflight-statserver"].iter().chain(more)).check_access();
+        assert_eq!(check(&[]), Ok(()));
+        assert_eq!(check(&["--listen", "[::1]:0"]), Ok(()));
+        for flag in ["--listen", "--grpc-listen"] {
+            let error = check(&[flag, "0.0.0.0:80"]).unwrap_err();
+            assert!(error.contains(flag) && error.contains("0.0.0.0:80"), "{error}");
+            assert_eq!(check(&[flag, "0.0.0.0:80", "--insecure"]), Ok(()));
+            assert_eq!(check(&[flag, "0.0.0.0:80", "--token-file", "x"]), Ok(()));
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::{FromRequestParts, Path, Query, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Json, Response};
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use crate::access::{Access, Grant, Unknown};
 use crate::forward::Forward;
 use crate::keys::{KeyName, Keys, Point, View};
 use crate::metrics::Metrics;
@@ -39,6 +41,8 @@ const MOST_LISTED: usize = 10_000;
 pub struct App {
     /// The keys.
     pub keys: Keys,
+    /// Who may do what.
+    pub access: Access,
     /// What single keys were told.
     pub told: Told,
     /// The server's own metrics.
@@ -57,6 +61,27 @@ pub struct App {
     pub seldom: Seldom,
 }
 
+/// What whoever asks may do; without a token that is known, 401.
+impl FromRequestParts<Arc<App>> for Grant {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
+        let authorization = parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+        app.access.check(authorization).map_err(|Unknown| {
+            app.metrics.unauthorized.inc();
+            // A browser asks its user for a password.
+            let asked = [(header::WWW_AUTHENTICATE, "Basic realm=\"inflight\", charset=\"UTF-8\"")];
+            (StatusCode::UNAUTHORIZED, asked, "authorization: no token, or one that is not known\n")
+                .into_response()
+        })
+    }
+}
+
+fn not_covered(app: &App, namespace: &str) -> (StatusCode, String) {
+    app.metrics.unauthorized.inc();
+    (StatusCode::FORBIDDEN, format!("the token is not good for namespace {namespace}\n"))
+}
+
 /// Unix time in nanoseconds.
 pub fn now_ns() -> u64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -71,9 +96,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/keys/{namespace}/{name}", get(key))
         .route("/v1/keys/{namespace}/{name}/history", get(history))
         .route("/v1/keys/{namespace}/{name}/settings", get(settings).put(tell).delete(untell))
-        .route("/", get(|| page("text/html; charset=utf-8", include_str!("page/index.html"))))
-        .route("/page.css", get(|| page("text/css", include_str!("page/page.css"))))
-        .route("/page.js", get(|| page("text/javascript", include_str!("page/page.js"))))
+        .route("/", get(|_: Grant| page("text/html; charset=utf-8", include_str!("page/index.html"))))
+        .route("/page.css", get(|_: Grant| page("text/css", include_str!("page/page.css"))))
+        .route("/page.js", get(|_: Grant| page("text/javascript", include_str!("page/page.js"))))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -100,8 +125,12 @@ async fn websocket(State(app): State<Arc<App>>, request: Request, next: Next) ->
         return next.run(request).await;
     }
     let (mut parts, _) = request.into_parts();
+    let grant = match Grant::from_request_parts(&mut parts, &app).await {
+        Ok(grant) => grant,
+        Err(refused) => return refused,
+    };
     match WebSocketUpgrade::from_request_parts(&mut parts, &app).await {
-        Ok(upgrade) => stream::upgrade(upgrade, app),
+        Ok(upgrade) => stream::upgrade(upgrade, app, grant),
         Err(refused) => refused.into_response(),
     }
 }
@@ -126,8 +155,8 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     "ok\n".into_response()
 }
 
-async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
-    let (code, reason, bytes) = match take(&app, &headers, body).await {
+async fn report(State(app): State<Arc<App>>, grant: Grant, headers: HeaderMap, body: Body) -> Response {
+    let (code, reason, bytes) = match take(&app, &grant, &headers, body).await {
         Ok(bytes) => (StatusCode::ACCEPTED, String::new(), bytes),
         Err((code, reason)) => (code, reason, 0),
     };
@@ -139,7 +168,12 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> 
 }
 
 /// Takes a report; how many bytes it had.
-async fn take(app: &App, headers: &HeaderMap, body: Body) -> Result<usize, (StatusCode, String)> {
+async fn take(
+    app: &App,
+    grant: &Grant,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<usize, (StatusCode, String)> {
     let content_type = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
     if let Some(was) = content_type.filter(|was| *was != CONTENT_TYPE.as_bytes()) {
         let was = String::from_utf8_lossy(was);
@@ -153,6 +187,9 @@ async fn take(app: &App, headers: &HeaderMap, body: Body) -> Result<usize, (Stat
     };
     let bytes = read_up_to(body, MAX_BYTES).await.map_err(|Cut| too_large())?;
     let report = Report::decode(&bytes).map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}\n")))?;
+    if let Some(message) = report.messages.iter().find(|message| !grant.covers(&message.namespace)) {
+        return Err(not_covered(app, &message.namespace));
+    }
     app.keys.record(&report, now_ns(), app.forward.as_deref()).map_err(|((namespace, name), error)| {
         (StatusCode::CONFLICT, format!("key {namespace}/{name}: {error}\n"))
     })?;
@@ -244,9 +281,9 @@ struct KeysView {
     found: usize,
 }
 
-async fn keys(State(app): State<Arc<App>>, Query(wanted): Query<Wanted>) -> Json<KeysView> {
+async fn keys(State(app): State<Arc<App>>, grant: Grant, Query(wanted): Query<Wanted>) -> Json<KeysView> {
     let most = wanted.limit.unwrap_or(MOST_LISTED).min(MOST_LISTED);
-    let (views, found) = app.keys.views(&wanted.search, most, now_ns());
+    let (views, found) = app.keys.views(&grant, &wanted.search, most, now_ns());
     Json(KeysView { keys: views.into_iter().map(KeyView::from).collect(), found })
 }
 
@@ -254,7 +291,10 @@ fn unknown((namespace, name): &KeyName) -> Response {
     (StatusCode::NOT_FOUND, format!("no report of key {namespace}/{name}\n")).into_response()
 }
 
-async fn key(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
+async fn key(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+    if !grant.covers(&name.0) {
+        return not_covered(&app, &name.0).into_response();
+    }
     let view = app.keys.view(&name.0, &name.1, now_ns());
     view.map_or_else(|| unknown(&name), |view| Json(KeyView::from(view)).into_response())
 }
@@ -265,7 +305,10 @@ struct HistoryView {
     points: Vec<Point>,
 }
 
-async fn history(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
+async fn history(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+    if !grant.covers(&name.0) {
+        return not_covered(&app, &name.0).into_response();
+    }
     let seconds_between = EVERY_NS / 1_000_000_000;
     let points = app.keys.past(&name.0, &name.1);
     points.map_or_else(
@@ -274,13 +317,27 @@ async fn history(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Resp
     )
 }
 
-async fn settings(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
+async fn settings(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+    if !grant.covers(&name.0) {
+        return not_covered(&app, &name.0).into_response();
+    }
     let settings = app.keys.of(&name.0, &name.1, |key| Arc::clone(key.settings()));
     settings.map_or_else(|| unknown(&name), |settings| Json(settings).into_response())
 }
 
+fn may_tell(app: &App, grant: &Grant, name: &KeyName) -> Result<(), (StatusCode, String)> {
+    if !grant.admin {
+        app.metrics.unauthorized.inc();
+        return Err((StatusCode::FORBIDDEN, "settings take a token that is marked admin\n".into()));
+    }
+    if grant.covers(&name.0) { Ok(()) } else { Err(not_covered(app, &name.0)) }
+}
+
 /// What a key is told replaces all that it was told before.
-async fn tell(State(app): State<Arc<App>>, Path(name): Path<KeyName>, body: Body) -> Response {
+async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>, body: Body) -> Response {
+    if let Err(refused) = may_tell(&app, &grant, &name) {
+        return refused.into_response();
+    }
     let Ok(bytes) = read_up_to(body, MOST_SETTINGS_BYTES).await else {
         let reason = format!("the settings have more than the allowed {MOST_SETTINGS_BYTES} bytes\n");
         return (StatusCode::PAYLOAD_TOO_LARGE, reason).into_response();
@@ -297,7 +354,10 @@ async fn tell(State(app): State<Arc<App>>, Path(name): Path<KeyName>, body: Body
     }
 }
 
-async fn untell(State(app): State<Arc<App>>, Path(name): Path<KeyName>) -> Response {
+async fn untell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+    if let Err(refused) = may_tell(&app, &grant, &name) {
+        return refused.into_response();
+    }
     told(&app, name, None).await
 }
 
@@ -321,8 +381,8 @@ async fn told(app: &App, name: KeyName, json: Option<serde_json::Value>) -> Resp
     }
 }
 
-async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let (views, keys) = app.keys.views("", crate::metrics::MOST_KEYS, now_ns());
+async fn metrics(State(app): State<Arc<App>>, grant: Grant) -> Response {
+    let (views, keys) = app.keys.views(&grant, "", crate::metrics::MOST_KEYS, now_ns());
     match app.metrics.text(&views, keys) {
         Ok(text) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";

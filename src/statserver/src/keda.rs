@@ -8,8 +8,10 @@ use std::time::Duration;
 use futures_util::{Stream, StreamExt, future, stream};
 use inflight_stats::settings::{KeySettings, METRICS, Metric, TARGET};
 use tokio_stream::wrappers::{IntervalStream, WatchStream};
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
+use crate::access::Unknown;
 use crate::http::{App, now_ns};
 use crate::keys::KeyName;
 
@@ -40,6 +42,24 @@ struct Asked {
 }
 
 impl Asked {
+    /// What the call is about, if its token is good for that.
+    fn granted(app: &App, metadata: &MetadataMap, object: ScaledObjectRef) -> Result<Self, Status> {
+        let authorization = metadata.get("authorization").map(|value| value.as_bytes());
+        let grant = app.access.check(authorization).map_err(|Unknown| {
+            app.metrics.unauthorized.inc();
+            Status::unauthenticated("authorization: no token, or one that is not known")
+        })?;
+        let asked = Self::of(object)?;
+        if !grant.covers(&asked.key.0) {
+            app.metrics.unauthorized.inc();
+            return Err(Status::permission_denied(format!(
+                "the token is not good for namespace {}",
+                asked.key.0
+            )));
+        }
+        Ok(asked)
+    }
+
     /// Of the metadata `namespace`, `name`, `target` and `metric` are ours; KEDA hands over its own, too.
     fn of(object: ScaledObjectRef) -> Result<Self, Status> {
         let ScaledObjectRef { name, namespace, scaler_metadata } = object;
@@ -134,7 +154,8 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<IsActiveResponse>, Status> {
-        let asked = Asked::of(request.into_inner())?;
+        let (metadata, _, object) = request.into_parts();
+        let asked = Asked::granted(&self.0, &metadata, object)?;
         Ok(Response::new(IsActiveResponse { result: asked.is_active(&self.0) }))
     }
 
@@ -142,7 +163,8 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<Self::StreamIsActiveStream>, Status> {
-        let asked = Asked::of(request.into_inner())?;
+        let (metadata, _, object) = request.into_parts();
+        let asked = Asked::granted(&self.0, &metadata, object)?;
         let changes = self.0.keys.watch.key(asked.key.clone(), || asked.is_active(&self.0));
         let answers = WatchStream::new(changes).map(|result| IsActiveResponse { result });
         Ok(Response::new(self.until_the_end(answers)))
@@ -152,15 +174,17 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<GetMetricSpecResponse>, Status> {
-        Ok(Response::new(Asked::of(request.into_inner())?.spec(&self.0)))
+        let (metadata, _, object) = request.into_parts();
+        Ok(Response::new(Asked::granted(&self.0, &metadata, object)?.spec(&self.0)))
     }
 
     async fn get_metrics(
         &self,
         request: Request<GetMetricsRequest>,
     ) -> Result<Response<GetMetricsResponse>, Status> {
-        let GetMetricsRequest { scaled_object_ref, metric_name: wanted } = request.into_inner();
-        let asked = Asked::of(scaled_object_ref.unwrap_or_default())?;
+        let (metadata, _, GetMetricsRequest { scaled_object_ref, metric_name: wanted }) =
+            request.into_parts();
+        let asked = Asked::granted(&self.0, &metadata, scaled_object_ref.unwrap_or_default())?;
         let metric = asked.metric(&asked.settings(&self.0));
         let (namespace, name) = &asked.key;
         let value = self.0.keys.of(namespace, name, |key| key.metric(metric, now_ns())).unwrap_or(0.0);
@@ -176,7 +200,8 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<Self::StreamMetricSpecStream>, Status> {
-        let asked = Asked::of(request.into_inner())?;
+        let (metadata, _, object) = request.into_parts();
+        let asked = Asked::granted(&self.0, &metadata, object)?;
         let app = Arc::clone(&self.0);
         let mut last = None;
         let changes = IntervalStream::new(tokio::time::interval(SPEC_EVERY)).filter_map(move |_| {

@@ -13,6 +13,7 @@ use inflight_stats::settings::KeySettings;
 use inflight_stats::wire::WireStatMessage;
 use serde::Serialize;
 
+use crate::access::Grant;
 use crate::watch::Watch;
 
 const SHARDS: usize = 64;
@@ -133,8 +134,9 @@ impl Keys {
         Ok(())
     }
 
-    /// Takes a stat of the stream; whether it was one. A message without a stat or a name is none.
-    pub fn record_stat(&self, message: &WireStatMessage, now_ns: u64) -> bool {
+    /// Takes a stat of the stream; whether it was one. A message without a stat or a name is none, nor is one of a
+    /// namespace that is not granted.
+    pub fn record_stat(&self, grant: &Grant, message: &WireStatMessage, now_ns: u64) -> bool {
         let text =
             |bytes| std::str::from_utf8(bytes).ok().filter(|text| inflight_stats::report::is_name(text));
         let (Some(namespace), Some(name)) = (text(&message.namespace), text(&message.name)) else {
@@ -144,6 +146,9 @@ impl Keys {
         else {
             return false;
         };
+        if !grant.covers(namespace) {
+            return false;
+        }
         let recorded = self.with(namespace, name, |entry| entry.key.record_stat(pod, stat, now_ns));
         let Some(Ok(recorded)) = recorded else { return false };
         if recorded.woke {
@@ -167,13 +172,14 @@ impl Keys {
         self.known(namespace, name, |entry| entry.past.iter().copied().collect())
     }
 
-    /// The keys whose namespace and name, joined by a slash, contain `part`: the first `most` of them in
+    /// The keys of the namespaces granted whose namespace and name, joined by a slash, contain `part`: the first `most` of them in
     /// alphabetical order, and how many there are.
-    pub fn views(&self, part: &str, most: usize, now_ns: u64) -> (Vec<View>, usize) {
+    pub fn views(&self, grant: &Grant, part: &str, most: usize, now_ns: u64) -> (Vec<View>, usize) {
         let mut names = Vec::new();
         self.each(|entry| {
             let (namespace, name) = &entry.name;
-            if part.is_empty() || format!("{namespace}/{name}").contains(part) {
+            let fits = part.is_empty() || format!("{namespace}/{name}").contains(part);
+            if fits && grant.covers(namespace) {
                 names.push(entry.name.clone());
             }
         });

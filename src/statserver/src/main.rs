@@ -2,6 +2,7 @@
 //!
 //! | module | its one job |
 //! |---|---|
+//! | `access` | who may do what: tokens |
 //! | `flags` | the command line and its environment variables |
 //! | `http` | the routes: reports, keys, settings, health, metrics, the live page |
 //! | `stream` | Knative's stat stream: a websocket |
@@ -15,6 +16,7 @@
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
+mod access;
 mod flags;
 mod forward;
 mod http;

@@ -59,6 +59,8 @@ pub struct Metrics {
     pub stats: Counter,
     /// Stats of the stream without a name, or with numbers that cannot be.
     pub stats_dropped: Counter,
+    /// Requests without a token that is good for what they asked.
+    pub unauthorized: Counter,
     /// Stats that were sent on.
     pub forwarded: Counter,
     /// Stats that were dropped because the autoscaler was away for too long.
@@ -88,7 +90,9 @@ impl Default for Metrics {
         };
         let stats = counter("stream_stats", "Stats of the stream that were taken");
         let stats_dropped =
-            counter("stream_stats_dropped", "Stats without a name, or with impossible numbers");
+            counter("stream_stats_dropped", "Stats without a name, with impossible numbers, or not granted");
+        let unauthorized =
+            counter("unauthorized", "Requests without a token that is good for what they asked");
         let forwarded = counter("forwarded_stats", "Stats that were sent on");
         let forward_dropped =
             counter("forward_dropped_stats", "Stats that waited for too long to be sent on");
@@ -122,6 +126,7 @@ impl Default for Metrics {
             streams,
             stats,
             stats_dropped,
+            unauthorized,
             forwarded,
             forward_dropped,
             forward_connected,

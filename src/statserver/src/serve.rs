@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::server::TcpIncoming;
 use tracing::{debug, error, info, warn};
 
+use crate::access::Access;
 use crate::flags::Flags;
 use crate::forward::Forward;
 use crate::http::{App, now_ns, router};
@@ -39,6 +40,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// The most calls at once over one gRPC connection: a KEDA has two open for each ScaledObject.
 const MOST_STREAMS: u32 = 10_000;
 const MOST_GRPC_BYTES: usize = 64 << 10;
+/// How often files that may change are read again.
+const RELOAD_EVERY: Duration = Duration::from_secs(2);
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// Serves until `terminated` resolves and everything is drained.
@@ -49,6 +52,8 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let at = |what: &'static str, address| {
         move |error: io::Error| io::Error::new(error.kind(), format!("{what} {address}: {error}"))
     };
+    flags.check_access().map_err(io::Error::other)?;
+    let access = Access::load(flags.token_file.as_deref()).map_err(io::Error::other)?;
     let keys = Keys::new(Arc::new(flags.key_settings()));
     let told = Told::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
     let listener = TcpListener::bind(flags.listen).await.map_err(at("--listen", flags.listen))?;
@@ -57,6 +62,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let metrics = Arc::new(Metrics::default());
     let app = Arc::new(App {
         keys,
+        access,
         told,
         forward: flags.forward.as_deref().map(|url| Arc::new(Forward::new(url, Arc::clone(&metrics)))),
         metrics,
@@ -69,6 +75,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let mut tasks = JoinSet::new();
     tasks.spawn(forget(Arc::clone(&app)));
     tasks.spawn(decide(Arc::clone(&app)));
+    tasks.spawn(reload(Arc::clone(&app)));
     if let Some(forward) = &app.forward {
         tasks.spawn(Arc::clone(forward).run(app.ending.clone()));
     }
@@ -152,6 +159,16 @@ async fn decide(app: Arc<App>) {
     loop {
         ticks.tick().await;
         app.keys.decide(now_ns());
+    }
+}
+
+async fn reload(app: Arc<App>) {
+    let mut ticks = tokio::time::interval(RELOAD_EVERY);
+    loop {
+        ticks.tick().await;
+        let app = Arc::clone(&app);
+        // A file system may hang.
+        let _ = tokio::task::spawn_blocking(move || app.access.reload()).await;
     }
 }
 

@@ -11,6 +11,7 @@ use inflight_stats::wire::{self, MAX_FRAME_BYTES};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, warn};
 
+use crate::access::Grant;
 use crate::http::{App, now_ns};
 use crate::metrics::Dropped;
 
@@ -30,7 +31,7 @@ const READ_BUFFER_BYTES: usize = 16 << 10;
 const WRITE_BUFFER_BYTES: usize = 64 << 10;
 
 /// Answers an upgrade.
-pub fn upgrade(upgrade: WebSocketUpgrade, app: Arc<App>) -> Response {
+pub fn upgrade(upgrade: WebSocketUpgrade, app: Arc<App>, grant: Grant) -> Response {
     let tasks = app.connections.clone();
     upgrade
         .read_buffer_size(READ_BUFFER_BYTES)
@@ -38,14 +39,14 @@ pub fn upgrade(upgrade: WebSocketUpgrade, app: Arc<App>) -> Response {
         .write_buffer_size(0)
         .max_frame_size(MAX_FRAME_BYTES)
         .max_message_size(MAX_FRAME_BYTES)
-        .on_upgrade(move |socket| tasks.track_future(serve(socket, app)))
+        .on_upgrade(move |socket| tasks.track_future(serve(socket, app, grant)))
 }
 
-async fn serve(mut socket: WebSocket, app: Arc<App>) {
+async fn serve(mut socket: WebSocket, app: Arc<App>, grant: Grant) {
     app.metrics.streams.inc();
     let ending = app.ending.clone();
     let close = tokio::select! {
-        close = receive(&mut socket, &app) => close,
+        close = receive(&mut socket, &app, &grant) => close,
         () = ending.cancelled() => Some(CloseFrame { code: RESTART, reason: "Restarting".into() }),
     };
     if let Some(frame) = close
@@ -59,7 +60,7 @@ async fn serve(mut socket: WebSocket, app: Arc<App>) {
 }
 
 /// Takes frames until the client goes, or has to; what to tell it then.
-async fn receive(socket: &mut WebSocket, app: &App) -> Option<CloseFrame> {
+async fn receive(socket: &mut WebSocket, app: &App, grant: &Grant) -> Option<CloseFrame> {
     let mut heard = Instant::now();
     loop {
         let message = match timeout_at(heard + PING_AFTER, socket.recv()).await {
@@ -85,7 +86,7 @@ async fn receive(socket: &mut WebSocket, app: &App) -> Option<CloseFrame> {
         };
         heard = Instant::now();
         match message {
-            Message::Binary(frame) => take(app, frame),
+            Message::Binary(frame) => take(app, grant, frame),
             Message::Text(_) => drop_frame(app, Dropped::Text, "a text frame"),
             Message::Close(_) => return None,
             Message::Ping(_) | Message::Pong(_) => {}
@@ -93,13 +94,13 @@ async fn receive(socket: &mut WebSocket, app: &App) -> Option<CloseFrame> {
     }
 }
 
-fn take(app: &App, frame: bytes::Bytes) {
+fn take(app: &App, grant: &Grant, frame: bytes::Bytes) {
     let mut messages = match wire::decode(frame) {
         Ok(messages) => messages,
         Err(error) => return drop_frame(app, Dropped::Undecodable, error),
     };
     let (sent, now_ns) = (messages.len(), now_ns());
-    messages.retain(|message| app.keys.record_stat(message, now_ns));
+    messages.retain(|message| app.keys.record_stat(grant, message, now_ns));
     app.metrics.stats.inc_by(messages.len() as u64);
     app.metrics.stats_dropped.inc_by((sent - messages.len()) as u64);
     if let Some(forward) = &app.forward {

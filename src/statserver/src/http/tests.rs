@@ -6,10 +6,15 @@ use tower::ServiceExt;
 use super::*;
 
 fn app() -> Arc<App> {
+    guarded(Access::load(None).unwrap())
+}
+
+fn guarded(access: Access) -> Arc<App> {
     let keys = Keys::new(Arc::default());
     Arc::new(App {
         told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
         keys,
+        access,
         metrics: Arc::default(),
         forward: None,
         rps_target: DEFAULT_RPS_TARGET,
@@ -41,7 +46,8 @@ async fn put(app: &Arc<App>, path: &str, json: &str) -> (StatusCode, String) {
 }
 
 fn count(app: &App) -> usize {
-    app.keys.views("", usize::MAX, now_ns()).1
+    let all = app.access.check(None).unwrap();
+    app.keys.views(&all, "", usize::MAX, now_ns()).1
 }
 
 fn sample(name: &str, requests: u64) -> Report {
@@ -224,4 +230,55 @@ async fn the_page_loads_nothing_from_elsewhere() {
         let comments = text.lines().filter(|line| line.trim_start().starts_with("// ")).count();
         assert_eq!(outside, comments, "{path}");
     }
+}
+
+#[tokio::test]
+async fn with_tokens_nobody_gets_beyond_theirs() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    std::fs::write(
+        &file,
+        "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
+    )
+    .unwrap();
+    let app = guarded(Access::load(Some(&file)).unwrap());
+    let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
+        let mut request = Request::builder().method(method).uri(path);
+        if !token.is_empty() {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        ask(&app, request.body(Body::from(body)).unwrap()).await
+    };
+    let report = sample("rev", 7).encode().unwrap();
+    let settings = r#"{"target": 3}"#.as_bytes().to_vec();
+    let (reporter, admin, elsewhere) = ("reporter-of-ns-0123", "admin-of-all-012345", "elsewhere-0123456789");
+    for (token, method, path, body, code) in [
+        ("", "POST", "/v1/reports", &report, 401),
+        (elsewhere, "POST", "/v1/reports", &report, 403),
+        (reporter, "POST", "/v1/reports", &report, 202),
+        ("", "GET", "/v1/keys/ns/rev", &vec![], 401),
+        (elsewhere, "GET", "/v1/keys/ns/rev", &vec![], 403),
+        (elsewhere, "GET", "/v1/keys/ns/rev/history", &vec![], 403),
+        (elsewhere, "GET", "/v1/keys/ns/rev/settings", &vec![], 403),
+        (reporter, "GET", "/v1/keys/ns/rev", &vec![], 200),
+        (reporter, "PUT", "/v1/keys/ns/rev/settings", &settings, 403),
+        (reporter, "DELETE", "/v1/keys/ns/rev/settings", &vec![], 403),
+        (admin, "PUT", "/v1/keys/ns/rev/settings", &settings, 200),
+        ("", "GET", "/", &vec![], 401),
+        ("", "GET", "/page.js", &vec![], 401),
+        ("", "GET", "/metrics", &vec![], 401),
+        ("", "GET", "/v1/keys", &vec![], 401),
+        (reporter, "GET", "/", &vec![], 200),
+        ("", "GET", "/healthz", &vec![], 200),
+        ("", "GET", "/readyz", &vec![], 200),
+    ] {
+        let (status, text) = ask_as(token, method, path, body.clone()).await;
+        assert_eq!(status.as_u16(), code, "{token} {method} {path}: {text}");
+    }
+    assert!(ask_as(elsewhere, "GET", "/v1/keys", vec![]).await.1.contains(r#""found":0"#));
+    assert!(ask_as(reporter, "GET", "/v1/keys", vec![]).await.1.contains(r#""found":1"#));
+    assert!(!ask_as(elsewhere, "GET", "/metrics", vec![]).await.1.contains("rev"));
+    let (_, metrics) = ask_as(admin, "GET", "/metrics", vec![]).await;
+    assert!(metrics.contains("inflight_statserver_unauthorized_total 12\n"), "{metrics}");
+    assert!(!metrics.contains("0123"), "no secret");
 }
