@@ -6,7 +6,7 @@ WASM := --target wasm32-wasip1 --release --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all help build-tests envoys unit budget e2e test soak run bench build-bench screenshot lint deny clean
+.PHONY: all help build-tests envoys unit budget e2e test soak run bench build-bench fuzz screenshot lint deny clean
 
 all: ## The module and the stats server, in release builds
 	$(CARGO) build --locked $(WASM)
@@ -48,12 +48,16 @@ run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
 
 # QUICK=1: fewer and shorter rounds, and the README stays as it is.
 bench: build-bench envoys ## Envoy with and without the filter, and the stats server: make bench [QUICK=1]
-	target/e2e/bench-envoy $(if $(QUICK),--rounds 3,--write)
+	target/e2e/bench-envoy $(if $(QUICK),--rounds 2 --warm-up 1,--write)
 	target/e2e/bench-statserver $(if $(QUICK),--rounds 1 --seconds 3)
 
 build-bench: all
 	$(CARGO) build --locked --target wasm32-wasip1 --release --package inflight-empty
 	$(CARGO) build --locked --profile e2e --package inflight-benches
+
+SECONDS_EACH ?= 60
+fuzz: ## Every format that comes from outside: make fuzz [SECONDS_EACH=60]
+	tools/fuzz.sh $(SECONDS_EACH)
 
 screenshot: all ## The README's picture of the live page: ten minutes of the demo
 	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo

@@ -7,6 +7,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
 use hyper::{HeaderMap, Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Sends a request and reads the whole answer.
@@ -70,6 +71,24 @@ impl Connection {
         response.into_body().collect().await.map_err(|e| e.to_string())?;
         Ok(status)
     }
+}
+
+/// A websocket of which only the handshake is done: what follows is the caller's.
+///
+/// # Panics
+/// If the server does not take it.
+pub async fn websocket(to: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(to).await.expect("a connection");
+    stream.set_nodelay(true).expect("an option");
+    let head = "GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
+                sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.expect("sent");
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(stream.read_u8().await.expect("an answer"));
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&answer));
+    stream
 }
 
 /// GETs a path.

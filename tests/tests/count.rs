@@ -83,9 +83,9 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
 
     let all = envoy.requests_when(sent).await;
     let counted = wait::until("the counter stands still", SETTLED, || async {
-        let (one, in_flight) =
-            (envoy.stat(milliseconds, &[]).await, envoy.stat("queue_in_flight_requests", &[]).await);
-        if in_flight == 0.0 { Ok(one) } else { Err(in_flight) }
+        // The gauge first: workers add to the counter before their leader sets the gauge.
+        let in_flight = envoy.stat("queue_in_flight_requests", &[]).await;
+        if in_flight == 0.0 { Ok(envoy.stat(milliseconds, &[]).await) } else { Err(in_flight) }
     })
     .await;
     let true_ms = truth::request_ns(&all, 0, u64::MAX) as f64 / 1e6;

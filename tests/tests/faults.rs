@@ -20,15 +20,8 @@ const SETTLED: Duration = Duration::from_secs(15);
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
 
-/// Every version with every number of workers that is promised.
-const MATRIX: [(Version, u32); 6] = [
-    (Version::Oldest, 1),
-    (Version::Oldest, 2),
-    (Version::Oldest, 4),
-    (Version::Newest, 1),
-    (Version::Newest, 2),
-    (Version::Newest, 4),
-];
+/// Both versions and every number of workers that is promised; `count.rs` has every pair of them.
+const MATRIX: [(Version, u32); 3] = [(Version::Oldest, 1), (Version::Newest, 2), (Version::Oldest, 4)];
 
 /// What the acknowledged reports add up to.
 fn acknowledged(tap: &Tap) -> u64 {

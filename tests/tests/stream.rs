@@ -1,7 +1,6 @@
 //! Knative's stat stream, in and out.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
@@ -11,7 +10,7 @@ use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, root, wait};
 use prost::Message as _;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, accept_async, connect_async};
@@ -141,20 +140,6 @@ async fn at_its_end_every_client_is_told_to_connect_again() {
     assert!(server.process.wait(Duration::from_secs(30)).success());
 }
 
-/// A websocket of which only the handshake is done: what follows is ours.
-async fn raw(to: SocketAddr) -> TcpStream {
-    let mut stream = TcpStream::connect(to).await.expect("a connection");
-    let head = "GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
-                sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-    stream.write_all(head.as_bytes()).await.expect("sent");
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\r\n\r\n") {
-        answer.push(stream.read_u8().await.expect("an answer"));
-    }
-    assert!(answer.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&answer));
-    stream
-}
-
 /// The head of a masked frame of `length` bytes.
 fn head(opcode: u8, length: u64) -> Vec<u8> {
     let mut head = vec![0x80 | opcode, 0x80 | 127];
@@ -173,14 +158,14 @@ async fn a_thousand_hostile_clients_take_bounded_memory_and_nothing_from_the_oth
     let mut held = Vec::new();
     let mut writing = tokio::task::JoinSet::new();
     for _ in 0..EACH {
-        held.push(raw(server.address).await);
+        held.push(http::websocket(server.address).await);
 
-        let mut half = raw(server.address).await;
+        let mut half = http::websocket(server.address).await;
         half.write_all(&head(2, 2 * HALF as u64)).await.expect("sent");
         half.write_all(&vec![0; HALF]).await.expect("sent");
         held.push(half);
 
-        let mut huge = raw(server.address).await;
+        let mut huge = http::websocket(server.address).await;
         writing.spawn(async move {
             // Until the server has had enough of it.
             if huge.write_all(&head(2, 100 << 20)).await.is_ok() {
@@ -194,7 +179,7 @@ async fn a_thousand_hostile_clients_take_bounded_memory_and_nothing_from_the_oth
             false
         });
 
-        let mut mute = raw(server.address).await;
+        let mut mute = http::websocket(server.address).await;
         writing.spawn(async move {
             // Asks for answers that it never reads.
             let ping = [vec![0x89, 0x80 | 125, 0, 0, 0, 0], vec![7; 125]].concat().repeat(100);

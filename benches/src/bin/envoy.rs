@@ -26,6 +26,9 @@ struct Options {
     /// Seconds of each measurement: short, so that what is compared is close in time.
     #[arg(long, default_value_t = 1)]
     seconds: u64,
+    /// Seconds of load before the first measurement, until V8 has compiled what is hot for good.
+    #[arg(long, default_value_t = 3)]
+    warm_up: u64,
     /// Writes the table into the README, and the picture beside it.
     #[arg(long)]
     write: bool,
@@ -33,7 +36,6 @@ struct Options {
 
 const KEYS: usize = 1_000;
 const CONNECTIONS: u32 = 32;
-const WARM_UP: u64 = 3;
 
 /// Answers each request with two bytes; one for `/hold` never.
 async fn app() -> SocketAddr {
@@ -237,8 +239,7 @@ async fn compare(
 ) -> Vec<Vec<Measured>> {
     let mut rounds = vec![Vec::new(); subjects.len()];
     for subject in subjects {
-        // Until V8 has compiled what is hot for good.
-        load.run(subject.envoy.address, protocol, CONNECTIONS, WARM_UP).await;
+        load.run(subject.envoy.address, protocol, CONNECTIONS, options.warm_up).await;
         subject.envoy.process.signal(libc::SIGSTOP);
     }
     for _ in 0..options.rounds {

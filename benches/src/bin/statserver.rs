@@ -1,7 +1,6 @@
 //! The stats server under load, on one core; the load comes from the other. Prints CPU seconds per million stats, resident
 //! memory, and how long a `GET` of one key takes meanwhile.
 
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -15,8 +14,7 @@ use inflight_e2e::statserver::StatServer;
 use inflight_stats::wire::{Stat, WireStatMessage, WireStatMessages};
 use inflight_stats::{KeyReport, Report, Snapshot};
 use prost::Message;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
 /// Drives the stats server as a large cluster does.
@@ -68,19 +66,6 @@ fn frame(messages: Vec<WireStatMessage>) -> Vec<u8> {
     frame
 }
 
-async fn websocket(to: SocketAddr) -> TcpStream {
-    let mut stream = TcpStream::connect(to).await.expect("a connection");
-    stream.set_nodelay(true).expect("an option");
-    let head = "GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
-                sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-    stream.write_all(head.as_bytes()).await.expect("sent");
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\r\n\r\n") {
-        answer.push(stream.read_u8().await.expect("an answer"));
-    }
-    stream
-}
-
 async fn taken(server: &StatServer) -> u64 {
     let text = http::get(server.address, "/metrics").await.expect("metrics");
     let line = text.lines().find_map(|line| line.strip_prefix("inflight_statserver_stream_stats_total "));
@@ -110,7 +95,7 @@ async fn by_websocket(options: &Options, keys: usize, to_a_frame: usize) -> Meas
             .chunks(to_a_frame)
             .map(|pods| frame(pods.iter().map(|pod| stat(*pod, keys)).collect()))
             .collect();
-        let mut stream = websocket(server.address).await;
+        let mut stream = http::websocket(server.address).await;
         senders.spawn(async move {
             // A hundredth of the frames every hundredth of a second.
             let mut ticks = tokio::time::interval(Duration::from_millis(10));

@@ -63,6 +63,7 @@ pub struct KeySettings {
     /// Never more pods; 0: no bound.
     pub max_scale: u32,
     /// Pods that are ready; without it, those that report.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_pods: Option<u32>,
 }
 
@@ -227,6 +228,9 @@ mod tests {
         let mut shown = serde_json::to_value(&settings).unwrap();
         assert_eq!(shown["scale_down_delay"], "1.5s");
         assert_eq!(with(shown.take()).unwrap(), settings);
+        // Found by fuzzing: what was not told is not shown, or it could not be told.
+        let shown = serde_json::to_value(KeySettings::default()).unwrap();
+        assert_eq!(with(shown).unwrap(), KeySettings::default());
     }
 
     #[test]

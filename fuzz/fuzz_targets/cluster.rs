@@ -1,0 +1,12 @@
+//! The key out of a cluster's name is one that a report can carry.
+#![no_main]
+
+use inflight_stats::keyed::KeyName;
+use inflight_stats::report::is_name;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|names: (&str, &str)| {
+    if let Some(key) = KeyName::of_cluster(names.0, names.1) {
+        assert!(is_name(&key.namespace) && is_name(&key.name));
+    }
+});

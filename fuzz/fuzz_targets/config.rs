@@ -1,0 +1,12 @@
+//! The plugin's configuration: taken, or refused in one line.
+#![no_main]
+
+use inflight_stats::{Config, Identity};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    match Config::parse(bytes, &Identity::default()) {
+        Ok(config) => assert!(!config.identity.pod.is_empty()),
+        Err(error) => assert!(error.to_string().len() < 4096),
+    }
+});

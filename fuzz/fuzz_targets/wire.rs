@@ -1,0 +1,22 @@
+//! A frame of the stream, of either kind, and what a key makes of its stats.
+#![no_main]
+
+use std::sync::Arc;
+
+use inflight_stats::ingest::Key;
+use inflight_stats::wire;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Ok(messages) = wire::decode(bytes.to_vec().into()) {
+        let mut key = Key::new(Arc::default());
+        let now_ns = 1_700_000_000_000_000_000;
+        for message in messages {
+            let Some(stat) = message.stat else { continue };
+            let pod = std::str::from_utf8(&stat.pod_name).expect("checked");
+            let _ = key.record_stat(pod, &stat, now_ns);
+        }
+        let figures = key.decide(now_ns);
+        assert!(figures.stable.concurrency >= 0.0 && figures.stable.concurrency.is_finite());
+    }
+});
