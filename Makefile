@@ -59,10 +59,10 @@ SECONDS_EACH ?= 60
 fuzz: ## Every format that comes from outside: make fuzz [SECONDS_EACH=60]
 	tools/fuzz.sh $(SECONDS_EACH)
 
-screenshot: all ## The README's picture of the live page: ten minutes of the demo
+screenshot: all ## The README's picture of the live page: two minutes of the demo
 	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo
 	@$(PYTHON) tools/envoy.py any >/dev/null
-	target/e2e/inflight-demo --duration 600 --screenshot docs/page.png
+	target/e2e/inflight-demo --duration 120 --screenshot docs/page.png
 
 lint: ## Format and clippy, for both targets
 	$(CARGO) fmt --all --check

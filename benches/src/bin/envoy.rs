@@ -29,6 +29,9 @@ struct Options {
     /// Seconds of load before the first measurement, until V8 has compiled what is hot for good.
     #[arg(long, default_value_t = 3)]
     warm_up: u64,
+    /// Measures the ticks alone.
+    #[arg(long)]
+    ticks: bool,
     /// Writes the table into the README, and the picture beside it.
     #[arg(long)]
     write: bool,
@@ -332,8 +335,8 @@ fn picture(subjects: &[Subject], rounds: &[Vec<Measured>], note: &str) -> String
     svg
 }
 
-/// CPU of an Envoy with four workers and so many keys that each have a request open, in milliseconds a second.
-async fn tick_cost(app: SocketAddr, server: SocketAddr, keys: usize, seconds: u64) -> f64 {
+/// An Envoy with four workers and so many keys that each have a request open, for as long as the connections are.
+async fn with_open_requests(app: SocketAddr, server: SocketAddr, keys: usize) -> (Envoy, Vec<TcpStream>) {
     let source = json!({"from": "headers"});
     let envoy = Envoy::quiet(Version::Any, &gateway(app, server, source), 4).await;
     let mut open = Vec::new();
@@ -346,10 +349,22 @@ async fn tick_cost(app: SocketAddr, server: SocketAddr, keys: usize, seconds: u6
         stream.write_all(request.as_bytes()).await.expect("sent");
         open.push(stream);
     }
+    (envoy, open)
+}
+
+/// CPU of both kinds of Envoy in milliseconds a second, two seconds of each in turn.
+async fn tick_cost(app: SocketAddr, server: SocketAddr, keys: usize, rounds: usize) -> [(f64, f64, f64); 2] {
+    let envoys = [with_open_requests(app, server, 0).await, with_open_requests(app, server, keys).await];
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let (cpu, began) = (cpu_seconds(envoy.process.id()), Instant::now());
-    tokio::time::sleep(Duration::from_secs(seconds)).await;
-    (cpu_seconds(envoy.process.id()) - cpu) / began.elapsed().as_secs_f64() * 1e3
+    let mut costs = [const { Vec::new() }; 2];
+    for _ in 0..rounds {
+        for ((envoy, _), costs) in envoys.iter().zip(&mut costs) {
+            let (cpu, began) = (cpu_seconds(envoy.process.id()), Instant::now());
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            costs.push((cpu_seconds(envoy.process.id()) - cpu) / began.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    costs.map(|costs| spread(&costs))
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -360,6 +375,10 @@ async fn main() {
     let (app, server) = (app().await, StatServer::start(None).await);
     let server = server.address;
     let headers = json!({"from": "headers"});
+    if options.ticks {
+        println!("{:.1?}", tick_cost(app, server, 5_000, options.rounds).await);
+        return;
+    }
     let bootstraps = [
         ("bare", bare(app, server)),
         ("empty filter", empty(app, server)),
@@ -421,14 +440,12 @@ async fn main() {
     );
     println!("{}", text.lines().last().unwrap_or_default());
     drop((subjects, rare));
-    let seconds = options.seconds + 4;
-    let idle = tick_cost(app, server, 0, seconds).await;
-    let busy = tick_cost(app, server, 5_000, seconds).await;
+    let [idle, busy] = tick_cost(app, server, 5_000, options.rounds.min(9)).await;
     let _ = writeln!(
         text,
-        "\nTicks of a gateway with four workers, a request open on each key: {:.1} ms of CPU a second for 5,000 keys \
-         ({busy:.1} ms in all, {idle:.1} ms without a key).",
-        busy - idle
+        "\nTicks of a gateway with four workers, a request open on each of 5,000 keys: {:.1} ms of CPU a second ({:.1} to \
+         {:.1}), of which {:.1} without a key.",
+        busy.0, busy.1, busy.2, idle.0
     );
     println!("{}", text.lines().last().unwrap_or_default());
     if options.write {
