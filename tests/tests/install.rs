@@ -150,7 +150,7 @@ async fn a_hostile_report_is_refused_with_the_reason_and_changes_nothing() {
             http::post(server.address, "/v1/reports", CONTENT_TYPE, body).await.expect("an answer");
         assert!(status.is_client_error() && text.contains(reason), "{status}: {text}");
     }
-    assert_eq!(http::get(server.address, "/v1/keys").await.as_deref(), Ok("{\"keys\":[]}"));
+    assert_eq!(http::get(server.address, "/v1/keys").await.as_deref(), Ok("{\"keys\":[],\"found\":0}"));
     let metrics = http::get(server.address, "/metrics").await.expect("metrics");
     assert!(
         metrics.contains("reports_total{code=\"400\"} 3") && metrics.contains("{code=\"413\"} 1"),
