@@ -14,6 +14,8 @@ targets=("$@")
 [ ${#targets[@]} -gt 0 ] || mapfile -t targets < <(cd fuzz/fuzz_targets && basename -s .rs ./*.rs)
 # Without sanitizers the stable compiler will do; overflow checks and assertions are on.
 for target in "${targets[@]}"; do
+    # What was found before is in a test by now.
+    rm -rf "fuzz/artifacts/$target"
     mkdir -p "fuzz/corpus/$target"
     cp -n fuzz/seeds/"$target"/* "fuzz/corpus/$target/" 2>/dev/null || true
     echo "== $target, $seconds s"
