@@ -134,6 +134,12 @@ fn metric_name(metric: Metric) -> &'static str {
 }
 
 impl Scaler {
+    /// What a call is about, if its token is good for that.
+    fn asked(&self, request: Request<ScaledObjectRef>) -> Result<Asked, Status> {
+        let (metadata, _, object) = request.into_parts();
+        Asked::granted(&self.0, &metadata, object)
+    }
+
     /// A stream that ends with the server, so that nobody waits for it.
     fn until_the_end<T: Send + 'static>(
         &self,
@@ -154,8 +160,7 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<IsActiveResponse>, Status> {
-        let (metadata, _, object) = request.into_parts();
-        let asked = Asked::granted(&self.0, &metadata, object)?;
+        let asked = self.asked(request)?;
         Ok(Response::new(IsActiveResponse { result: asked.is_active(&self.0) }))
     }
 
@@ -163,8 +168,7 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<Self::StreamIsActiveStream>, Status> {
-        let (metadata, _, object) = request.into_parts();
-        let asked = Asked::granted(&self.0, &metadata, object)?;
+        let asked = self.asked(request)?;
         let changes = self.0.keys.watch.key(asked.key.clone(), || asked.is_active(&self.0));
         let answers = WatchStream::new(changes).map(|result| IsActiveResponse { result });
         Ok(Response::new(self.until_the_end(answers)))
@@ -174,8 +178,7 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<GetMetricSpecResponse>, Status> {
-        let (metadata, _, object) = request.into_parts();
-        Ok(Response::new(Asked::granted(&self.0, &metadata, object)?.spec(&self.0)))
+        Ok(Response::new(self.asked(request)?.spec(&self.0)))
     }
 
     async fn get_metrics(
@@ -200,8 +203,7 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<Self::StreamMetricSpecStream>, Status> {
-        let (metadata, _, object) = request.into_parts();
-        let asked = Asked::granted(&self.0, &metadata, object)?;
+        let asked = self.asked(request)?;
         let app = Arc::clone(&self.0);
         let mut last = None;
         let changes = IntervalStream::new(tokio::time::interval(SPEC_EVERY)).filter_map(move |_| {

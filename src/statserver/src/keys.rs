@@ -172,8 +172,8 @@ impl Keys {
         self.known(namespace, name, |entry| entry.past.iter().copied().collect())
     }
 
-    /// The keys of the namespaces granted whose namespace and name, joined by a slash, contain `part`: the first `most` of them in
-    /// alphabetical order, and how many there are.
+    /// The keys of the namespaces granted whose namespace and name, joined by a slash, contain `part`: the first `most`
+    /// of them in alphabetical order, and how many there are.
     pub fn views(&self, grant: &Grant, part: &str, most: usize, now_ns: u64) -> (Vec<View>, usize) {
         let mut names = Vec::new();
         self.each(|entry| {

@@ -69,8 +69,8 @@ impl Told {
         Ok(Self { file: file.map(Path::to_owned), rps_target, keys: Mutex::new(told) })
     }
 
-    /// Tells a key, or (`None`) takes back what it was told; what it is scaled by now. The file is written first: what it
-    /// cannot hold is not done.
+    /// Tells a key, or (`None`) takes back what it was told. The file is written first: what it cannot hold is not
+    /// done.
     ///
     /// # Errors
     /// [`TellError`].
