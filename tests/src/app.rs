@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming};
@@ -34,6 +34,7 @@ pub struct Counts {
     seen: Mutex<HashSet<String>>,
     idle_since: Mutex<Option<Instant>>,
     gaps: Mutex<Vec<Duration>>,
+    arrivals: Mutex<Vec<u64>>,
 }
 
 impl Counts {
@@ -62,8 +63,15 @@ impl Counts {
         self.gaps.lock().expect("no panic under this lock").clone()
     }
 
+    /// Requests that had reached the app by an instant in nanoseconds of unix time.
+    pub fn arrived_by(&self, ns: u64) -> u64 {
+        self.arrivals.lock().expect("no panic under this lock").iter().filter(|at| **at <= ns).count() as u64
+    }
+
     fn enter(self: &Arc<Self>, id: Option<String>) -> Inside {
         self.requests.fetch_add(1, Ordering::SeqCst);
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970");
+        self.arrivals.lock().expect("no panic under this lock").push(since_1970.as_nanos() as u64);
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
         if let Some(since) = self.idle_since.lock().expect("no panic under this lock").take() {

@@ -156,6 +156,43 @@ impl Bootstrap {
         }
     }
 
+    /// Writes the listeners to a file of their own, from which Envoy takes them also when it changes.
+    pub fn listeners_from(&mut self, path: &Path) {
+        let listeners = at(&mut self.0, "/static_resources/listeners").take();
+        let resources: Vec<Value> = listeners
+            .as_array()
+            .expect("listeners")
+            .iter()
+            .map(|listener| {
+                let mut listener = listener.clone();
+                listener["@type"] = json!("type.googleapis.com/envoy.config.listener.v3.Listener");
+                listener
+            })
+            .collect();
+        // Envoy looks when a file takes the name.
+        let new = path.with_extension("new");
+        std::fs::write(&new, json!({"resources": resources}).to_string()).expect("a file");
+        std::fs::rename(&new, path).expect("a file");
+        at(&mut self.0, "/static_resources").as_object_mut().expect("an object").remove("listeners");
+        self.0["dynamic_resources"] = json!({"lds_config": {"path_config_source": {"path": path}}});
+        // What comes by file needs a node.
+        if self.0["node"].is_null() {
+            self.0["node"] = json!({"id": "test", "cluster": "test"});
+        }
+    }
+
+    /// Takes the filter out.
+    pub fn without_filter(&mut self) {
+        at(&mut self.0, &format!("{MANAGER}/http_filters")).as_array_mut().expect("filters").remove(0);
+    }
+
+    /// Has the first listener on a port of its own choice: one that a hot restart finds again.
+    pub fn listen_on(&mut self, address: SocketAddr) {
+        let (ip, port) = (address.ip().to_string(), address.port());
+        *at(&mut self.0, "/static_resources/listeners/0/address/socket_address") =
+            json!({"address": ip, "port_value": port});
+    }
+
     /// Adds the access log.
     pub fn access_log(&mut self, path: &Path) {
         at(&mut self.0, MANAGER)["access_log"] = json!([{

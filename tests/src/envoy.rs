@@ -1,8 +1,10 @@
 //! A running Envoy.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -54,38 +56,94 @@ pub struct Envoy {
     pub admin: SocketAddr,
     /// The process.
     pub process: Process,
-    folder: TempDir,
+    folder: Arc<TempDir>,
 }
 
-fn command(version: Version, bootstrap: &Bootstrap, concurrency: u32, folder: &Path) -> Command {
-    let config = folder.join("envoy.json");
+/// The main access log's name in Envoy's folder.
+const ACCESS_LOG: &str = "access.log";
+/// How long a listener that is replaced, or an Envoy, lets its connections end.
+const DRAIN: &str = "2";
+
+/// How an Envoy is started, apart from its bootstrap.
+#[derive(Clone, Debug, Default)]
+pub struct How {
+    /// Its workers; 0 counts as 1.
+    pub concurrency: u32,
+    /// Variables of its environment.
+    pub environment: Vec<(&'static str, OsString)>,
+    /// Listeners come out of a file that [`Envoy::replace`] changes.
+    pub dynamic: bool,
+    /// Without an access log, which costs something itself.
+    pub quiet: bool,
+    /// The base id and the epoch of an Envoy that takes part in hot restarts.
+    pub epoch: Option<(u32, u32)>,
+}
+
+fn command(version: Version, bootstrap: &Bootstrap, how: &How, folder: &Path) -> Command {
+    let number = how.epoch.map_or(0, |(_, epoch)| epoch);
+    let config = folder.join(format!("envoy-{number}.json"));
     std::fs::write(&config, bootstrap.0.to_string()).expect("a file");
     let mut command = Command::new(version.binary());
-    command.arg("-c").arg(&config).arg("--admin-address-path").arg(folder.join("admin"));
-    command.args(["--concurrency", &concurrency.to_string(), "--disable-hot-restart"]);
+    command.arg("-c").arg(&config).arg("--admin-address-path").arg(folder.join(format!("admin-{number}")));
+    command.args(["--concurrency", &how.concurrency.max(1).to_string()]);
     command.args(["--file-flush-interval-msec", "200"]);
     command.args(["--log-level", "warning", "--component-log-level", "wasm:info"]);
+    command.args(["--drain-time-s", DRAIN, "--drain-strategy", "immediate"]);
+    match how.epoch {
+        None => command.arg("--disable-hot-restart"),
+        Some((base, epoch)) => command.args([
+            "--base-id",
+            &base.to_string(),
+            "--restart-epoch",
+            &epoch.to_string(),
+            "--parent-shutdown-time-s",
+            "4",
+        ]),
+    };
+    command.envs(how.environment.iter().map(|(name, value)| (name, value)));
     command
 }
 
 impl Envoy {
     /// Starts one and waits until it listens.
     pub async fn start(version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let mut bootstrap = bootstrap.clone();
-        bootstrap.access_log(&folder.path().join("access.log"));
-        Self::start_in(folder, version, &bootstrap, concurrency).await
+        Self::with(version, bootstrap, How { concurrency, ..How::default() }).await
     }
 
-    /// Starts one without an access log, which has its own cost.
+    /// Starts one without an access log.
     pub async fn quiet(version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
-        Self::start_in(tempfile::tempdir().expect("a folder"), version, bootstrap, concurrency).await
+        Self::with(version, bootstrap, How { concurrency, quiet: true, ..How::default() }).await
     }
 
-    async fn start_in(folder: TempDir, version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
-        let mut command = command(version, bootstrap, concurrency, folder.path());
-        let mut process = Process::start(&mut command, &folder.path().join("log"));
-        let admin_file = folder.path().join("admin");
+    /// Starts one as told and waits until it listens.
+    pub async fn with(version: Version, bootstrap: &Bootstrap, how: How) -> Self {
+        let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+        Self::start_in(folder, version, bootstrap, &how).await
+    }
+
+    /// Starts the next epoch of a hot restart: it takes this one's sockets over, and then has it end.
+    ///
+    /// # Panics
+    /// If this one was started without a base id.
+    pub async fn next_epoch(&self, version: Version, bootstrap: &Bootstrap, how: &How) -> Self {
+        let (base, epoch) = how.epoch.expect("an epoch");
+        let how = How { epoch: Some((base, epoch + 1)), ..how.clone() };
+        Self::start_in(Arc::clone(&self.folder), version, bootstrap, &how).await
+    }
+
+    async fn start_in(folder: Arc<TempDir>, version: Version, bootstrap: &Bootstrap, how: &How) -> Self {
+        let mut bootstrap = bootstrap.clone();
+        if !how.quiet {
+            bootstrap.access_log(&folder.path().join(ACCESS_LOG));
+        }
+        let listeners = bootstrap.0["static_resources"]["listeners"].as_array().map_or(0, Vec::len);
+        if how.dynamic {
+            bootstrap.listeners_from(&folder.path().join("listeners.json"));
+        }
+        let number = how.epoch.map_or(0, |(_, epoch)| epoch);
+        let mut command = command(version, &bootstrap, how, folder.path());
+        let mut process = Process::start(&mut command, &folder.path().join(format!("log-{number}")));
+        let admin_file = folder.path().join(format!("admin-{number}"));
         let limit = Duration::from_secs(60);
         let admin: SocketAddr = wait::until("Envoy's admin interface is up", limit, || {
             assert!(process.ended().is_none(), "Envoy ended at its start:\n{}", process.log());
@@ -96,7 +154,6 @@ impl Envoy {
         })
         .await;
         let address = wait::until("Envoy listens", limit, || listener(admin, 0)).await;
-        let listeners = bootstrap.0["static_resources"]["listeners"].as_array().map_or(0, Vec::len);
         let exporter = match listeners {
             2.. => wait::until("the exporter listens", limit, || listener(admin, 1)).await,
             _ => address,
@@ -104,10 +161,36 @@ impl Envoy {
         Self { address, exporter, admin, process, folder }
     }
 
+    /// Has a dynamic Envoy replace its listeners by those of `bootstrap`, which log to `log` in its folder, and waits until it
+    /// has taken them.
+    pub async fn replace(&self, bootstrap: &Bootstrap, log: &str) {
+        let mut bootstrap = bootstrap.clone();
+        bootstrap.access_log(&self.folder.path().join(log));
+        let taken = async || self.stat("envoy_listener_manager_lds_update_success", &[]).await;
+        let before = taken().await;
+        bootstrap.listeners_from(&self.folder.path().join("listeners.json"));
+        wait::until("the listeners are taken", Duration::from_secs(20), || async {
+            let now = taken().await;
+            if now > before { Ok(()) } else { Err((now, self.process.log())) }
+        })
+        .await;
+    }
+
+    /// Waits until no listener and no filter chain that was replaced is left.
+    pub async fn drained(&self) {
+        let draining = async || {
+            let stats = self.stats().await;
+            let stat = |name| prometheus::sum(&stats, name, &[]);
+            stat("envoy_listener_manager_total_listeners_draining")
+                + stat("envoy_listener_manager_total_filter_chains_draining")
+        };
+        wait::until_equal("what drains", Duration::from_secs(30), 0.0, draining).await;
+    }
+
     /// Runs one that is expected to refuse its configuration; how it ended and what it said.
     pub fn refusal(version: Version, bootstrap: &Bootstrap) -> (bool, String) {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut command = command(version, bootstrap, 1, folder.path());
+        let mut command = command(version, bootstrap, &How::default(), folder.path());
         let mut process = Process::start(&mut command, &folder.path().join("log"));
         let status = process.wait(Duration::from_secs(60));
         (!status.success(), process.log())
@@ -126,7 +209,12 @@ impl Envoy {
 
     /// The requests in the access log so far.
     pub fn requests(&self) -> Vec<Request> {
-        truth::read(&self.folder.path().join("access.log"))
+        self.requests_in(ACCESS_LOG)
+    }
+
+    /// The requests in a log that [`Envoy::replace`] named.
+    pub fn requests_in(&self, log: &str) -> Vec<Request> {
+        truth::read(&self.folder.path().join(log))
     }
 
     /// The requests in the access log, once there are `count`.

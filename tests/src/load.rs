@@ -89,6 +89,12 @@ impl Load {
         self.progress.stop.store(true, Ordering::SeqCst);
     }
 
+    /// Ends at once, when there is no Envoy any more to answer.
+    pub async fn abandon(self) {
+        self.running.abort();
+        let _ = self.running.await;
+    }
+
     /// Waits for the end; how many requests were sent. None of them got an answer that it should not.
     ///
     /// # Panics
@@ -162,12 +168,20 @@ impl Client {
             request = request.header("x-id", &id);
         }
         let request = request.body(Empty::new()).expect("a request");
-        let mut sender = match sender {
-            Some(mut sender) => match sender.ready().await {
-                Ok(()) => sender,
-                Err(_) => connect(self.envoy).await,
+        let ready = match sender {
+            Some(mut sender) => sender.ready().await.is_ok().then_some(sender),
+            None => None,
+        };
+        let mut sender = match ready {
+            Some(sender) => sender,
+            None => match connect(self.envoy).await {
+                Ok(sender) => sender,
+                Err(_) => {
+                    self.fail();
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    return None;
+                }
             },
-            None => connect(self.envoy).await,
         };
         let answer = sender.send_request(request);
         let outcome = match kind {
@@ -254,12 +268,12 @@ impl Client {
     }
 }
 
-async fn connect(to: SocketAddr) -> Sender {
-    let stream = TcpStream::connect(to).await.unwrap_or_else(|e| panic!("Envoy at {to}: {e}"));
+async fn connect(to: SocketAddr) -> Result<Sender, String> {
+    let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
     let _ = stream.set_nodelay(true);
-    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.expect("a handshake");
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
     tokio::spawn(connection);
-    sender
+    Ok(sender)
 }
 
 /// A small generator (splitmix64): the same seed, the same load.
