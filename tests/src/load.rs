@@ -100,11 +100,19 @@ impl Load {
     /// # Panics
     /// If one did, or a client failed.
     pub async fn finish(self) -> u64 {
+        let (sent, failed) = self.finish_with_failures().await;
+        assert_eq!(failed, 0, "requests that should have been answered 200 were not");
+        sent
+    }
+
+    /// Waits for the end; how many requests were sent, and how many of them got an answer that they should not.
+    ///
+    /// # Panics
+    /// If a client failed.
+    pub async fn finish_with_failures(self) -> (u64, u64) {
         let Self { progress, running } = self;
         running.await.expect("the load's clients ran");
-        let failed = progress.failed.load(Ordering::SeqCst);
-        assert_eq!(failed, 0, "requests that should have been answered 200 were not");
-        progress.sent.load(Ordering::SeqCst)
+        (progress.sent.load(Ordering::SeqCst), progress.failed.load(Ordering::SeqCst))
     }
 }
 

@@ -2,17 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use http_body_util::Full;
-use hyper::Request;
 use inflight_e2e::app::App;
 use inflight_e2e::bootstrap::Bootstrap;
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::{Mode, Tap};
-use inflight_e2e::{built, http, process, wait};
-use inflight_stats::Snapshot;
+use inflight_e2e::{process, wait};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -164,87 +160,6 @@ async fn a_report_that_is_refused_for_good_is_not_sent_again() {
         assert_eq!(pair[1].report.messages[0].since, pair[0].report.messages[0].until);
     }
     assert!(envoy.process.log().contains("answered 400: as asked"), "{}", envoy.process.log());
-}
-
-/// The module that panics or traps on request.
-fn faulty(app: &App, tap: &Tap) -> Bootstrap {
-    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
-    bootstrap.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
-    bootstrap
-}
-
-async fn fault(envoy: &Envoy, kind: &str) {
-    let request = Request::get("/local").header("host", "app").header("x-inflight-fault", kind);
-    let _ = http::ask(envoy.address, request.body(Full::<Bytes>::default()).expect("a request")).await;
-}
-
-/// The leader's VM ends by `kind`; nothing of a quiet pod is lost, and reports go on within three periods.
-async fn another_leads_after(kind: &str) {
-    let (app, server) = (App::start().await, StatServer::start(None).await);
-    let tap = Tap::start(Some(server.address)).await;
-    let envoy = Envoy::start(Version::Newest, &faulty(&app, &tap), 2).await;
-    let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
-    let sent = load.finish().await;
-    wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
-    fault(&envoy, kind).await;
-    let fault_found = |log: &str| log.contains("a fault was asked for") || log.contains("unreachable");
-    wait::until("the leader is gone", SETTLED, || {
-        let log = envoy.process.log();
-        async move { if fault_found(&log) { Ok(()) } else { Err(log) } }
-    })
-    .await;
-    // The fault comes after a report, so the last one's end is at most a tick older than the death.
-    let last = tap.acknowledged().last().expect("a report").messages[0].until;
-    let next = wait::until("another leads", SETTLED, || async {
-        let until = tap.acknowledged().last().expect("a report").messages[0].until;
-        if until.as_of_ns > last.as_of_ns { Ok(until) } else { Err(until) }
-    })
-    .await;
-    assert!(next.as_of_ns - last.as_of_ns <= 3_000_000_000, "{} ns", next.as_of_ns - last.as_of_ns);
-    assert_eq!(next.requests, sent + 1, "the request that asked for the fault, and none lost");
-    let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
-    let more = load.finish().await;
-    // The leader may have died before it read the answer to its last report: the server tells.
-    wait::until_equal("the server's count", SETTLED, sent + 1 + more, || total(&server)).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_worker_leads_when_the_leader_panics() {
-    another_leads_after("panic-leader").await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_worker_leads_when_the_leaders_vm_traps() {
-    another_leads_after("trap-leader").await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_panics_leaves_its_counts_and_nothing_in_flight() {
-    let app = App::start().await;
-    let tap = Tap::start(None).await;
-    let envoy = Envoy::start(Version::Newest, &faulty(&app, &tap), 1).await;
-    // One request stays open in the worker that dies.
-    let mut open = TcpStream::connect(envoy.address).await.expect("a connection");
-    open.write_all(b"GET /work?ms=60000 HTTP/1.1\r\nhost: app\r\n\r\n").await.expect("a request");
-    wait::until_equal("the app's requests", SETTLED, 1, async || app.counts.now()).await;
-    let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
-    let sent = load.finish().await + 1;
-    fault(&envoy, "panic").await;
-    // The panicking request had not been counted: the fault comes first.
-    let last = wait::until("its counts are reported", SETTLED, || async {
-        let until = tap.acknowledged().last().map_or(Snapshot::default(), |r| r.messages[0].until);
-        if (until.requests, until.in_flight) == (sent, 0) { Ok(until) } else { Err(until) }
-    })
-    .await;
-    assert_eq!(envoy.stat("queue_requests_total", &[]).await as u64, sent);
-    // The worker got a new VM, which counts on.
-    let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
-    let more = load.finish().await;
-    wait::until_equal("the count goes on", SETTLED, (last.requests + more, 0), async || {
-        let until = tap.acknowledged().last().expect("a report").messages[0].until;
-        (until.requests, until.in_flight)
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -232,7 +232,12 @@ impl Gate {
         Some(Turn { resume: self.deliver(grants, now_ns), ..Turn::default() })
     }
 
-    /// This worker ends: what it holds goes to the others. Its own requests have no VM to go on in.
+    /// The streams of this worker that wait.
+    pub fn waiting(&self) -> Vec<u32> {
+        self.waiting.values().map(|waiter| waiter.stream).collect()
+    }
+
+    /// This worker ends: what it holds goes to the others.
     pub fn close(&mut self) {
         if let Ok(grants) = self.breaker.forget(&SharedData, self.worker) {
             self.waiting.clear();

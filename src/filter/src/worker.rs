@@ -19,6 +19,9 @@ use crate::metrics::Metrics;
 /// Workers tick this long after a boundary: the timer's millisecond, and one to spare.
 const SETTLE_NS: u64 = 2_000_000;
 
+/// The context to go back to where nothing is called any more.
+const NO_CONTEXT: u32 = 0;
+
 thread_local! {
     static WORKERS: RefCell<Vec<(String, Rc<RefCell<Worker>>)>> = const { RefCell::new(Vec::new()) };
 }
@@ -424,7 +427,8 @@ fn period_ns(config: &Config) -> u64 {
 }
 
 /// Makes a panic leave this VM's counts behind: the hook runs before the VM stops, and host calls work in
-/// it. Only a worker that was being changed at that very moment keeps to its last tick.
+/// it. Only a worker that was being changed at that very moment keeps to its last tick. Requests that wait are let go: nobody
+/// could ever do that later, and they share the fate of those that are in the app already.
 pub fn seal_on_panic() {
     let log = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -432,7 +436,10 @@ pub fn seal_on_panic() {
         WORKERS.with(|workers| {
             for (_, worker) in workers.try_borrow().iter().flat_map(|workers| workers.iter()) {
                 if let Ok(mut worker) = worker.try_borrow_mut() {
+                    let waiting = worker.gate.as_ref().map(Gate::waiting).unwrap_or_default();
                     worker.seal();
+                    drop(worker);
+                    host::resume(&waiting, NO_CONTEXT);
                 }
             }
         });

@@ -1,0 +1,203 @@
+//! A worker's VM ends, by a panic or by a trap.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Request, StatusCode};
+use inflight_e2e::app::App;
+use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::envoy::{Envoy, Version};
+use inflight_e2e::load::{Load, Plan};
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::tap::Tap;
+use inflight_e2e::{built, http, wait};
+use inflight_stats::Snapshot;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+
+const SETTLED: Duration = Duration::from_secs(15);
+const STEADY: Plan =
+    Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
+
+/// What the acknowledged reports add up to.
+fn acknowledged(tap: &Tap) -> u64 {
+    let reports = tap.acknowledged();
+    reports.iter().map(|r| r.messages[0].until.requests - r.messages[0].since.requests).sum()
+}
+
+async fn total(server: &StatServer) -> u64 {
+    server.number("default", "hello-00001", "requests_total").await
+}
+
+/// The module that panics or traps on request.
+fn faulty(app: &App, tap: &Tap) -> Bootstrap {
+    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+    bootstrap.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
+    bootstrap
+}
+
+/// Envoy's older key, which lets also those requests go on that are open in the VM when it ends; the newer one,
+/// `failure_policy: FAIL_OPEN`, answers these 503.
+fn fail_open(bootstrap: &mut Bootstrap) {
+    let config = bootstrap.filter()["typed_config"]["config"].as_object_mut().expect("a plugin");
+    config.remove("failure_policy");
+    config.remove("reload_config");
+    config.insert("fail_open".into(), true.into());
+}
+
+async fn fault(envoy: &Envoy, kind: &str) {
+    let request = Request::get("/local").header("host", "app").header("x-inflight-fault", kind);
+    let _ = http::ask(envoy.address, request.body(Full::<Bytes>::default()).expect("a request")).await;
+}
+
+/// The leader's VM ends by `kind`; nothing of a quiet pod is lost, and reports go on within three periods.
+async fn another_leads_after(kind: &str) {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let tap = Tap::start(Some(server.address)).await;
+    let envoy = Envoy::start(Version::Newest, &faulty(&app, &tap), 2).await;
+    let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
+    let sent = load.finish().await;
+    wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+    fault(&envoy, kind).await;
+    let fault_found = |log: &str| log.contains("a fault was asked for") || log.contains("unreachable");
+    wait::until("the leader is gone", SETTLED, || {
+        let log = envoy.process.log();
+        async move { if fault_found(&log) { Ok(()) } else { Err(log) } }
+    })
+    .await;
+    // The fault comes after a report, so the last one's end is at most a tick older than the death.
+    let last = tap.acknowledged().last().expect("a report").messages[0].until;
+    let next = wait::until("another leads", SETTLED, || async {
+        let until = tap.acknowledged().last().expect("a report").messages[0].until;
+        if until.as_of_ns > last.as_of_ns { Ok(until) } else { Err(until) }
+    })
+    .await;
+    assert!(next.as_of_ns - last.as_of_ns <= 3_000_000_000, "{} ns", next.as_of_ns - last.as_of_ns);
+    assert_eq!(next.requests, sent + 1, "the request that asked for the fault, and none lost");
+    let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
+    let more = load.finish().await;
+    // The leader may have died before it read the answer to its last report: the server tells.
+    wait::until_equal("the server's count", SETTLED, sent + 1 + more, || total(&server)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_worker_leads_when_the_leader_panics() {
+    another_leads_after("panic-leader").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_worker_leads_when_the_leaders_vm_traps() {
+    another_leads_after("trap-leader").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_panics_leaves_its_counts_and_nothing_in_flight() {
+    let app = App::start().await;
+    let tap = Tap::start(None).await;
+    let envoy = Envoy::start(Version::Newest, &faulty(&app, &tap), 1).await;
+    // One request stays open in the worker that dies.
+    let mut open = TcpStream::connect(envoy.address).await.expect("a connection");
+    open.write_all(b"GET /work?ms=60000 HTTP/1.1\r\nhost: app\r\n\r\n").await.expect("a request");
+    wait::until_equal("the app's requests", SETTLED, 1, async || app.counts.now()).await;
+    let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
+    let sent = load.finish().await + 1;
+    fault(&envoy, "panic").await;
+    // The panicking request had not been counted: the fault comes first.
+    let last = wait::until("its counts are reported", SETTLED, || async {
+        let until = tap.acknowledged().last().map_or(Snapshot::default(), |r| r.messages[0].until);
+        if (until.requests, until.in_flight) == (sent, 0) { Ok(until) } else { Err(until) }
+    })
+    .await;
+    assert_eq!(envoy.stat("queue_requests_total", &[]).await as u64, sent);
+    // The worker got a new VM, which counts on.
+    let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
+    let more = load.finish().await;
+    wait::until_equal("the count goes on", SETTLED, (last.requests + more, 0), async || {
+        let until = tap.acknowledged().last().expect("a report").messages[0].until;
+        (until.requests, until.in_flight)
+    })
+    .await;
+}
+
+/// Asks for `path` in the background.
+fn ask(envoy: &Envoy, path: &str) -> JoinHandle<Result<(StatusCode, Bytes), String>> {
+    let (to, request) = (envoy.address, Request::get(path).header("host", "app").body(Full::default()));
+    tokio::spawn(async move { http::ask(to, request.expect("a request")).await })
+}
+
+async fn status(answer: JoinHandle<Result<(StatusCode, Bytes), String>>) -> u16 {
+    let answer = tokio::time::timeout(SETTLED, answer).await.expect("an answer in time");
+    answer.expect("no panic").expect("an answer").0.as_u16()
+}
+
+/// One request is in the app, one waits for its slot, and the VM panics: what each of the two is answered.
+async fn open_and_waiting(version: Version, open_for_good: bool) -> (Envoy, App, Tap, [u16; 2]) {
+    let (app, tap) = (App::start().await, Tap::start(None).await);
+    let mut bootstrap = faulty(&app, &tap);
+    bootstrap.configure("container_concurrency", 1.into());
+    if open_for_good {
+        fail_open(&mut bootstrap);
+    }
+    let envoy = Envoy::start(version, &bootstrap, 1).await;
+    let open = ask(&envoy, "/work?ms=2000");
+    wait::until_equal("in the app", SETTLED, 1, async || app.counts.now()).await;
+    let waiting = ask(&envoy, "/work");
+    wait::until("one waits", SETTLED, || async {
+        let depth = envoy.stat("revision_queue_depth", &[]).await;
+        if depth == 2.0 { Ok(()) } else { Err(depth) }
+    })
+    .await;
+    fault(&envoy, "panic").await;
+    let answers = [status(open).await, status(waiting).await];
+    (envoy, app, tap, answers)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_fail_open_a_panic_fails_no_request_and_no_count_is_lost() {
+    for version in [Version::Oldest, Version::Newest] {
+        let (envoy, app, tap, answers) = open_and_waiting(version, true).await;
+        assert_eq!(answers, [200, 200], "the one in the app, the one that waited");
+        // From now on this worker passes everything, uncounted: no VM is there to count.
+        let plan = Plan { requests: 200, mixed: false, ..STEADY };
+        assert_eq!(Load::start(plan, envoy.address, &app.counts).finish().await, 200);
+        assert_eq!(app.counts.requests(), 202);
+        wait::until_equal("what was reported", SETTLED, 2, async || acknowledged(&tap)).await;
+        assert_eq!(envoy.stat("queue_requests_total", &[]).await, 2.0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_fail_reload_a_panic_answers_at_once_who_waited() {
+    let (_envoy, app, _tap, answers) = open_and_waiting(Version::Newest, false).await;
+    // Envoy fails every stream of a VM that is gone, unless `fail_open` is set; but nobody is left hanging.
+    assert_eq!(answers, [503, 503]);
+    assert_eq!(app.counts.requests(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_fail_reload_a_panic_under_load_fails_what_is_open_in_that_vm_alone() {
+    for version in [Version::Oldest, Version::Newest] {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let tap = Tap::start(Some(server.address)).await;
+        let envoy = Envoy::start(version, &faulty(&app, &tap), 2).await;
+        let load = Load::start(Plan { mixed: false, ..STEADY }, envoy.address, &app.counts);
+        let until = async |sent| {
+            wait::until("the load goes on", SETTLED, || async {
+                if load.sent() >= sent { Ok(()) } else { Err(load.sent()) }
+            })
+            .await;
+        };
+        until(1_000).await;
+        fault(&envoy, "panic").await;
+        until(load.sent() + 1_000).await;
+        load.stop();
+        let (sent, failed) = load.finish_with_failures().await;
+        assert!(failed <= STEADY.connections, "{failed} failed");
+        // Those that failed were counted when they came; the one that asked for the fault was not.
+        wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+        assert_eq!(acknowledged(&tap), sent);
+        println!("{version:?}: {sent} requests and a panic, {failed} of them failed, all counted");
+    }
+}
