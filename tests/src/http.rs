@@ -80,7 +80,7 @@ impl Connection {
 pub async fn websocket(to: SocketAddr) -> TcpStream {
     let mut stream = TcpStream::connect(to).await.expect("a connection");
     stream.set_nodelay(true).expect("an option");
-    let head = "GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
+    let head = "GET /ws HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
                 sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
     stream.write_all(head.as_bytes()).await.expect("sent");
     let mut answer = Vec::new();

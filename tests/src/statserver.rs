@@ -1,5 +1,6 @@
 //! A running `inflight-statserver`.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
@@ -31,10 +32,20 @@ impl StatServer {
 
     /// Starts one with more flags.
     pub async fn with(address: Option<SocketAddr>, flags: &[&str]) -> Self {
+        Self::launch(address, flags, &[]).await
+    }
+
+    /// Starts one with more flags and variables.
+    pub async fn launch(
+        address: Option<SocketAddr>,
+        flags: &[&str],
+        environment: &[(&'static str, OsString)],
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let listen = address.map_or("127.0.0.1:0".into(), |a| a.to_string());
         let mut command = Command::new(built("release/inflight-statserver"));
         command.args(["--listen", &listen, "--grpc-listen", "127.0.0.1:0"]).args(flags);
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
         let mut process = Process::start(&mut command, &folder.path().join("log"));
         let [address, grpc] = wait::until("the stats server listens", Duration::from_secs(30), || {
             assert!(process.ended().is_none(), "the stats server ended at its start:\n{}", process.log());

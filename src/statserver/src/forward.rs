@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::http::now_ns;
+use crate::http::since_1970;
 use crate::keys::Added;
 use crate::metrics::Metrics;
 
@@ -145,7 +145,7 @@ impl Added for Forward {
             request_count: added.requests,
             proxied_request_count: added.proxied_requests,
             process_uptime: 0.0,
-            timestamp: i64::try_from(now_ns() / 1_000_000_000).unwrap_or(i64::MAX),
+            timestamp: i64::try_from(since_1970().as_secs()).unwrap_or(i64::MAX),
         };
         self.all(vec![WireStatMessage { namespace: text(namespace), name: text(name), stat: Some(stat) }]);
     }

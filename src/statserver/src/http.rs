@@ -1,8 +1,8 @@
 //! The routes.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Body;
@@ -82,10 +82,17 @@ fn not_covered(app: &App, namespace: &str) -> (StatusCode, String) {
     (StatusCode::FORBIDDEN, format!("the token is not good for namespace {namespace}\n"))
 }
 
-/// Unix time in nanoseconds.
+/// Unix time in nanoseconds as of this process's first look, and from then on by the monotonic clock: whoever sets the wall
+/// clock must not move what is in the windows.
 pub fn now_ns() -> u64 {
-    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX)
+    static BEGAN: LazyLock<(Instant, Duration)> = LazyLock::new(|| (Instant::now(), since_1970()));
+    let (began, since_1970) = *BEGAN;
+    u64::try_from((since_1970 + began.elapsed()).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Unix time, as the wall clock has it now.
+pub fn since_1970() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// All routes.
