@@ -79,7 +79,12 @@ impl Bootstrap {
 
     /// Gives a cluster one endpoint or none, adding it if the configuration does not have it.
     pub fn cluster(&mut self, name: &str, endpoint: Option<SocketAddr>) {
-        let endpoints: Vec<Value> = endpoint
+        self.endpoints(name, endpoint.as_slice());
+    }
+
+    /// Gives a cluster so many endpoints.
+    pub fn endpoints(&mut self, name: &str, endpoints: &[SocketAddr]) {
+        let endpoints: Vec<Value> = endpoints
             .iter()
             .map(|a| {
                 let address = json!({"address": a.ip().to_string(), "port_value": a.port()});

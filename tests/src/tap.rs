@@ -13,7 +13,8 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use inflight_stats::Report;
 use inflight_stats::report::CONTENT_TYPE;
-use tokio::net::TcpListener;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
 use crate::http;
@@ -31,6 +32,29 @@ pub enum Mode {
     Hang,
     /// Answers this code without passing it on.
     Answer(u16),
+    /// Passes it on, and the answer back after so many milliseconds.
+    Slow(u64),
+    /// Writes something that is no HTTP.
+    Garbage,
+    /// Writes a head with 202 that never ends.
+    EndlessHead,
+    /// Answers 202 with a body that never ends, as fast as it can.
+    EndlessBody,
+}
+
+impl Mode {
+    /// What is written to whoever connects, and then again and again.
+    fn raw(self) -> Option<(&'static [u8], Option<&'static [u8]>)> {
+        const NONSENSE: &[u8] = b"\x16\x03\x01 this is not HTTP \x00\xff\r\n\r\n";
+        const HEAD: &[u8] = b"HTTP/1.1 202 Accepted\r\ncontent-type: text/plain\r\n";
+        const BODY: &[u8] = b"HTTP/1.1 202 Accepted\r\ncontent-length: 1000000000000\r\n\r\n";
+        match self {
+            Self::Garbage => Some((NONSENSE, None)),
+            Self::EndlessHead => Some((HEAD, Some(b"x-more: and more and more and more\r\n"))),
+            Self::EndlessBody => Some((BODY, Some(&[b'x'; 64 << 10]))),
+            _ => None,
+        }
+    }
 }
 
 /// A report that came by.
@@ -111,9 +135,22 @@ async fn accept(listener: TcpListener, shared: Arc<Mutex<Shared>>) {
         let Ok((stream, _)) = listener.accept().await else { continue };
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
+            let mode = shared.lock().expect("no panic under this lock").mode;
+            if let Some((once, more)) = mode.raw() {
+                return write(stream, once, more).await;
+            }
             let service = service_fn(move |request| take(request, Arc::clone(&shared)));
             let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
         });
+    }
+}
+
+/// Once a request is there, writes `once`, and then `more` until the other side has had enough.
+async fn write(mut stream: TcpStream, once: &[u8], more: Option<&[u8]>) {
+    let _ = stream.readable().await;
+    let _ = stream.write_all(once).await;
+    if let Some(more) = more {
+        while stream.write_all(more).await.is_ok() {}
     }
 }
 
@@ -135,9 +172,11 @@ async fn take(
     };
     let answer = match (mode, backend) {
         (Mode::Refuse | Mode::Hang, _) => Err("as asked"),
+        // Known only once it is connected to anew.
+        (Mode::Garbage | Mode::EndlessHead | Mode::EndlessBody, _) => Err("as asked"),
         (Mode::Answer(code), _) => Ok((StatusCode::from_u16(code).expect("a code"), "as asked".into())),
-        (Mode::Forward | Mode::LoseAnswer, None) => Ok((StatusCode::ACCEPTED, String::new())),
-        (Mode::Forward | Mode::LoseAnswer, Some(backend)) => {
+        (Mode::Forward | Mode::LoseAnswer | Mode::Slow(_), None) => Ok((StatusCode::ACCEPTED, String::new())),
+        (Mode::Forward | Mode::LoseAnswer | Mode::Slow(_), Some(backend)) => {
             http::post(backend, &path, CONTENT_TYPE, body).await.map_err(|_| "the stats server is away")
         }
     };
@@ -149,8 +188,10 @@ async fn take(
         at,
         headers,
     });
-    if mode == Mode::Hang {
-        tokio::time::sleep(Duration::from_secs(600)).await;
+    match mode {
+        Mode::Hang => tokio::time::sleep(Duration::from_secs(600)).await,
+        Mode::Slow(ms) => tokio::time::sleep(Duration::from_millis(ms)).await,
+        _ => {}
     }
     let (status, body) = answer?;
     let mut response = Response::new(Full::new(Bytes::from(body)));

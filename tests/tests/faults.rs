@@ -1,5 +1,6 @@
 //! What becomes of the counts when something dies, hangs or lies.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use inflight_e2e::app::App;
@@ -8,7 +9,7 @@ use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::{Mode, Tap};
-use inflight_e2e::{process, wait};
+use inflight_e2e::{http, process, wait};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -141,6 +142,103 @@ async fn a_hanging_stats_server_holds_up_neither_requests_nor_counts() {
     .await;
     tap.set_mode(Mode::Forward);
     wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost() {
+    const MODES: [Mode; 9] = [
+        Mode::Slow(400),
+        Mode::Slow(2_000),
+        Mode::Hang,
+        Mode::Refuse,
+        Mode::Answer(500),
+        Mode::Answer(302),
+        Mode::Garbage,
+        Mode::EndlessHead,
+        Mode::EndlessBody,
+    ];
+    for version in [Version::Oldest, Version::Newest] {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let tap = Tap::start(Some(server.address)).await;
+        let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+        bootstrap.configure("reporting_period", "200ms".into());
+        let envoy = Envoy::start(version, &bootstrap, 2).await;
+        let load = Load::start(Plan { connections: 8, ..STEADY }, envoy.address, &app.counts);
+        let stat = async |name| envoy.stat(name, &[]).await;
+        let resident = envoy.process.resident_bytes();
+        let largest = Cell::new(0);
+        for mode in MODES {
+            let (sent, acknowledged) = (load.sent(), stat("inflight_reports_sent").await);
+            let failed = stat("inflight_reports_failed").await;
+            tap.set_mode(mode);
+            wait::until(&format!("{mode:?} is noticed"), SETTLED, || async {
+                largest.set(largest.get().max(envoy.process.resident_bytes()));
+                let failed_now = stat("inflight_reports_failed").await;
+                let acknowledged_now = stat("inflight_reports_sent").await;
+                // Slow, but within the timeout, is not too slow.
+                let enough = if mode == Mode::Slow(400) { acknowledged_now - acknowledged } else { failed_now - failed };
+                if enough >= 3.0 && load.sent() >= sent + 200 { Ok(()) } else { Err((enough, load.sent())) }
+            })
+            .await;
+            // Between two of them it is what it should be.
+            let acknowledged = stat("inflight_reports_sent").await;
+            tap.set_mode(Mode::Forward);
+            wait::until("it is well again", SETTLED, || async {
+                let now = stat("inflight_reports_sent").await;
+                if now > acknowledged { Ok(()) } else { Err(now) }
+            })
+            .await;
+        }
+        load.stop();
+        let sent = load.finish().await;
+        wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+        assert!(largest.get() < resident + (256 << 20), "{} MiB", largest.get() >> 20);
+        println!(
+            "{version:?}: {sent} requests through nine kinds of trouble; Envoy grew from {} to at most {} MiB",
+            resident >> 20,
+            largest.get() >> 20
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_stats_servers_each_knows_its_part_and_one_may_die() {
+    for version in [Version::Oldest, Version::Newest] {
+        let app = App::start().await;
+        let [mut first, second] = [StatServer::start(None).await, StatServer::start(None).await];
+        let taps = [Tap::start(Some(first.address)).await, Tap::start(Some(second.address)).await];
+        let mut bootstrap = Bootstrap::sidecar(app.address, taps[0].address);
+        bootstrap.endpoints("inflight-statserver", &[taps[0].address, taps[1].address]);
+        bootstrap.configure("reporting_period", "200ms".into());
+        let envoy = Envoy::start(version, &bootstrap, 2).await;
+        let load = Load::start(Plan { connections: 8, ..STEADY }, envoy.address, &app.counts);
+        let more = async |taps: &[&Tap]| {
+            for tap in taps {
+                let before = tap.acknowledged().len();
+                wait::until("it gets reports", SETTLED, || async {
+                    let now = tap.acknowledged().len();
+                    if now >= before + 5 { Ok(()) } else { Err(now) }
+                })
+                .await;
+            }
+        };
+        more(&[&taps[0], &taps[1]]).await;
+        // In the middle of whatever it does.
+        first.process.kill();
+        more(&[&taps[1]]).await;
+        let by_first = acknowledged(&taps[0]);
+        let again = StatServer::start(Some(first.address)).await;
+        more(&[&taps[0], &taps[1]]).await;
+        load.stop();
+        let sent = load.finish().await;
+        wait::until_equal("what both acknowledged", SETTLED, sent, async || {
+            acknowledged(&taps[0]) + acknowledged(&taps[1])
+        })
+        .await;
+        let parts = (total(&again).await, total(&second).await);
+        assert_eq!(parts, (acknowledged(&taps[0]) - by_first, acknowledged(&taps[1])));
+        println!("{version:?}: {sent} requests: {by_first} to the one that died, then {parts:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
