@@ -41,11 +41,19 @@ impl StatServer {
         flags: &[&str],
         environment: &[(&'static str, OsString)],
     ) -> Self {
+        let mut command = Command::new(built("release/inflight-statserver"));
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
+        Self::run(command, address, flags).await
+    }
+
+    /// Starts one by a command that ends with the program and takes its flags.
+    ///
+    /// # Panics
+    /// If it does not listen.
+    pub async fn run(mut command: Command, address: Option<SocketAddr>, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let listen = address.map_or("127.0.0.1:0".into(), |a| a.to_string());
-        let mut command = Command::new(built("release/inflight-statserver"));
         command.args(["--listen", &listen, "--grpc-listen", "127.0.0.1:0"]).args(flags);
-        command.envs(environment.iter().map(|(name, value)| (name, value)));
         let mut process = Process::start(&mut command, &folder.path().join("log"));
         let [address, grpc] = wait::until("the stats server listens", Duration::from_secs(30), || {
             assert!(process.ended().is_none(), "the stats server ended at its start:\n{}", process.log());

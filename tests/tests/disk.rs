@@ -1,0 +1,84 @@
+//! The disk under the settings file fills up, and turns read-only.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::Request;
+use inflight_e2e::app::App;
+use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::envoy::{Envoy, Version};
+use inflight_e2e::load::{Load, Plan};
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::{built, http, wait};
+
+const SETTLED: Duration = Duration::from_secs(20);
+
+/// A server whose settings lie on a disk of 16 KiB that is its alone: in a mount namespace, which takes no privilege.
+async fn on_a_small_disk(folder: &Path) -> StatServer {
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]);
+    command.arg("mount -t tmpfs -o size=16k tmpfs \"$0\"; exec \"$@\"").arg(folder);
+    command.arg(built("release/inflight-statserver"));
+    let settings = folder.join("settings.json");
+    StatServer::run(command, None, &["--settings", settings.to_str().expect("a path")]).await
+}
+
+/// The answer to a PUT of a target.
+async fn put(server: &StatServer, target: u32) -> (u16, String) {
+    let request = Request::put("/v1/keys/default/hello-00001/settings").header("host", "test");
+    let body = Full::new(Bytes::from(format!("{{\"target\": {target}}}")));
+    let (status, body) = http::ask(server.address, request.body(body).expect("a request")).await.expect("an answer");
+    (status.as_u16(), String::from_utf8_lossy(&body).into_owned())
+}
+
+/// What the key is scaled by, and what the file on that disk says; nothing else lies beside it but `beside`.
+async fn holds(server: &StatServer, disk: &Path, target: u32, beside: usize) {
+    let key = server.key("default", "hello-00001").await.expect("the key");
+    assert_eq!(key["settings"]["target"].as_f64(), Some(target.into()));
+    let file = std::fs::read_to_string(disk.join("settings.json")).expect("the file");
+    assert!(file.contains(&format!("\"target\": {target}\n")), "{file}");
+    assert_eq!(std::fs::read_dir(disk).expect("the disk").count(), 1 + beside);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_and_a_read_only_disk_refuse_settings_and_nothing_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (app, server) = (App::start().await, on_a_small_disk(folder.path()).await);
+    let envoy = Envoy::start(Version::Newest, &Bootstrap::sidecar(app.address, server.address), 2).await;
+    let load = Load::start(Plan { requests: u64::MAX, ..Plan::default() }, envoy.address, &app.counts);
+    let pid = server.process.id().to_string();
+    let inside = folder.path().strip_prefix("/").expect("an absolute path");
+    let disk = PathBuf::from(format!("/proc/{pid}/root")).join(inside);
+
+    assert_eq!(put(&server, 7).await.0, 200);
+    holds(&server, &disk, 7, 0).await;
+
+    let filler = disk.join("filler");
+    let full = std::fs::write(&filler, vec![0; 64 << 10]).expect_err("the disk is small");
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    let (status, reason) = put(&server, 8).await;
+    assert!(status == 507 && reason.contains("nothing was changed"), "{status} {reason}");
+    holds(&server, &disk, 7, 1).await;
+
+    std::fs::remove_file(&filler).expect("removed");
+    assert_eq!(put(&server, 9).await.0, 200);
+    holds(&server, &disk, 9, 0).await;
+
+    let mut remount = Command::new("nsenter");
+    remount.args(["-t", &pid, "--user", "--mount", "--preserve-credentials"]);
+    remount.args(["mount", "-o", "remount,ro"]).arg(folder.path());
+    assert!(remount.status().expect("nsenter").success());
+    let (status, reason) = put(&server, 10).await;
+    assert!(status == 507 && reason.contains("Read-only"), "{status} {reason}");
+    holds(&server, &disk, 9, 0).await;
+
+    load.stop();
+    let sent = load.finish().await;
+    wait::until_equal("the server's count", SETTLED, sent, || {
+        server.number("default", "hello-00001", "requests_total")
+    })
+    .await;
+}
