@@ -1,4 +1,4 @@
-"""Drives the stats server's gRPC as KEDA does, by Python's grpcio and the .proto: keda.py ADDRESS PROTO."""
+"""Drives the stats server's gRPC as KEDA does, by Python's grpcio and the .proto: keda.py ADDRESS PROTO [CA CERTIFICATE KEY]."""
 
 import json
 import pathlib
@@ -18,7 +18,11 @@ with tempfile.TemporaryDirectory() as folder:
 
     known = messages.ScaledObjectRef(name="rev", namespace="ns", scalerMetadata={"target": "2.5", "scalerAddress": "x"})
     unknown = messages.ScaledObjectRef(name="nobody", namespace="ns")
-    with grpc.insecure_channel(address) as channel:
+    if files := [pathlib.Path(file).read_bytes() for file in sys.argv[3:]]:
+        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(files[0], files[2], files[1]))
+    else:
+        channel = grpc.insecure_channel(address)
+    with channel:
         scaler = services.ExternalScalerStub(channel)
         ask = {"timeout": 10}
         spec = scaler.GetMetricSpec(known, **ask).metricSpecs[0]

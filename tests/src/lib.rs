@@ -12,6 +12,7 @@
 //! | [`prometheus`] | reading the Prometheus text format; a real Prometheus |
 //! | [`statserver`] | a running `inflight-statserver` |
 //! | [`tap`] | between Envoy and the stats server: records reports, loses answers |
+//! | [`tls`] | a certificate authority of a test's own |
 //! | [`truth`] | counts and concurrency out of Envoy's own access log |
 //! | [`wait`] | waiting for a condition, with a deadline |
 
@@ -25,6 +26,7 @@ pub mod process;
 pub mod prometheus;
 pub mod statserver;
 pub mod tap;
+pub mod tls;
 pub mod truth;
 pub mod wait;
 

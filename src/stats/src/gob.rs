@@ -5,8 +5,8 @@
 //! matched by name, as in Go: their order does not matter, a missing one is zero, an unknown one is skipped, one of
 //! another type is an error. Only the stream's first value is read.
 //!
-//! Every step takes at least one byte of the input, and types nest no deeper than [`MAX_DEPTH`], so time and memory
-//! are bounded by the frame's length.
+//! Every step takes at least one byte of the input, and values nest no deeper than is allowed, so time and memory are bounded by
+//! the frame's length.
 
 use std::collections::HashMap;
 
@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use crate::wire::{Stat, WireStatMessage};
 
-/// How deep values may lie in each other; a `StatMessage`'s lie two deep.
+/// How deep the values of a field that is skipped may lie in each other, if nobody says otherwise.
 pub const MAX_DEPTH: usize = 16;
 /// The most types that a stream may define; a `StatMessage` needs four.
 pub const MAX_TYPES: usize = 64;
@@ -30,7 +30,7 @@ pub enum GobError {
     Malformed(&'static str),
     /// A type that was not defined, or defined twice.
     Type(i64),
-    /// More than [`MAX_TYPES`] types, or deeper than [`MAX_DEPTH`].
+    /// More than [`MAX_TYPES`] types, or deeper than allowed.
     TooMuch(&'static str),
     /// A field of `StatMessage` has another type here.
     Mismatch(&'static str),
@@ -77,13 +77,13 @@ pub fn begins_one(bytes: &[u8]) -> bool {
     bytes.first() != Some(&10) && id.is_ok_and(|id| id < 0)
 }
 
-/// Decodes the first value of a gob stream as a `StatMessage`.
+/// Decodes the first value of a gob stream as a `StatMessage`; what is skipped may lie `max_depth` deep.
 ///
 /// # Errors
 /// Every variant of [`GobError`].
-pub fn decode(bytes: &[u8]) -> Result<StatMessage, GobError> {
+pub fn decode(bytes: &[u8], max_depth: usize) -> Result<StatMessage, GobError> {
     let mut stream = Reader(bytes);
-    let mut types = Types::default();
+    let mut types = Types { by_id: HashMap::new(), max_depth };
     loop {
         let length = stream.length()?;
         let mut message = Reader(stream.take(length)?);
@@ -192,14 +192,16 @@ enum Type {
     Opaque,
 }
 
-#[derive(Default)]
-struct Types(HashMap<i64, Type>);
+struct Types {
+    by_id: HashMap<i64, Type>,
+    max_depth: usize,
+}
 
 impl Types {
     /// A definition is itself a gob value, of Go's `wireType`: one of seven fields is set, each a struct whose first field
     /// holds the type's own name and id.
     fn define(&mut self, reader: &mut Reader<'_>, id: i64) -> Result<(), GobError> {
-        if self.0.len() >= MAX_TYPES {
+        if self.by_id.len() >= MAX_TYPES {
             return Err(GobError::TooMuch("types"));
         }
         let mut defined = None;
@@ -232,14 +234,14 @@ impl Types {
             Ok(())
         })?;
         let defined = defined.ok_or(GobError::Malformed("a type's definition is empty"))?;
-        match self.0.insert(id, defined) {
+        match self.by_id.insert(id, defined) {
             None => Ok(()),
             Some(_) => Err(GobError::Type(id)),
         }
     }
 
     fn members(&self, id: i64, of: &'static str) -> Result<&[(String, i64)], GobError> {
-        match self.0.get(&id) {
+        match self.by_id.get(&id) {
             Some(Type::Struct(members)) => Ok(members),
             Some(_) => Err(GobError::Mismatch(of)),
             None => Err(GobError::Type(id)),
@@ -303,7 +305,7 @@ impl Types {
 
     /// `time.Time` marshals itself: a version, seconds since the year 1, nanoseconds, the zone's offset.
     fn time(&self, reader: &mut Reader<'_>, id: i64, time: &mut Time) -> Result<(), GobError> {
-        if !matches!(self.0.get(&id), Some(Type::Opaque)) {
+        if !matches!(self.by_id.get(&id), Some(Type::Opaque)) {
             return Err(GobError::Mismatch("Stat.Time"));
         }
         let bytes = reader.bytes()?;
@@ -323,7 +325,7 @@ impl Types {
     }
 
     fn skip(&self, reader: &mut Reader<'_>, id: i64, depth: usize) -> Result<(), GobError> {
-        if depth > MAX_DEPTH {
+        if depth > self.max_depth {
             return Err(GobError::TooMuch("depth"));
         }
         match id {
@@ -338,7 +340,7 @@ impl Types {
                 reader.int()?;
                 reader.bytes().map(|_| ())
             }
-            _ => match self.0.get(&id).ok_or(GobError::Type(id))? {
+            _ => match self.by_id.get(&id).ok_or(GobError::Type(id))? {
                 Type::Opaque => reader.bytes().map(|_| ()),
                 Type::List(element) => reader.elements(|reader| self.skip(reader, *element, depth + 1)),
                 Type::Map(key, value) => reader.elements(|reader| {
@@ -397,6 +399,10 @@ fn float(reader: &mut Reader<'_>, id: i64, field: &'static str, to: &mut f64) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn decode(bytes: &[u8]) -> Result<StatMessage, GobError> {
+        super::decode(bytes, MAX_DEPTH)
+    }
 
     fn uint(n: u64) -> Vec<u8> {
         if n < 128 {

@@ -254,6 +254,21 @@ impl Key {
         self.settings = settings;
     }
 
+    /// Whether this pod or gateway is one of the senders remembered.
+    pub fn knows(&self, pod: &str) -> bool {
+        self.pods.contains_key(pod)
+    }
+
+    /// How many pods and gateways are remembered, those that have been silent for less than [`MEMORY_NS`] among them.
+    pub fn senders(&self) -> usize {
+        self.pods.len()
+    }
+
+    /// The receiver's unix time at the last report, in nanoseconds; 0 before the first.
+    pub fn last_report_ns(&self) -> u64 {
+        self.last_report_ns
+    }
+
     /// Whether [`Key::record`] would take the report.
     ///
     /// # Errors

@@ -6,11 +6,26 @@
 
 use bytes::Bytes;
 use prost::Message;
+use prost::encoding::DecodeContext;
 
 use crate::gob;
 
-/// The largest frame of the stream in bytes; an activator with 5,000 revisions sends half of it.
-pub const MAX_FRAME_BYTES: usize = 1 << 20;
+/// How much of a frame is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameLimits {
+    /// The largest one in bytes; an activator with 5,000 revisions sends half of the default.
+    pub bytes: usize,
+    /// The most stats in one: an empty one takes two bytes of the frame and two hundred in memory.
+    pub messages: usize,
+    /// How deep a gob stream's values may lie in each other.
+    pub depth: usize,
+}
+
+impl Default for FrameLimits {
+    fn default() -> Self {
+        Self { bytes: 1 << 20, messages: 10_000, depth: gob::MAX_DEPTH }
+    }
+}
 
 /// What one pod had to do in one period.
 #[derive(Clone, PartialEq, Message)]
@@ -63,8 +78,10 @@ pub struct WireStatMessages {
 /// Why a frame was dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FrameError {
-    /// More than [`MAX_FRAME_BYTES`].
-    TooLarge(usize),
+    /// More bytes than allowed: how many, and the limit.
+    TooLarge(usize, usize),
+    /// More stats than allowed; the limit.
+    TooMany(usize),
     /// Neither of the two: the protobuf decoder's reason.
     Protobuf(String),
     /// A gob stream, and not of a `StatMessage`.
@@ -76,7 +93,8 @@ pub enum FrameError {
 impl std::fmt::Display for FrameError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::TooLarge(bytes) => write!(f, "the frame has {bytes} bytes, allowed are {MAX_FRAME_BYTES}"),
+            Self::TooLarge(bytes, most) => write!(f, "the frame has {bytes} bytes, allowed are {most}"),
+            Self::TooMany(most) => write!(f, "the frame has more than the allowed {most} stats"),
             Self::Protobuf(reason) => write!(f, "not a WireStatMessages: {reason}"),
             Self::Gob(error) => write!(f, "not a gob StatMessage: {error}"),
             Self::NotUtf8 => f.write_str("a name is not UTF-8"),
@@ -91,14 +109,19 @@ impl std::error::Error for FrameError {}
 ///
 /// # Errors
 /// Every variant of [`FrameError`]. A frame is taken as a whole or not at all.
-pub fn decode(frame: Bytes) -> Result<Vec<WireStatMessage>, FrameError> {
-    if frame.len() > MAX_FRAME_BYTES {
-        return Err(FrameError::TooLarge(frame.len()));
+pub fn decode(frame: Bytes, limits: &FrameLimits) -> Result<Vec<WireStatMessage>, FrameError> {
+    if frame.len() > limits.bytes {
+        return Err(FrameError::TooLarge(frame.len(), limits.bytes));
     }
     if gob::begins_one(&frame) {
-        return gob::decode(&frame).map(|decoded| vec![decoded.message]).map_err(FrameError::Gob);
+        let decoded = gob::decode(&frame, limits.depth).map_err(FrameError::Gob)?;
+        return Ok(vec![decoded.message]);
     }
-    let messages = WireStatMessages::decode(frame).map_err(|e| FrameError::Protobuf(e.to_string()))?.messages;
+    let protobuf = |error: prost::DecodeError| FrameError::Protobuf(error.to_string());
+    if count(&frame).map_err(protobuf)? > limits.messages {
+        return Err(FrameError::TooMany(limits.messages));
+    }
+    let messages = WireStatMessages::decode(frame).map_err(protobuf)?.messages;
     let utf8 = |bytes: &Bytes| std::str::from_utf8(bytes).is_ok();
     let whole = |message: &WireStatMessage| {
         let pod = message.stat.as_ref().is_none_or(|stat| utf8(&stat.pod_name));
@@ -107,9 +130,24 @@ pub fn decode(frame: Bytes) -> Result<Vec<WireStatMessage>, FrameError> {
     if messages.iter().all(whole) { Ok(messages) } else { Err(FrameError::NotUtf8) }
 }
 
+/// How many fields a protobuf message has, without decoding any: of a frame, its stats.
+fn count(mut frame: &[u8]) -> Result<usize, prost::DecodeError> {
+    let mut fields = 0;
+    while !frame.is_empty() {
+        let (tag, wire_type) = prost::encoding::decode_key(&mut frame)?;
+        prost::encoding::skip_field(wire_type, tag, &mut frame, DecodeContext::default())?;
+        fields += 1;
+    }
+    Ok(fields)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn decode(frame: Bytes) -> Result<Vec<WireStatMessage>, FrameError> {
+        super::decode(frame, &FrameLimits::default())
+    }
 
     fn message(namespace: &'static [u8]) -> WireStatMessage {
         let stat = Stat { pod_name: Bytes::from_static(b"pod"), request_count: 2.0, ..Stat::default() };
@@ -131,8 +169,19 @@ mod tests {
         let whole = frame(vec![message(b"a"), message(b"b")]);
         let cut = whole.slice(..whole.len() - 1);
         assert!(matches!(decode(cut), Err(FrameError::Protobuf(_))));
-        let large = decode(Bytes::from(vec![0; MAX_FRAME_BYTES + 1]));
-        assert_eq!(large, Err(FrameError::TooLarge(MAX_FRAME_BYTES + 1)));
+        let most = FrameLimits::default().bytes;
+        let large = decode(Bytes::from(vec![0; most + 1]));
+        assert_eq!(large, Err(FrameError::TooLarge(most + 1, most)));
+    }
+
+    #[test]
+    fn stats_are_counted_before_they_take_memory() {
+        let most = FrameLimits::default().messages;
+        let empty = |count| Bytes::from([10, 0].repeat(count));
+        assert_eq!(decode(empty(most)).unwrap().len(), most);
+        assert_eq!(decode(empty(most + 1)), Err(FrameError::TooMany(most)));
+        // A field that is skipped takes its bytes all the same.
+        assert_eq!(decode(Bytes::from([0x4a, 0].repeat(most + 1))), Err(FrameError::TooMany(most)));
     }
 
     #[test]

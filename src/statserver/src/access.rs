@@ -1,4 +1,4 @@
-//! Who may do what: bearer tokens out of a file, each good for some namespaces.
+//! Who may do what: bearer tokens out of a file, each good for some namespaces; and whoever has a certificate.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use subtle::{Choice, ConstantTimeEq};
 use tracing::{error, info};
+
+use crate::link::Peer;
 
 /// The most tokens in the file.
 const MOST: usize = 10_000;
@@ -28,6 +30,8 @@ pub struct Grant {
 impl Grant {
     /// Without tokens everybody may do everything: the listener is a loopback one, or whoever started this said so.
     const ALL: Self = Self { namespaces: None, admin: true };
+    /// Whoever shows a certificate reports and asks for every namespace. What keys are scaled by is a token's to tell.
+    const CERTIFIED: Self = Self { namespaces: None, admin: false };
 
     /// Whether it is good for a namespace.
     pub fn covers(&self, namespace: &str) -> bool {
@@ -47,6 +51,8 @@ struct Token {
 /// The tokens, as the file has them now.
 pub struct Access {
     file: Option<PathBuf>,
+    /// Whether a certificate lets somebody in.
+    certificates: bool,
     tokens: RwLock<(Vec<u8>, Arc<[Token]>)>,
 }
 
@@ -62,18 +68,18 @@ impl fmt::Display for BadLine {
 }
 
 impl Access {
-    /// Reads the file, if there is one.
+    /// Reads the file, if there is one. With neither that nor `certificates` everybody may do everything.
     ///
     /// # Errors
     /// In one line, without a secret.
-    pub fn load(file: Option<&Path>) -> Result<Self, String> {
+    pub fn load(file: Option<&Path>, certificates: bool) -> Result<Self, String> {
         let tokens = match file {
             None => (Vec::new(), Arc::default()),
             Some(path) => {
                 read(path).map_err(|reason| format!("--token-file {}: {reason}", path.display()))?
             }
         };
-        Ok(Self { file: file.map(Path::to_owned), tokens: RwLock::new(tokens) })
+        Ok(Self { file: file.map(Path::to_owned), certificates, tokens: RwLock::new(tokens) })
     }
 
     /// Takes over what the file says now. A file that is wrong changes nothing.
@@ -92,13 +98,17 @@ impl Access {
     }
 
     /// What the value of an `authorization` header allows: `Bearer TOKEN`, or `Basic` with the token as the password,
-    /// which is what a browser can send. Every token is compared, each in constant time.
+    /// which is what a browser can send; and without one, a certificate. Every token is compared, each in constant time.
     ///
     /// # Errors
     /// [`Unknown`].
-    pub fn check(&self, authorization: Option<&[u8]>) -> Result<Grant, Unknown> {
-        if self.file.is_none() {
-            return Ok(Grant::ALL);
+    pub fn check(&self, authorization: Option<&[u8]>, peer: Peer) -> Result<Grant, Unknown> {
+        let is_certified = self.certificates && peer.certified;
+        match (&self.file, authorization) {
+            (None, _) if !self.certificates => return Ok(Grant::ALL),
+            (None, _) | (Some(_), None) => return if is_certified { Ok(Grant::CERTIFIED) } else { Err(Unknown) },
+            // A token that is shown must be right, also beside a certificate.
+            (Some(_), Some(_)) => {}
         }
         let secret = authorization.and_then(secret).ok_or(Unknown)?;
         let tokens = Arc::clone(&self.tokens.read().unwrap_or_else(PoisonError::into_inner).1);
@@ -182,11 +192,32 @@ mod tests {
     const FILE: &str =
         "# who may report\nshop-token-0123456789 shop,cart\n\n  root-token-0123456789   *  admin \n";
 
+    const NOBODY: Peer = Peer { certified: false };
+    const CERTIFIED: Peer = Peer { certified: true };
+
+    #[test]
+    fn a_certificate_is_good_for_every_namespace_and_for_no_settings() {
+        let (folder, _) = access(FILE);
+        let file = folder.path().join("tokens");
+        for file in [None, Some(&*file)] {
+            let access = Access::load(file, true).unwrap();
+            assert_eq!(access.check(None, NOBODY), Err(Unknown));
+            let grant = access.check(None, CERTIFIED).unwrap();
+            assert_eq!((grant.covers("anything"), grant.admin), (true, false));
+        }
+        let both = Access::load(Some(&file), true).unwrap();
+        assert_eq!(both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED), Err(Unknown));
+        assert!(!both.check(Some(b"Bearer shop-token-0123456789"), CERTIFIED).unwrap().covers("other"));
+        // A certificate that nobody asked for is none.
+        let tokens = Access::load(Some(&file), false).unwrap();
+        assert_eq!(tokens.check(None, CERTIFIED), Err(Unknown));
+    }
+
     fn access(text: &str) -> (tempfile::TempDir, Result<Access, String>) {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("tokens");
         std::fs::write(&file, text).unwrap();
-        let access = Access::load(Some(&file));
+        let access = Access::load(Some(&file), false);
         (folder, access)
     }
 
@@ -194,15 +225,15 @@ mod tests {
     fn a_token_is_good_for_its_namespaces_alone() {
         let (_folder, access) = access(FILE);
         let access = access.unwrap();
-        let shop = access.check(Some(b"Bearer shop-token-0123456789")).unwrap();
+        let shop = access.check(Some(b"Bearer shop-token-0123456789"), NOBODY).unwrap();
         assert_eq!(
             (shop.covers("shop"), shop.covers("cart"), shop.covers("shopx"), shop.admin),
             (true, true, false, false)
         );
-        let root = access.check(Some(b"bearer  root-token-0123456789")).unwrap();
+        let root = access.check(Some(b"bearer  root-token-0123456789"), NOBODY).unwrap();
         assert_eq!((root.covers("anything"), root.admin), (true, true));
         let browser = format!("Basic {}", STANDARD.encode("anyone:shop-token-0123456789"));
-        assert_eq!(access.check(Some(browser.as_bytes())).unwrap(), shop);
+        assert_eq!(access.check(Some(browser.as_bytes()), NOBODY).unwrap(), shop);
         for wrong in [
             &b"Bearer shop-token-012345678"[..],
             b"Bearer",
@@ -212,14 +243,14 @@ mod tests {
             b"",
             b"\xff \xff",
         ] {
-            assert_eq!(access.check(Some(wrong)), Err(Unknown), "{wrong:?}");
+            assert_eq!(access.check(Some(wrong), NOBODY), Err(Unknown), "{wrong:?}");
         }
-        assert_eq!(access.check(None), Err(Unknown));
+        assert_eq!(access.check(None, NOBODY), Err(Unknown));
     }
 
     #[test]
     fn without_a_file_everybody_may() {
-        assert_eq!(Access::load(None).unwrap().check(None), Ok(Grant::ALL));
+        assert_eq!(Access::load(None, false).unwrap().check(None, NOBODY), Ok(Grant::ALL));
     }
 
     #[test]
@@ -242,9 +273,9 @@ mod tests {
         let file = folder.path().join("tokens");
         std::fs::write(&file, "other-token-0123456789 *\n").unwrap();
         access.reload();
-        assert_eq!(access.check(Some(b"Bearer shop-token-0123456789")), Err(Unknown));
+        assert_eq!(access.check(Some(b"Bearer shop-token-0123456789"), NOBODY), Err(Unknown));
         std::fs::write(&file, "short *\n").unwrap();
         access.reload();
-        assert!(access.check(Some(b"Bearer other-token-0123456789")).is_ok());
+        assert!(access.check(Some(b"Bearer other-token-0123456789"), NOBODY).is_ok());
     }
 }

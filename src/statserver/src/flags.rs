@@ -12,6 +12,8 @@ use inflight_stats::settings::{
 use tokio_tungstenite::tungstenite::http::Uri;
 use tracing::level_filters::LevelFilter;
 
+use crate::limits::Limits;
+
 /// Takes the reports of Inflight's filters and answers autoscalers.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
@@ -27,6 +29,18 @@ pub struct Flags {
     /// The file with the tokens that may report and ask: `TOKEN NAMESPACES [admin]` a line, `*` or a list with commas.
     #[arg(long, env = "INFLIGHT_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+
+    /// The server's certificate chain in PEM; with it, both addresses speak TLS alone.
+    #[arg(long, env = "INFLIGHT_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The certificate's private key in PEM.
+    #[arg(long, env = "INFLIGHT_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// The CA, in PEM, whose clients may report and ask for every namespace without a token.
+    #[arg(long, env = "INFLIGHT_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
 
     /// Lets everybody in who reaches the address, also if it is not a loopback one.
     #[arg(long, env = "INFLIGHT_INSECURE")]
@@ -91,6 +105,10 @@ pub struct Flags {
     /// A count above zero is at least this.
     #[arg(long, env = "INFLIGHT_ACTIVATION_SCALE", default_value_t = 1)]
     pub activation_scale: u32,
+
+    /// How much is taken from a network.
+    #[command(flatten)]
+    pub limits: Limits,
 }
 
 impl Flags {
@@ -99,14 +117,15 @@ impl Flags {
     /// # Errors
     /// In one line, what to do.
     pub fn check_access(&self) -> Result<(), String> {
-        if self.token_file.is_some() || self.insecure {
+        if self.token_file.is_some() || self.tls_client_ca.is_some() || self.insecure {
             return Ok(());
         }
         let open = [("--listen", self.listen), ("--grpc-listen", self.grpc_listen)];
         match open.into_iter().find(|(_, address)| !address.ip().is_loopback()) {
             None => Ok(()),
             Some((flag, address)) => Err(format!(
-                "{flag} was {address}, allowed without --token-file is a loopback address; --insecure lets everybody in"
+                "{flag} was {address}, allowed without --token-file or --tls-client-ca is a loopback address; --insecure lets \
+                 everybody in"
             )),
         }
     }
@@ -197,6 +216,12 @@ mod tests {
             assert!(error.contains(flag) && error.contains("0.0.0.0:80"), "{error}");
             assert_eq!(check(&[flag, "0.0.0.0:80", "--insecure"]), Ok(()));
             assert_eq!(check(&[flag, "0.0.0.0:80", "--token-file", "x"]), Ok(()));
+            let tls = ["--tls-cert", "x", "--tls-key", "x"];
+            assert!(check(&[&[flag, "0.0.0.0:80"], &tls[..]].concat()).is_err(), "says who serves, not who asks");
+            assert_eq!(
+                check(&[&[flag, "0.0.0.0:80", "--tls-client-ca", "x"], &tls[..]].concat()),
+                Ok(())
+            );
         }
     }
 
@@ -212,6 +237,10 @@ mod tests {
             ["--drain-delay", "2h"],
             ["--forward", "http://autoscaler"],
             ["--forward", "ws:autoscaler"],
+            ["--max-connections", "0"],
+            ["--max-report-bytes", "1048577"],
+            ["--body-timeout", "0s"],
+            ["--max-depth", "65"],
         ] {
             let error = Flags::try_parse_from(["inflight-statserver", wrong[0], wrong[1]]).unwrap_err();
             assert!(error.to_string().contains("allowed is"), "{error}");

@@ -17,7 +17,7 @@ use futures_util::StreamExt;
 use inflight_stats::Report;
 use inflight_stats::decider::EVERY_NS;
 use inflight_stats::ingest::Averages;
-use inflight_stats::report::{CONTENT_TYPE, MAX_BYTES, MAX_NAME_BYTES, is_name};
+use inflight_stats::report::{CONTENT_TYPE, MAX_NAME_BYTES, is_name};
 use inflight_stats::request::{KUBELET_PROBE_HEADER, is_kubelet_agent};
 use inflight_stats::settings::KeySettings;
 use serde::{Deserialize, Serialize};
@@ -27,13 +27,13 @@ use tracing::{debug, warn};
 
 use crate::access::{Access, Grant, Unknown};
 use crate::forward::Forward;
-use crate::keys::{KeyName, Keys, Point, View};
+use crate::keys::{KeyName, Keys, NotTaken, Point, View};
+use crate::limits::{Limit, Limits};
+use crate::link::Peer;
 use crate::metrics::Metrics;
 use crate::stream::{self, Seldom};
 use crate::told::{TellError, Told};
 
-/// The largest settings of a key, as JSON.
-const MOST_SETTINGS_BYTES: usize = 16 << 10;
 /// The most keys that one `GET` lists.
 const MOST_LISTED: usize = 10_000;
 
@@ -45,6 +45,8 @@ pub struct App {
     pub access: Access,
     /// What single keys were told.
     pub told: Told,
+    /// How much is taken from a network.
+    pub limits: Limits,
     /// The server's own metrics.
     pub metrics: Arc<Metrics>,
     /// Where stats are sent on to.
@@ -67,7 +69,8 @@ impl FromRequestParts<Arc<App>> for Grant {
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
         let authorization = parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
-        app.access.check(authorization).map_err(|Unknown| {
+        let peer = parts.extensions.get::<Peer>().copied().unwrap_or_default();
+        app.access.check(authorization, peer).map_err(|Unknown| {
             app.metrics.unauthorized.inc();
             // A browser asks its user for a password.
             let asked = [(header::WWW_AUTHENTICATE, "Basic realm=\"inflight\", charset=\"UTF-8\"")];
@@ -189,30 +192,57 @@ async fn take(
             format!("content-type was {was}, allowed is {CONTENT_TYPE}\n"),
         ));
     }
-    let too_large = || {
-        (StatusCode::PAYLOAD_TOO_LARGE, format!("the report has more than the allowed {MAX_BYTES} bytes\n"))
-    };
-    let bytes = read_up_to(body, MAX_BYTES).await.map_err(|Cut| too_large())?;
+    let bytes = read(app, body, Limit::ReportBytes, app.limits.max_report_bytes).await?;
     let report = Report::decode(&bytes).map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}\n")))?;
+    let (keys, most) = (report.messages.len(), app.limits.max_messages);
+    if keys > most {
+        app.metrics.refused(Limit::Messages);
+        let reason = format!("the report has {keys} keys, allowed are {most} (--max-messages)\n");
+        return Err((StatusCode::BAD_REQUEST, reason));
+    }
     if let Some(message) = report.messages.iter().find(|message| !grant.covers(&message.namespace)) {
         return Err(not_covered(app, &message.namespace));
     }
-    app.keys.record(&report, now_ns(), app.forward.as_deref()).map_err(|((namespace, name), error)| {
-        (StatusCode::CONFLICT, format!("key {namespace}/{name}: {error}\n"))
-    })?;
-    Ok(bytes.len())
+    match app.keys.record(&report, now_ns(), app.forward.as_deref()) {
+        Ok(()) => Ok(bytes.len()),
+        Err(NotTaken::WentBack((namespace, name), error)) => {
+            Err((StatusCode::CONFLICT, format!("key {namespace}/{name}: {error}\n")))
+        }
+        // Not a 4xx: the sender says it again, and is heard once there is room.
+        Err(NotTaken::Full(full)) => {
+            app.metrics.refused(full.limit);
+            app.seldom.say(|unsaid| warn!(%full, pod = report.pod, unsaid, "not the whole of a report was taken"));
+            Err((StatusCode::INSUFFICIENT_STORAGE, format!("{full}\n")))
+        }
+    }
 }
 
-/// The body was longer than allowed, or broke off.
-struct Cut;
+/// Reads a body of at most `most` bytes, in the time that a body may take.
+async fn read(app: &App, body: Body, limit: Limit, most: usize) -> Result<Vec<u8>, (StatusCode, String)> {
+    let timeout = app.limits.body_timeout;
+    match tokio::time::timeout(timeout, read_up_to(body, most)).await {
+        Ok(Some(bytes)) => Ok(bytes),
+        Ok(None) => {
+            app.metrics.refused(limit);
+            let reason = format!("the body has more than the allowed {most} bytes (--{})\n", limit.flag());
+            Err((StatusCode::PAYLOAD_TOO_LARGE, reason))
+        }
+        Err(_) => {
+            app.metrics.refused(Limit::BodyTimeout);
+            let reason = format!("the body took longer than {timeout:?} (--body-timeout)\n");
+            Err((StatusCode::REQUEST_TIMEOUT, reason))
+        }
+    }
+}
 
-/// Reads a body of at most `most` bytes. Of a longer one some more is read and dropped, because a client that
-/// is still writing when the connection closes never sees the answer.
-async fn read_up_to(body: Body, most: usize) -> Result<Vec<u8>, Cut> {
+/// Reads a body; `None` if it is longer than `most` bytes. Of a longer one some more is read and dropped, because a client
+/// that is still writing when the connection closes never sees the answer. One that breaks off is as good as empty: nobody
+/// is there to be answered.
+async fn read_up_to(body: Body, most: usize) -> Option<Vec<u8>> {
     let (mut kept, mut length) = (Vec::new(), 0_usize);
     let mut chunks = body.into_data_stream();
     while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|_| Cut)?;
+        let Ok(chunk) = chunk else { return Some(Vec::new()) };
         length = length.saturating_add(chunk.len());
         if length <= most {
             kept.extend_from_slice(&chunk);
@@ -222,7 +252,16 @@ async fn read_up_to(body: Body, most: usize) -> Result<Vec<u8>, Cut> {
             kept = Vec::new();
         }
     }
-    if length <= most { Ok(kept) } else { Err(Cut) }
+    (length <= most).then_some(kept)
+}
+
+/// How deep values lie in each other: a number is 0 deep, an object of numbers 1.
+fn depth(json: &serde_json::Value) -> usize {
+    match json {
+        serde_json::Value::Array(values) => values.iter().map(depth).max().unwrap_or(0) + 1,
+        serde_json::Value::Object(fields) => fields.values().map(depth).max().unwrap_or(0) + 1,
+        _ => 0,
+    }
 }
 
 #[derive(Serialize)]
@@ -345,9 +384,9 @@ async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyNam
     if let Err(refused) = may_tell(&app, &grant, &name) {
         return refused.into_response();
     }
-    let Ok(bytes) = read_up_to(body, MOST_SETTINGS_BYTES).await else {
-        let reason = format!("the settings have more than the allowed {MOST_SETTINGS_BYTES} bytes\n");
-        return (StatusCode::PAYLOAD_TOO_LARGE, reason).into_response();
+    let bytes = match read(&app, body, Limit::SettingsBytes, app.limits.max_settings_bytes).await {
+        Ok(bytes) => bytes,
+        Err(refused) => return refused.into_response(),
     };
     for (what, value) in [("namespace", &name.0), ("name", &name.1)] {
         if !is_name(value) {
@@ -356,6 +395,12 @@ async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyNam
         }
     }
     match serde_json::from_slice(&bytes) {
+        Ok(json) if depth(&json) > app.limits.max_depth => {
+            app.metrics.refused(Limit::Depth);
+            let most = app.limits.max_depth;
+            let reason = format!("values lie more than the allowed {most} deep in each other (--max-depth)\n");
+            (StatusCode::BAD_REQUEST, reason).into_response()
+        }
         Ok(json) => told(&app, name, Some(json)).await,
         Err(error) => (StatusCode::BAD_REQUEST, format!("not JSON: {error}\n")).into_response(),
     }

@@ -9,11 +9,12 @@ use futures_util::{Stream, StreamExt, future, stream};
 use inflight_stats::settings::{KeySettings, METRICS, Metric, TARGET};
 use tokio_stream::wrappers::{IntervalStream, WatchStream};
 use tonic::metadata::MetadataMap;
-use tonic::{Request, Response, Status};
+use tonic::{Extensions, Request, Response, Status};
 
 use crate::access::Unknown;
 use crate::http::{App, now_ns};
 use crate::keys::KeyName;
+use crate::link::Peer;
 
 /// What the build made of `proto/externalscaler.proto`.
 #[allow(missing_docs, clippy::all, reason = "generated")]
@@ -43,9 +44,15 @@ struct Asked {
 
 impl Asked {
     /// What the call is about, if its token is good for that.
-    fn granted(app: &App, metadata: &MetadataMap, object: ScaledObjectRef) -> Result<Self, Status> {
+    fn granted(
+        app: &App,
+        metadata: &MetadataMap,
+        extensions: &Extensions,
+        object: ScaledObjectRef,
+    ) -> Result<Self, Status> {
         let authorization = metadata.get("authorization").map(|value| value.as_bytes());
-        let grant = app.access.check(authorization).map_err(|Unknown| {
+        let peer = extensions.get::<Peer>().copied().unwrap_or_default();
+        let grant = app.access.check(authorization, peer).map_err(|Unknown| {
             app.metrics.unauthorized.inc();
             Status::unauthenticated("authorization: no token, or one that is not known")
         })?;
@@ -136,8 +143,8 @@ fn metric_name(metric: Metric) -> &'static str {
 impl Scaler {
     /// What a call is about, if its token is good for that.
     fn asked(&self, request: Request<ScaledObjectRef>) -> Result<Asked, Status> {
-        let (metadata, _, object) = request.into_parts();
-        Asked::granted(&self.0, &metadata, object)
+        let (metadata, extensions, object) = request.into_parts();
+        Asked::granted(&self.0, &metadata, &extensions, object)
     }
 
     /// A stream that ends with the server, so that nobody waits for it.
@@ -185,9 +192,10 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<GetMetricsRequest>,
     ) -> Result<Response<GetMetricsResponse>, Status> {
-        let (metadata, _, GetMetricsRequest { scaled_object_ref, metric_name: wanted }) =
+        let (metadata, extensions, GetMetricsRequest { scaled_object_ref, metric_name: wanted }) =
             request.into_parts();
-        let asked = Asked::granted(&self.0, &metadata, scaled_object_ref.unwrap_or_default())?;
+        let object = scaled_object_ref.unwrap_or_default();
+        let asked = Asked::granted(&self.0, &metadata, &extensions, object)?;
         let metric = asked.metric(&asked.settings(&self.0));
         let (namespace, name) = &asked.key;
         let value = self.0.keys.of(namespace, name, |key| key.metric(metric, now_ns())).unwrap_or(0.0);

@@ -1,19 +1,21 @@
 //! Every key's figures, in memory. Keys lie in shards, so that reports of different keys seldom wait
 //! for each other; no lock is held across keys.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
-use inflight_stats::Report;
 use inflight_stats::decider::Decision;
-use inflight_stats::ingest::{Figures, Key, PerSecond, WentBack};
+use inflight_stats::ingest::{Figures, Implausible, Key, PerSecond, WentBack};
 use inflight_stats::settings::KeySettings;
 use inflight_stats::wire::WireStatMessage;
+use inflight_stats::{KeyReport, Report};
 use serde::Serialize;
 
 use crate::access::Grant;
+use crate::limits::Limit;
 use crate::watch::Watch;
 
 const SHARDS: usize = 64;
@@ -21,6 +23,9 @@ const SHARDS: usize = 64;
 pub const POINTS: usize = 300;
 /// The most keys whose past is kept: 5 KB each.
 const MOST_HISTORIES: usize = 2_000;
+
+/// A key of which nothing was heard for so long is forgotten.
+const KEPT_NS: u64 = 24 * 3600 * 1_000_000_000;
 
 /// Namespace and name.
 pub type KeyName = (String, String);
@@ -77,11 +82,56 @@ pub trait Added {
     fn added(&self, namespace: &str, name: &str, pod: &str, added: &PerSecond);
 }
 
+/// There is no room for a new key, or for another pod of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Full {
+    /// Which limit says so.
+    pub limit: Limit,
+    /// Where, and how many there are.
+    reason: String,
+}
+
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, all that --{} allows", self.reason, self.limit.flag())
+    }
+}
+
+/// Why a report was not taken, or not the whole of it.
+#[derive(Debug)]
+pub enum NotTaken {
+    /// Nothing was.
+    WentBack(KeyName, WentBack),
+    /// All but some keys were; the first one's reason.
+    Full(Full),
+}
+
+/// Why a stat was not taken.
+#[derive(Debug)]
+pub enum NoStat {
+    /// It has no stat, no name, impossible numbers, or a namespace that is not granted.
+    Bad,
+    /// It would have been taken.
+    Full(Full),
+}
+
+/// How much is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Keys of one namespace.
+    pub keys_per_namespace: usize,
+    /// Pods and gateways of one key.
+    pub pods_per_key: usize,
+}
+
 /// All keys.
 pub struct Keys {
-    shards: Vec<Mutex<Shard>>,
+    shards: Box<[Mutex<Shard>; SHARDS]>,
     hasher: RandomState,
     defaults: Arc<KeySettings>,
+    room: Room,
+    /// How many keys each namespace has.
+    namespaces: Mutex<HashMap<String, usize>>,
     told: RwLock<HashMap<KeyName, Arc<KeySettings>>>,
     /// Who waits for a key's first traffic.
     pub watch: Watch,
@@ -89,10 +139,10 @@ pub struct Keys {
 
 impl Keys {
     /// No keys yet; each is scaled by `defaults` unless it is told otherwise.
-    pub fn new(defaults: Arc<KeySettings>) -> Self {
-        let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
-        let (told, watch) = (RwLock::default(), Watch::default());
-        Self { shards, hasher: RandomState::new(), defaults, told, watch }
+    pub fn new(defaults: Arc<KeySettings>, room: Room) -> Self {
+        let shards = Box::new(std::array::from_fn(|_| Mutex::default()));
+        let (told, watch, namespaces) = (RwLock::default(), Watch::default(), Mutex::default());
+        Self { shards, hasher: RandomState::new(), defaults, room, namespaces, told, watch }
     }
 
     /// What a key is scaled by that was told nothing.
@@ -100,30 +150,40 @@ impl Keys {
         &self.defaults
     }
 
-    /// Takes a whole report, or nothing of it.
+    /// Takes a report. Keys for which there is no room are left out, and the sender is to say it again: what was taken adds
+    /// nothing when it comes again, and one namespace that is full keeps no other from reporting.
     ///
     /// # Errors
-    /// [`WentBack`], with the key whose counters did.
+    /// [`NotTaken`].
     pub fn record(
         &self,
         report: &Report,
         now_ns: u64,
         observer: Option<&impl Added>,
-    ) -> Result<(), (KeyName, WentBack)> {
+    ) -> Result<(), NotTaken> {
         let Report { pod, incarnation, messages, .. } = report;
-        let named = |namespace: &String, name: &String, error| ((namespace.clone(), name.clone()), error);
+        let went_back = |message: &KeyReport, error| {
+            NotTaken::WentBack((message.namespace.clone(), message.name.clone()), error)
+        };
         for message in messages {
             let checked = self.known(&message.namespace, &message.name, |entry| {
                 entry.key.check(pod, *incarnation, message)
             });
-            checked.unwrap_or(Ok(())).map_err(|error| named(&message.namespace, &message.name, error))?;
+            checked.unwrap_or(Ok(())).map_err(|error| went_back(message, error))?;
         }
+        let mut full = None;
         for message in messages {
             let (namespace, name) = (&message.namespace, &message.name);
-            let recorded =
-                self.with(namespace, name, |entry| entry.key.record(pod, *incarnation, message, now_ns));
-            let recorded =
-                recorded.unwrap_or(Err(WentBack)).map_err(|error| named(namespace, name, error))?;
+            let recorded = self.with(namespace, name, Some(pod), |entry| {
+                entry.key.record(pod, *incarnation, message, now_ns)
+            });
+            let recorded = match recorded {
+                Ok(recorded) => recorded.map_err(|error| went_back(message, error))?,
+                Err(why) => {
+                    full.get_or_insert(why);
+                    continue;
+                }
+            };
             if let (Some(observer), Some(added)) = (observer, &recorded.added) {
                 observer.added(namespace, name, pod, added);
             }
@@ -131,30 +191,31 @@ impl Keys {
                 self.watch.woke(namespace, name);
             }
         }
-        Ok(())
+        full.map_or(Ok(()), |full| Err(NotTaken::Full(full)))
     }
 
-    /// Takes a stat of the stream; whether it was one. A message without a stat or a name is none, nor is one of a
-    /// namespace that is not granted.
-    pub fn record_stat(&self, grant: &Grant, message: &WireStatMessage, now_ns: u64) -> bool {
-        let text =
-            |bytes| std::str::from_utf8(bytes).ok().filter(|text| inflight_stats::report::is_name(text));
-        let (Some(namespace), Some(name)) = (text(&message.namespace), text(&message.name)) else {
-            return false;
+    /// Takes a stat of the stream.
+    ///
+    /// # Errors
+    /// [`NoStat`].
+    pub fn record_stat(&self, grant: &Grant, message: &WireStatMessage, now_ns: u64) -> Result<(), NoStat> {
+        let text = |bytes| {
+            let text = std::str::from_utf8(bytes).ok().filter(|text| inflight_stats::report::is_name(text));
+            text.ok_or(NoStat::Bad)
         };
-        let Some((stat, pod)) = message.stat.as_ref().and_then(|stat| Some((stat, text(&stat.pod_name)?)))
-        else {
-            return false;
-        };
+        let (namespace, name) = (text(&message.namespace)?, text(&message.name)?);
+        let stat = message.stat.as_ref().ok_or(NoStat::Bad)?;
+        let pod = text(&stat.pod_name)?;
         if !grant.covers(namespace) {
-            return false;
+            return Err(NoStat::Bad);
         }
-        let recorded = self.with(namespace, name, |entry| entry.key.record_stat(pod, stat, now_ns));
-        let Some(Ok(recorded)) = recorded else { return false };
+        let recorded =
+            self.with(namespace, name, Some(pod), |entry| entry.key.record_stat(pod, stat, now_ns));
+        let recorded = recorded.map_err(NoStat::Full)?.map_err(|Implausible| NoStat::Bad)?;
         if recorded.woke {
             self.watch.woke(namespace, name);
         }
-        true
+        Ok(())
     }
 
     /// What is known of one key.
@@ -224,20 +285,57 @@ impl Keys {
         drop(told);
         let (namespace, name) = name;
         match settings {
-            // A key that is told something is there, also before its first report.
-            Some(settings) => self.with(namespace, name, |entry| entry.key.apply(settings)),
-            None => self.known_mut(namespace, name, |entry| entry.key.apply(Arc::clone(&self.defaults))),
-        };
+            // A key that is told something is there, also before its first report: if there is room.
+            Some(settings) => drop(self.with(namespace, name, None, |entry| entry.key.apply(settings))),
+            None => drop(
+                self.known_mut(namespace, name, |entry| entry.key.apply(Arc::clone(&self.defaults))),
+            ),
+        }
     }
 
-    /// Forgets senders that have long been silent.
+    /// Forgets senders that have long been silent, and keys that nobody has reported for a day, unless they were told
+    /// something.
     pub fn forget(&self, now_ns: u64) {
         self.each(|entry| entry.key.forget(now_ns));
+        let told: HashSet<KeyName> =
+            self.told.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+        for shard in self.shards.iter() {
+            let mut shard = lock(shard);
+            let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > KEPT_NS;
+            for place in (0..shard.entries.len()).rev() {
+                if shard.entries.get(place).is_some_and(|entry| is_old(entry) && !told.contains(&entry.name)) {
+                    self.remove(&mut shard, place);
+                }
+            }
+        }
+    }
+
+    /// The last entry takes the place that is free.
+    fn remove(&self, shard: &mut Shard, place: usize) {
+        let removed = shard.entries.swap_remove(place);
+        let (namespace, name) = &removed.name;
+        let found = shard.places.find_entry(self.hash(namespace, name), |at| *at == place);
+        if let Ok(found) = found {
+            found.remove();
+        }
+        if let Some(moved) = shard.entries.get(place) {
+            let (from, hash) = (shard.entries.len(), self.hash(&moved.name.0, &moved.name.1));
+            if let Some(at) = shard.places.find_mut(hash, |at| *at == from) {
+                *at = place;
+            }
+        }
+        let mut namespaces = lock(&self.namespaces);
+        if let Some(count) = namespaces.get_mut(namespace) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                namespaces.remove(namespace);
+            }
+        }
     }
 
     /// Every entry, each under a lock of its own.
     fn each(&self, mut f: impl FnMut(&mut Entry)) {
-        for shard in &self.shards {
+        for shard in self.shards.iter() {
             for place in 0.. {
                 match lock(shard).entries.get_mut(place) {
                     Some(entry) => f(entry),
@@ -252,19 +350,27 @@ impl Keys {
     }
 
     fn known_mut<T>(&self, namespace: &str, name: &str, f: impl FnOnce(&mut Entry) -> T) -> Option<T> {
-        let (hash, mut shard) = self.shard(namespace, name)?;
+        let (hash, mut shard) = self.shard(namespace, name);
         let Shard { places, entries } = &mut *shard;
         let place = *places.find(hash, |place| is(entries, *place, namespace, name))?;
         entries.get_mut(place).map(f)
     }
 
-    /// An entry, which is made if it is not there. A key that is there costs one hash and no allocation.
-    fn with<T>(&self, namespace: &str, name: &str, f: impl FnOnce(&mut Entry) -> T) -> Option<T> {
-        let (hash, mut shard) = self.shard(namespace, name)?;
+    /// An entry, which is made if it is not there and there is room: for it, and in it for `pod`. A key that is there
+    /// costs one hash and no allocation.
+    fn with<T>(
+        &self,
+        namespace: &str,
+        name: &str,
+        pod: Option<&str>,
+        f: impl FnOnce(&mut Entry) -> T,
+    ) -> Result<T, Full> {
+        let (hash, mut shard) = self.shard(namespace, name);
         let Shard { places, entries } = &mut *shard;
         let place = match places.find(hash, |place| is(entries, *place, namespace, name)) {
             Some(place) => *place,
             None => {
+                self.make_room(namespace)?;
                 let name = (namespace.to_owned(), name.to_owned());
                 let told = self.told.read().unwrap_or_else(PoisonError::into_inner);
                 let settings = Arc::clone(told.get(&name).unwrap_or(&self.defaults));
@@ -277,18 +383,40 @@ impl Keys {
                 place
             }
         };
-        entries.get_mut(place).map(f)
+        let most = self.room.pods_per_key;
+        let full = |entry: &Entry| {
+            pod.is_some_and(|pod| entry.key.senders() >= most && !entry.key.knows(pod))
+        };
+        match entries.get_mut(place) {
+            Some(entry) if !full(entry) => Ok(f(entry)),
+            _ => Err(Full {
+                limit: Limit::PodsPerKey,
+                reason: format!("key {namespace}/{name} has {most} pods and gateways"),
+            }),
+        }
+    }
+
+    /// One more key in a namespace.
+    fn make_room(&self, namespace: &str) -> Result<(), Full> {
+        let mut namespaces = lock(&self.namespaces);
+        let count = namespaces.entry(namespace.to_owned()).or_default();
+        if *count >= self.room.keys_per_namespace {
+            let reason = format!("namespace {namespace} has {count} keys");
+            return Err(Full { limit: Limit::KeysPerNamespace, reason });
+        }
+        *count += 1;
+        Ok(())
     }
 
     fn hash(&self, namespace: &str, name: &str) -> u64 {
         self.hasher.hash_one((namespace, name))
     }
 
-    fn shard(&self, namespace: &str, name: &str) -> Option<(u64, MutexGuard<'_, Shard>)> {
+    #[allow(clippy::indexing_slicing, reason = "a remainder of SHARDS is below SHARDS")]
+    fn shard(&self, namespace: &str, name: &str) -> (u64, MutexGuard<'_, Shard>) {
         let hash = self.hash(namespace, name);
         // The table within the shard goes by the lower and the highest bits.
-        let shard = self.shards.get((hash >> 32) as usize % SHARDS)?;
-        Some((hash, lock(shard)))
+        (hash, lock(&self.shards[(hash >> 32) as usize % SHARDS]))
     }
 }
 
@@ -299,4 +427,94 @@ fn is(entries: &[Entry], place: usize, namespace: &str, name: &str) -> bool {
 /// A thread that panicked in a shard left whole values behind: each change of a key is checked first.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use inflight_stats::Snapshot;
+
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+    const NOW: u64 = 1_700_000_000 * SECOND;
+
+    fn keys(keys_per_namespace: usize, pods_per_key: usize) -> Keys {
+        Keys::new(Arc::default(), Room { keys_per_namespace, pods_per_key })
+    }
+
+    fn report(pod: &str, names: &[(&str, &str)]) -> Report {
+        let until = Snapshot { as_of_ns: 2 * SECOND, requests: 5, ..Snapshot::default() };
+        let message = |(namespace, name): &(&str, &str)| KeyReport {
+            namespace: (*namespace).into(),
+            name: (*name).into(),
+            from_gateway: true,
+            since: Snapshot::starting_at(SECOND),
+            until,
+        };
+        Report { version: 1, pod: pod.into(), incarnation: 1, messages: names.iter().map(message).collect() }
+    }
+
+    fn take(keys: &Keys, report: &Report, now_ns: u64) -> Result<(), String> {
+        keys.record(report, now_ns, None::<&crate::forward::Forward>).map_err(|not| match not {
+            NotTaken::Full(full) => full.to_string(),
+            NotTaken::WentBack(..) => "went back".into(),
+        })
+    }
+
+    fn total(keys: &Keys, namespace: &str, name: &str) -> Option<u64> {
+        keys.view(namespace, name, NOW).map(|view| view.figures.requests_total)
+    }
+
+    #[test]
+    fn a_full_namespace_takes_no_new_key_and_nothing_from_the_others() {
+        let keys = keys(2, 9);
+        take(&keys, &report("pod", &[("full", "a"), ("full", "b")]), NOW).unwrap();
+        let mixed = report("gateway", &[("full", "a"), ("full", "c"), ("other", "c")]);
+        for _ in 0..2 {
+            // What fits is taken, and taken once, however often it is said.
+            assert_eq!(
+                take(&keys, &mixed, NOW).unwrap_err(),
+                "namespace full has 2 keys, all that --max-keys-per-namespace allows"
+            );
+            assert_eq!(total(&keys, "full", "a"), Some(10));
+            assert_eq!((total(&keys, "full", "c"), total(&keys, "other", "c")), (None, Some(5)));
+        }
+    }
+
+    #[test]
+    fn a_key_takes_so_many_pods() {
+        let keys = keys(9, 2);
+        for pod in ["one", "two", "one"] {
+            take(&keys, &report(pod, &[("ns", "rev")]), NOW).unwrap();
+        }
+        assert_eq!(
+            take(&keys, &report("three", &[("ns", "rev")]), NOW).unwrap_err(),
+            "key ns/rev has 2 pods and gateways, all that --max-pods-per-key allows"
+        );
+        assert_eq!(total(&keys, "ns", "rev"), Some(10));
+        // Those that are silent make room.
+        keys.forget(NOW + 3600 * SECOND);
+        take(&keys, &report("three", &[("ns", "rev")]), NOW + 3600 * SECOND).unwrap();
+    }
+
+    #[test]
+    fn a_key_is_forgotten_after_a_day_and_makes_room() {
+        let keys = keys(40, 9);
+        let names: Vec<String> = (0..40).map(|number| format!("rev-{number}")).collect();
+        for name in &names {
+            take(&keys, &report("pod", &[("ns", name)]), NOW).unwrap();
+        }
+        keys.tell(&("ns".into(), "rev-7".into()), Some(Arc::default()));
+        let later = NOW + KEPT_NS;
+        take(&keys, &report("pod", &[("ns", "rev-3"), ("ns", "rev-39")]), later).unwrap();
+        keys.forget(later);
+        assert!(names.iter().all(|name| total(&keys, "ns", name).is_some()), "not yet a day");
+        keys.forget(later + 1);
+        let left: Vec<&String> = names.iter().filter(|name| total(&keys, "ns", name).is_some()).collect();
+        assert_eq!(left, ["rev-3", "rev-7", "rev-39"]);
+        for name in &names {
+            take(&keys, &report("another", &[("ns", name)]), later).unwrap();
+        }
+        assert!(take(&keys, &report("pod", &[("ns", "one-more")]), later).is_err());
+    }
 }

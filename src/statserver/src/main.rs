@@ -2,7 +2,10 @@
 //!
 //! | module | its one job |
 //! |---|---|
-//! | `access` | who may do what: tokens |
+//! | `access` | who may do what: tokens, certificates |
+//! | `limits` | how much of everything is taken from a network |
+//! | `link` | a connection, plain or within TLS |
+//! | `tls` | the server's certificates |
 //! | `flags` | the command line and its environment variables |
 //! | `http` | the routes: reports, keys, settings, health, metrics, the live page |
 //! | `stream` | Knative's stat stream: a websocket |
@@ -22,9 +25,12 @@ mod forward;
 mod http;
 mod keda;
 mod keys;
+mod limits;
+mod link;
 mod metrics;
 mod serve;
 mod stream;
+mod tls;
 mod told;
 mod watch;
 

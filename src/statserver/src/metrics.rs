@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::keys::View;
+use crate::limits::Limit;
 
 /// The most keys that `/metrics` shows.
 pub const MOST_KEYS: usize = 10_000;
@@ -17,6 +18,11 @@ pub const MOST_KEYS: usize = 10_000;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answer {
     code: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Refused {
+    limit: &'static str,
 }
 
 /// Why a frame of the stream was dropped.
@@ -28,6 +34,8 @@ pub enum Dropped {
     Undecodable,
     /// Larger than allowed; that connection was closed.
     TooLarge,
+    /// More stats, or deeper ones, than allowed.
+    TooMuch,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -53,6 +61,9 @@ pub struct Metrics {
     report_bytes: Counter,
     keys: Gauge<u64, AtomicU64>,
     frames_dropped: Family<Frame, Counter>,
+    refused: Family<Refused, Counter>,
+    /// TLS handshakes that came to nothing.
+    pub handshakes_failed: Counter,
     /// Websockets that are open.
     pub streams: Gauge,
     /// Stats of the stream that were taken.
@@ -81,6 +92,8 @@ impl Default for Metrics {
         registry.register("keys", "Keys that have been reported", keys.clone());
         let frames_dropped = Family::default();
         registry.register("stream_frames_dropped", "Frames of the stat stream", frames_dropped.clone());
+        let refused = Family::default();
+        registry.register("refused", "What went beyond a limit, by the limit's flag", Family::clone(&refused));
         let streams = Gauge::default();
         registry.register("streams", "Websockets that are open", streams.clone());
         let mut counter = |name: &str, help: &str| {
@@ -93,6 +106,7 @@ impl Default for Metrics {
             counter("stream_stats_dropped", "Stats without a name, with impossible numbers, or not granted");
         let unauthorized =
             counter("unauthorized", "Requests without a token that is good for what they asked");
+        let handshakes_failed = counter("tls_handshakes_failed", "TLS handshakes that came to nothing");
         let forwarded = counter("forwarded_stats", "Stats that were sent on");
         let forward_dropped =
             counter("forward_dropped_stats", "Stats that waited for too long to be sent on");
@@ -117,12 +131,18 @@ impl Default for Metrics {
             of_key("pods", "Pods that report", |v| v.figures.pods as f64),
             of_key("desired_pods", "Pods that the key wants", |v| v.decision.desired_pods.into()),
         ];
+        // Shown from the beginning, so that an alert has something to compare with.
+        for limit in Limit::ALL {
+            drop(refused.get_or_create(&Refused { limit: limit.flag() }));
+        }
         Self {
             registry,
             reports,
             report_bytes,
             keys,
             frames_dropped,
+            refused,
+            handshakes_failed,
             streams,
             stats,
             stats_dropped,
@@ -143,6 +163,11 @@ impl Metrics {
         if code == 202 {
             self.report_bytes.inc_by(bytes as u64);
         }
+    }
+
+    /// Something went beyond a limit.
+    pub fn refused(&self, limit: Limit) {
+        self.refused.get_or_create(&Refused { limit: limit.flag() }).inc();
     }
 
     /// A frame of the stream was dropped.

@@ -9,16 +9,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use inflight_stats::decider::EVERY_NS;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::server::TcpIncoming;
+use tower::ServiceExt;
+use tower::util::MapResponseLayer;
 use tracing::{debug, error, info, warn};
 
 use crate::access::Access;
@@ -26,20 +29,22 @@ use crate::flags::Flags;
 use crate::forward::Forward;
 use crate::http::{App, now_ns, router};
 use crate::keda::{ExternalScalerServer, Scaler};
-use crate::keys::Keys;
+use crate::keys::{Keys, Room};
+use crate::limits::{Limit, Limits};
+use crate::link::{Door, Knock};
 use crate::metrics::Metrics;
 use crate::stream::Seldom;
+use crate::tls::{Protocol, Tls};
 use crate::told::Told;
 
 /// How long open requests may take once the listener is closed.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
-/// How long a client may take to send a request's head.
-const HEAD: Duration = Duration::from_secs(10);
 /// How often a gRPC client that says nothing is asked whether it is there, and how long it may take to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-/// The most calls at once over one gRPC connection: a KEDA has two open for each ScaledObject.
-const MOST_STREAMS: u32 = 10_000;
-const MOST_GRPC_BYTES: usize = 64 << 10;
+/// Connections that have shaken hands and are not yet served.
+const WAITING_LINKS: usize = 16;
+/// gRPC's code OUT_OF_RANGE.
+const GRPC_OUT_OF_RANGE: &str = "11";
 /// How often files that may change are read again.
 const RELOAD_EVERY: Duration = Duration::from_secs(2);
 const FORGET_EVERY: Duration = Duration::from_secs(60);
@@ -53,18 +58,27 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
         move |error: io::Error| io::Error::new(error.kind(), format!("{what} {address}: {error}"))
     };
     flags.check_access().map_err(io::Error::other)?;
-    let access = Access::load(flags.token_file.as_deref()).map_err(io::Error::other)?;
-    let keys = Keys::new(Arc::new(flags.key_settings()));
+    let access = Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some()).map_err(io::Error::other)?;
+    let Limits { max_keys_per_namespace, max_pods_per_key, .. } = flags.limits;
+    let room = Room { keys_per_namespace: max_keys_per_namespace, pods_per_key: max_pods_per_key };
+    let keys = Keys::new(Arc::new(flags.key_settings()), room);
     let told = Told::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
-    let listener = TcpListener::bind(flags.listen).await.map_err(at("--listen", flags.listen))?;
-    let grpc = TcpListener::bind(flags.grpc_listen).await.map_err(at("--grpc-listen", flags.grpc_listen))?;
-    info!(address = %listener.local_addr()?, grpc = %grpc.local_addr()?, "listening");
+    let tls = Tls::load(flags).map_err(io::Error::other)?.map(Arc::new);
     let metrics = Arc::new(Metrics::default());
+    let door = async |flag, address, protocol| {
+        let listener = TcpListener::bind(address).await.map_err(at(flag, address))?;
+        let most = (flags.limits.max_connections, flags.limits.head_timeout);
+        Ok::<_, io::Error>(Arc::new(Door::new(listener, protocol, tls.clone(), most, Arc::clone(&metrics))))
+    };
+    let http = door("--listen", flags.listen, Protocol::Http).await?;
+    let grpc = door("--grpc-listen", flags.grpc_listen, Protocol::Grpc).await?;
+    info!(address = %http.address()?, grpc = %grpc.address()?, tls = tls.is_some(), "listening");
     let app = Arc::new(App {
         keys,
         access,
         told,
         forward: flags.forward.as_deref().map(|url| Arc::new(Forward::new(url, Arc::clone(&metrics)))),
+        limits: flags.limits,
         metrics,
         rps_target: flags.rps_target,
         draining: AtomicBool::new(false),
@@ -75,7 +89,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let mut tasks = JoinSet::new();
     tasks.spawn(forget(Arc::clone(&app)));
     tasks.spawn(decide(Arc::clone(&app)));
-    tasks.spawn(reload(Arc::clone(&app)));
+    tasks.spawn(reload(Arc::clone(&app), tls));
     if let Some(forward) = &app.forward {
         tasks.spawn(Arc::clone(forward).run(app.ending.clone()));
     }
@@ -90,19 +104,12 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let mut drained = pin!(drained);
     loop {
         tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => serve(stream, router.clone(), &app),
-                Err(error) => {
-                    // Out of file descriptors, most likely: the others go on, and end.
-                    warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            },
+            knock = http.knock() => serve(knock, &http, router.clone(), &app),
             () = &mut drained => break,
         }
     }
     // Who is told to connect again must find somebody else.
-    drop(listener);
+    drop(http);
     app.ending.cancel();
     app.connections.close();
     let last = async { tokio::join!(app.connections.wait(), scaler) };
@@ -113,18 +120,39 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
 }
 
 /// KEDA's scaler. Its keep-alive finds clients that are gone.
-async fn serve_grpc(listener: TcpListener, app: Arc<App>) {
+async fn serve_grpc(door: Arc<Door>, app: Arc<App>) {
     let ending = app.ending.clone();
+    let (most, Limits { max_grpc_bytes, max_grpc_streams, .. }) = (WAITING_LINKS, app.limits);
+    let (opened, links) = tokio::sync::mpsc::channel(most);
+    // Handshakes go on beside each other: one that hangs holds nobody up.
+    let knocks = tokio::spawn(async move {
+        loop {
+            let knock = door.knock().await;
+            let (door, opened) = (Arc::clone(&door), opened.clone());
+            tokio::spawn(async move {
+                if let Some(link) = door.open(knock).await {
+                    let _ = opened.send(Ok::<_, io::Error>(link)).await;
+                }
+            });
+        }
+    });
+    let metrics = Arc::clone(&app.metrics);
+    let counted = move |response: axum::http::Response<tonic::body::Body>| {
+        // What tonic answers to a message that is too large.
+        if response.headers().get("grpc-status").is_some_and(|code| code == GRPC_OUT_OF_RANGE) {
+            metrics.refused(Limit::GrpcBytes);
+        }
+        response
+    };
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .max_concurrent_streams(MOST_STREAMS)
-        .add_service(ExternalScalerServer::new(Scaler(app)).max_decoding_message_size(MOST_GRPC_BYTES))
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            ending.cancelled(),
-        )
+        .max_concurrent_streams(u32::try_from(max_grpc_streams).ok())
+        .layer(MapResponseLayer::new(counted))
+        .add_service(ExternalScalerServer::new(Scaler(app)).max_decoding_message_size(max_grpc_bytes))
+        .serve_with_incoming_shutdown(ReceiverStream::new(links), ending.cancelled())
         .await;
+    knocks.abort();
     if let Err(error) = served {
         error!(%error, "gRPC is no longer served");
     }
@@ -132,15 +160,26 @@ async fn serve_grpc(listener: TcpListener, app: Arc<App>) {
 
 /// One connection. A client that closes its side after a request is answered all the same: an Envoy that
 /// ends sends its last report so.
-fn serve(stream: TcpStream, router: Router, app: &App) {
-    // Answers are small and whole; waiting for more to send would only delay them.
-    let _ = stream.set_nodelay(true);
-    let mut http = http1::Builder::new();
-    http.half_close(true).timer(TokioTimer::new()).header_read_timeout(HEAD);
-    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let ending = app.ending.clone();
-    app.connections.spawn(async move {
-        let mut connection = pin!(connection.with_upgrades());
+fn serve(knock: Knock, door: &Arc<Door>, router: Router, app: &Arc<App>) {
+    let (door, app) = (Arc::clone(door), Arc::clone(app));
+    app.clone().connections.spawn(async move {
+        let ending = app.ending.clone();
+        let opened = tokio::select! {
+            opened = door.open(knock) => opened,
+            () = ending.cancelled() => None,
+        };
+        drop(door);
+        let Some(link) = opened else { return };
+        let mut http = http1::Builder::new();
+        let Limits { head_timeout, max_head_bytes, .. } = app.limits;
+        http.half_close(true).timer(TokioTimer::new());
+        http.header_read_timeout(head_timeout).max_buf_size(max_head_bytes);
+        let peer = link.peer();
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(peer);
+            router.clone().oneshot(request)
+        });
+        let mut connection = pin!(http.serve_connection(TokioIo::new(link), service).with_upgrades());
         let ended = tokio::select! {
             ended = &mut connection => ended,
             () = ending.cancelled() => {
@@ -150,6 +189,11 @@ fn serve(stream: TcpStream, router: Router, app: &App) {
         };
         if let Err(error) = ended {
             debug!(%error, "a connection ended");
+            if error.is_parse_too_large() {
+                app.metrics.refused(Limit::HeadBytes);
+            } else if error.is_timeout() {
+                app.metrics.refused(Limit::HeadTimeout);
+            }
         }
     });
 }
@@ -162,13 +206,19 @@ async fn decide(app: Arc<App>) {
     }
 }
 
-async fn reload(app: Arc<App>) {
+async fn reload(app: Arc<App>, tls: Option<Arc<Tls>>) {
     let mut ticks = tokio::time::interval(RELOAD_EVERY);
     loop {
         ticks.tick().await;
-        let app = Arc::clone(&app);
+        let (app, tls) = (Arc::clone(&app), tls.clone());
+        let read = move || {
+            app.access.reload();
+            if let Some(tls) = tls {
+                tls.reload();
+            }
+        };
         // A file system may hang.
-        let _ = tokio::task::spawn_blocking(move || app.access.reload()).await;
+        let _ = tokio::task::spawn_blocking(read).await;
     }
 }
 

@@ -7,12 +7,15 @@ use std::time::Duration;
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::response::Response;
-use inflight_stats::wire::{self, MAX_FRAME_BYTES};
+use inflight_stats::gob::GobError;
+use inflight_stats::wire::{self, FrameError};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, warn};
 
 use crate::access::Grant;
 use crate::http::{App, now_ns};
+use crate::keys::NoStat;
+use crate::limits::Limit;
 use crate::metrics::Dropped;
 
 /// "Service restart": Knative's activator connects again at once.
@@ -32,13 +35,13 @@ const WRITE_BUFFER_BYTES: usize = 64 << 10;
 
 /// Answers an upgrade.
 pub fn upgrade(upgrade: WebSocketUpgrade, app: Arc<App>, grant: Grant) -> Response {
-    let tasks = app.connections.clone();
+    let (tasks, most) = (app.connections.clone(), app.limits.max_frame_bytes);
     upgrade
         .read_buffer_size(READ_BUFFER_BYTES)
         .max_write_buffer_size(WRITE_BUFFER_BYTES)
         .write_buffer_size(0)
-        .max_frame_size(MAX_FRAME_BYTES)
-        .max_message_size(MAX_FRAME_BYTES)
+        .max_frame_size(most)
+        .max_message_size(most)
         .on_upgrade(move |socket| tasks.track_future(serve(socket, app, grant)))
 }
 
@@ -71,7 +74,9 @@ async fn receive(socket: &mut WebSocket, app: &App, grant: &Grant) -> Option<Clo
                 let too_big = error.to_string().contains("too long");
                 return too_big.then(|| {
                     app.metrics.dropped(Dropped::TooLarge);
-                    CloseFrame { code: TOO_BIG, reason: format!("at most {MAX_FRAME_BYTES} bytes").into() }
+                    app.metrics.refused(Limit::FrameBytes);
+                    let most = app.limits.max_frame_bytes;
+                    CloseFrame { code: TOO_BIG, reason: format!("at most {most} bytes").into() }
                 });
             }
             Ok(None) => return None,
@@ -95,12 +100,33 @@ async fn receive(socket: &mut WebSocket, app: &App, grant: &Grant) -> Option<Clo
 }
 
 fn take(app: &App, grant: &Grant, frame: bytes::Bytes) {
-    let mut messages = match wire::decode(frame) {
+    let mut messages = match wire::decode(frame, &app.limits.of_frames()) {
         Ok(messages) => messages,
-        Err(error) => return drop_frame(app, Dropped::Undecodable, error),
+        Err(error) => {
+            let limit = match error {
+                FrameError::TooMany(_) => Some(Limit::Messages),
+                FrameError::Gob(GobError::TooMuch(_)) => Some(Limit::Depth),
+                FrameError::TooLarge(..) => Some(Limit::FrameBytes),
+                FrameError::Protobuf(_) | FrameError::Gob(_) | FrameError::NotUtf8 => None,
+            };
+            if let Some(limit) = limit {
+                app.metrics.refused(limit);
+            }
+            let why = if limit.is_some() { Dropped::TooMuch } else { Dropped::Undecodable };
+            return drop_frame(app, why, error);
+        }
     };
     let (sent, now_ns) = (messages.len(), now_ns());
-    messages.retain(|message| app.keys.record_stat(grant, message, now_ns));
+    messages.retain(|message| match app.keys.record_stat(grant, message, now_ns) {
+        Ok(()) => true,
+        Err(why) => {
+            if let NoStat::Full(full) = why {
+                app.metrics.refused(full.limit);
+                app.seldom.say(|unsaid| warn!(%full, unsaid, "dropped a stat"));
+            }
+            false
+        }
+    });
     app.metrics.stats.inc_by(messages.len() as u64);
     app.metrics.stats_dropped.inc_by((sent - messages.len()) as u64);
     if let Some(forward) = &app.forward {

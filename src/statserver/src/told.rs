@@ -138,6 +138,10 @@ mod tests {
 
     use super::*;
 
+    fn no_keys() -> Keys {
+        Keys::new(Arc::default(), crate::keys::Room { keys_per_namespace: 9, pods_per_key: 9 })
+    }
+
     fn name() -> KeyName {
         ("ns".into(), "rev".into())
     }
@@ -150,12 +154,12 @@ mod tests {
     async fn what_a_key_was_told_survives_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("settings.json");
-        let keys = Keys::new(Arc::default());
+        let keys = no_keys();
         let told = Told::load(Some(&file), 200.0, &keys).unwrap();
         told.tell(&keys, name(), Some(json!({"target": 7}))).await.unwrap();
         assert_eq!(target(&keys), 7.0, "before the first report");
 
-        let again = Keys::new(Arc::default());
+        let again = no_keys();
         let told = Told::load(Some(&file), 200.0, &again).unwrap();
         assert_eq!(target(&again), 7.0);
         told.tell(&again, name(), None).await.unwrap();
@@ -168,7 +172,7 @@ mod tests {
     async fn what_cannot_be_written_is_not_done() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("gone").join("settings.json");
-        let keys = Keys::new(Arc::default());
+        let keys = no_keys();
         let told = Told::load(Some(&file), 200.0, &keys).unwrap();
         let error = told.tell(&keys, name(), Some(json!({"target": 7}))).await;
         assert!(matches!(error, Err(TellError::File(_))), "{error:?}");
@@ -190,7 +194,7 @@ mod tests {
             (r#"[{"namespace": "a", "name": "b"}]"#, "missing field `settings`"),
         ] {
             std::fs::write(&file, text).unwrap();
-            let error = Told::load(Some(&file), 200.0, &Keys::new(Arc::default())).err().unwrap().to_string();
+            let error = Told::load(Some(&file), 200.0, &no_keys()).err().unwrap().to_string();
             assert!(
                 error.contains(reason) && error.contains("settings.json") && !error.contains('\n'),
                 "{error}"

@@ -1,3 +1,4 @@
+use clap::Parser;
 use http_body_util::BodyExt;
 use inflight_stats::settings::DEFAULT_RPS_TARGET;
 use inflight_stats::{KeyReport, Snapshot};
@@ -6,15 +7,17 @@ use tower::ServiceExt;
 use super::*;
 
 fn app() -> Arc<App> {
-    guarded(Access::load(None).unwrap())
+    guarded(Access::load(None, false).unwrap())
 }
 
 fn guarded(access: Access) -> Arc<App> {
-    let keys = Keys::new(Arc::default());
+    let room = crate::keys::Room { keys_per_namespace: 100, pods_per_key: 100 };
+    let keys = Keys::new(Arc::default(), room);
     Arc::new(App {
         told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
         keys,
         access,
+        limits: crate::flags::Flags::parse_from(["inflight-statserver"]).limits,
         metrics: Arc::default(),
         forward: None,
         rps_target: DEFAULT_RPS_TARGET,
@@ -46,7 +49,7 @@ async fn put(app: &Arc<App>, path: &str, json: &str) -> (StatusCode, String) {
 }
 
 fn count(app: &App) -> usize {
-    let all = app.access.check(None).unwrap();
+    let all = app.access.check(None, Peer::default()).unwrap();
     app.keys.views(&all, "", usize::MAX, now_ns()).1
 }
 
@@ -116,7 +119,7 @@ async fn what_is_refused_says_why_and_changes_nothing() {
         (unknown_version, StatusCode::BAD_REQUEST, "version 9"),
         (broken, StatusCode::BAD_REQUEST, "does not decode"),
         (vec![], StatusCode::BAD_REQUEST, "empty"),
-        (vec![1; MAX_BYTES + 1], StatusCode::PAYLOAD_TOO_LARGE, "1048576"),
+        (vec![1; inflight_stats::report::MAX_BYTES + 1], StatusCode::PAYLOAD_TOO_LARGE, "1048576"),
     ];
     for (body, status, reason) in cases {
         let (got, text) = send(&app, body).await;
@@ -241,7 +244,7 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
         "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
     )
     .unwrap();
-    let app = guarded(Access::load(Some(&file)).unwrap());
+    let app = guarded(Access::load(Some(&file), false).unwrap());
     let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {

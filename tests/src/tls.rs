@@ -1,0 +1,137 @@
+//! A certificate authority of a test's own, and a client that trusts it.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http1;
+use hyper::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+/// An authority that signs certificates for 127.0.0.1.
+#[derive(Debug)]
+pub struct Authority {
+    /// Its own certificate in PEM.
+    pub pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// A certificate and its key, each in a file.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The certificate in PEM.
+    pub certificate: PathBuf,
+    /// The key in PEM.
+    pub key: PathBuf,
+}
+
+impl Authority {
+    /// A new one.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn new() -> Self {
+        let mut params = CertificateParams::new([]).expect("no names");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().expect("a key");
+        let pem = params.self_signed(&key).expect("a certificate").pem();
+        Self { pem, issuer: Issuer::new(params, key) }
+    }
+
+    /// Signs a certificate, and writes it and its key to `folder`.
+    ///
+    /// # Panics
+    /// If it cannot be made or written.
+    pub fn issue(&self, folder: &Path, name: &str) -> Identity {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("an address");
+        // One with its issuer's name would be taken for one that signed itself.
+        params.distinguished_name.push(DnType::CommonName, name);
+        let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
+        let identity =
+            Identity { certificate: folder.join(format!("{name}.pem")), key: folder.join(format!("{name}.key")) };
+        std::fs::write(&identity.certificate, certificate.pem()).expect("a file");
+        std::fs::write(&identity.key, key.serialize_pem()).expect("a file");
+        identity
+    }
+
+    /// A client that trusts this authority, and shows a certificate if it has one.
+    ///
+    /// # Panics
+    /// If a file is not what it should be.
+    pub fn client(&self, identity: Option<&Identity>) -> Client {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(self.pem.as_bytes()).expect("PEM")).expect("a certificate");
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots);
+        let config = match identity {
+            None => builder.with_no_client_auth(),
+            Some(Identity { certificate, key }) => {
+                let certificate = CertificateDer::from_pem_file(certificate).expect("PEM");
+                let key = PrivateKeyDer::from_pem_file(key).expect("PEM");
+                builder.with_client_auth_cert(vec![certificate], key).expect("a certificate with its key")
+            }
+        };
+        Client(TlsConnector::from(Arc::new(config)))
+    }
+}
+
+impl Default for Authority {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A client that speaks TLS.
+#[derive(Clone)]
+pub struct Client(TlsConnector);
+
+impl Client {
+    /// Sends a request on a connection of its own and reads the whole answer.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub async fn ask(
+        &self,
+        to: SocketAddr,
+        request: Request<Full<Bytes>>,
+    ) -> Result<(StatusCode, String), String> {
+        let words = |error: &dyn std::error::Error| error.to_string();
+        let stream = TcpStream::connect(to).await.map_err(|e| words(&e))?;
+        let stream = self.0.connect(ServerName::from(to.ip()), stream).await.map_err(|e| words(&e))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| words(&e))?;
+        let connection = tokio::spawn(connection);
+        let answer = async {
+            let response = sender.send_request(request).await.map_err(|e| words(&e))?;
+            let status = response.status();
+            let body = response.into_body().collect().await.map_err(|e| words(&e))?;
+            Ok((status, String::from_utf8_lossy(&body.to_bytes()).into_owned()))
+        };
+        let answer = answer.await;
+        connection.abort();
+        answer
+    }
+
+    /// GETs a path.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    ///
+    /// # Panics
+    /// If the path is none.
+    pub async fn get(&self, from: SocketAddr, path: &str) -> Result<(StatusCode, String), String> {
+        let request = Request::get(path).header("host", "test").body(Full::default()).expect("a request");
+        self.ask(from, request).await
+    }
+}
