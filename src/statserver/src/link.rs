@@ -100,9 +100,9 @@ impl Door {
         // Answers are small and whole; waiting for more to send would only delay them.
         let _ = stream.set_nodelay(true);
         let Some(tls) = &self.tls else {
-            // HTTP/1.1 is timed from its head on; HTTP/2 would wait for its first byte for ever.
+            // HTTP/1.1 is timed from its head on; HTTP/2 would wait for its first words for ever.
             if matches!(self.protocol, Protocol::Grpc)
-                && tokio::time::timeout(self.handshake, stream.readable()).await.is_err()
+                && tokio::time::timeout(self.handshake, has_preface(&stream)).await.is_err()
             {
                 self.metrics.refused(Limit::HeadTimeout);
                 return None;
@@ -124,6 +124,14 @@ impl Door {
                 None
             }
         }
+    }
+}
+
+/// Waits for as many bytes as an HTTP/2 client begins with, whatever they are, or for the end.
+async fn has_preface(stream: &TcpStream) {
+    let mut preface = [0; 24];
+    while !matches!(stream.peek(&mut preface).await, Ok(0 | 24) | Err(_)) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 

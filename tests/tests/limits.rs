@@ -1,0 +1,168 @@
+//! Every limit of the stats server: what goes beyond it is told so, and counted under the flag's name.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use http_body_util::Full;
+use hyper::Request;
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::{http, wait};
+use inflight_stats::report::CONTENT_TYPE;
+use inflight_stats::wire::{Stat, WireStatMessage, WireStatMessages};
+use inflight_stats::{KeyReport, Report, Snapshot};
+use prost::Message as _;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_tungstenite::connect_async;
+use tokio_tungstenite::tungstenite::Message;
+
+#[allow(missing_docs, clippy::all)]
+mod proto {
+    tonic::include_proto!("externalscaler");
+}
+
+const SETTLED: Duration = Duration::from_secs(20);
+
+fn report(pod: &str, names: &[&str]) -> Bytes {
+    let message = |name: &&str| KeyReport {
+        namespace: "ns".into(),
+        name: (*name).into(),
+        from_gateway: false,
+        since: Snapshot::starting_at(1_000_000_000),
+        until: Snapshot { as_of_ns: 2_000_000_000, requests: 1, ..Snapshot::default() },
+    };
+    let messages = names.iter().map(message).collect();
+    Report { version: 1, pod: pod.into(), incarnation: 1, messages }.encode().expect("a report").into()
+}
+
+fn frame(stats: usize, padding: usize) -> Message {
+    let stat = Stat { pod_name: "pod".into(), request_count: 1.0, ..Stat::default() };
+    let name = format!("a{}", "-".repeat(padding)).into_bytes().into();
+    let message = WireStatMessage { namespace: "ns".into(), name, stat: Some(stat) };
+    Message::Binary(WireStatMessages { messages: vec![message; stats] }.encode_to_vec().into())
+}
+
+/// What a connection on which this was written is answered, up to its end.
+async fn raw(to: SocketAddr, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(to).await.expect("a connection");
+    stream.write_all(bytes).await.expect("sent");
+    let mut answer = Vec::new();
+    let ended = tokio::time::timeout(SETTLED, stream.read_to_end(&mut answer)).await;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert!(ended.is_ok(), "still open after {answer:?}");
+    answer
+}
+
+/// How often each limit was reached, out of the server's metrics.
+fn refused(text: &str) -> BTreeMap<String, u64> {
+    let lines = text.lines().filter_map(|line| line.strip_prefix("inflight_statserver_refused_total{limit=\""));
+    lines
+        .map(|line| {
+            let (limit, count) = line.split_once("\"} ").expect("a sample");
+            (limit.to_owned(), count.parse().expect("a number"))
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
+    let flags = [
+        "--max-connections=5",
+        "--max-head-bytes=8192",
+        "--head-timeout=1s",
+        "--body-timeout=1s",
+        "--max-report-bytes=1024",
+        "--max-frame-bytes=2048",
+        "--max-settings-bytes=256",
+        "--max-grpc-bytes=1024",
+        "--max-messages=2",
+        "--max-depth=2",
+        "--max-keys-per-namespace=2",
+        "--max-pods-per-key=2",
+    ];
+    let server = StatServer::with(None, &flags).await;
+    let to = server.address;
+    let post = async |body| http::post(to, "/v1/reports", CONTENT_TYPE, body).await.expect("an answer");
+    let put = async |json: String| {
+        let request = Request::put("/v1/keys/ns/a/settings").header("host", "test");
+        let request = request.body(Full::new(Bytes::from(json))).expect("a request");
+        let (status, body) = http::ask(to, request).await.expect("an answer");
+        (status.as_u16(), String::from_utf8_lossy(&body).into_owned())
+    };
+    let metrics = http::get(to, "/metrics").await.expect("metrics");
+    assert!(refused(&metrics).values().all(|count| *count == 0), "all are there from the beginning");
+    assert_eq!(post(report("one", &["a", "b"])).await.0, 202);
+
+    let (status, reason) = post(report("one", &["a", "b", "c"])).await;
+    assert!(status == 400 && reason.contains("3 keys, allowed are 2"), "{status} {reason}");
+    let (status, reason) = post(report("one", &["c"])).await;
+    assert!(status == 507 && reason.contains("namespace ns has 2 keys"), "{status} {reason}");
+    assert_eq!(post(report("two", &["a"])).await.0, 202);
+    let (status, reason) = post(report("three", &["a"])).await;
+    assert!(status == 507 && reason.contains("key ns/a has 2 pods"), "{status} {reason}");
+    let (status, reason) = post(report(&"long".repeat(100), &[&"long".repeat(100), &"name".repeat(100)])).await;
+    assert!(status == 413 && reason.contains("--max-report-bytes"), "{status} {reason}");
+    let (status, reason) = put(format!("{{\"target\": 1{}}}", " ".repeat(300))).await;
+    assert!(status == 413 && reason.contains("--max-settings-bytes"), "{status} {reason}");
+    let (status, reason) = put("{\"target\": [[1]]}".into()).await;
+    assert!(status == 400 && reason.contains("--max-depth"), "{status} {reason}");
+
+    let head = "POST /v1/reports HTTP/1.1\r\nhost: x\r\n";
+    let answer = raw(to, format!("{head}x-long: {}\r\n\r\n", "x".repeat(20_000)).as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    let answer = raw(to, head.as_bytes()).await;
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    let answer = raw(to, format!("{head}content-length: 100\r\n\r\nhalf").as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("--body-timeout"), "{answer}");
+    // Over gRPC, a connection that says nothing.
+    assert_eq!(raw(server.grpc, b"").await, "");
+
+    let (mut stream, _) = connect_async(format!("ws://{to}/")).await.expect("a websocket");
+    stream.send(frame(3, 0)).await.expect("sent");
+    stream.send(frame(1, 0)).await.expect("sent");
+    stream.send(frame(2, 1_500)).await.expect("sent");
+    match stream.next().await.expect("a frame").expect("a frame") {
+        Message::Close(Some(close)) => assert_eq!(u16::from(close.code), 1009),
+        other => panic!("{other:?}"),
+    }
+    drop(stream);
+
+    let client = proto::external_scaler_client::ExternalScalerClient::connect(format!("http://{}", server.grpc));
+    let mut client = client.await.expect("a channel");
+    let asked = proto::ScaledObjectRef { name: "a".repeat(2_000), namespace: "ns".into(), ..Default::default() };
+    let status = client.is_active(asked).await.expect_err("too large");
+    assert_eq!(status.code(), tonic::Code::OutOfRange, "{status:?}");
+
+    // They say nothing, and so are gone after a second; until then nobody else gets in.
+    let mut open = Vec::new();
+    let full = loop {
+        let mut stream = TcpStream::connect(to).await.expect("a connection");
+        let mut answer = Vec::new();
+        let told = tokio::time::timeout(Duration::from_millis(100), stream.read_to_end(&mut answer)).await;
+        if told.is_ok() && !answer.is_empty() {
+            break String::from_utf8_lossy(&answer).into_owned();
+        }
+        open.push(stream);
+        assert!(open.len() < 100, "more than five places");
+    };
+    assert!(full.starts_with("HTTP/1.1 503 ") && full.contains("--max-connections"), "{full}");
+
+    // As soon as one of them has timed out there is a place again.
+    let counts = wait::until("a place is free", SETTLED, || async {
+        http::get(to, "/metrics").await.map(|metrics| refused(&metrics))
+    })
+    .await;
+    let once = |limit: &str| counts.get(limit).copied();
+    for limit in ["head-bytes", "report-bytes", "frame-bytes", "settings-bytes", "grpc-bytes", "depth", "keys-per-namespace"] {
+        assert_eq!(once(&format!("max-{limit}")), Some(1), "{limit} in {counts:?}");
+    }
+    assert_eq!(once("max-messages"), Some(2), "a report and a frame: {counts:?}");
+    assert_eq!(once("body-timeout"), Some(1), "{counts:?}");
+    assert!(once("max-pods-per-key") >= Some(1), "{counts:?}");
+    assert!(once("head-timeout") >= Some(2), "{counts:?}");
+    assert!(once("max-connections") >= Some(1), "{counts:?}");
+    assert_eq!(counts.len(), 12, "{counts:?}");
+}
