@@ -38,8 +38,9 @@ e2e: build-tests envoys ## The tests against real Envoys, the oldest and the new
 
 test: unit budget e2e ## Every test
 
-soak: build-tests envoys ## The tests that take ten minutes and more
-	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture --ignored
+MINUTES ?= 30
+soak: build-tests envoys ## Everything at once, for half an hour: make soak [MINUTES=30]
+	SOAK_MINUTES=$(MINUTES) $(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture --ignored
 
 run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
 	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo

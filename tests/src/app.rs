@@ -7,8 +7,10 @@
 //! | `/half?ms=N` | the head and a part of the body, then closes after N milliseconds |
 //! | `/hang` | the head and a part of the body, then nothing for a minute |
 //! | `/ws` | accepts a websocket and leaves it open until the client closes |
+//! | any, over HTTP/2 | sends back what it gets, and `grpc-status: 0` at the end |
 
 use std::collections::HashSet;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,11 +19,14 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt};
+use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Body, Frame, Incoming};
-use hyper::server::conn::http1;
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -98,11 +103,13 @@ impl Drop for Inside {
 /// A running app.
 #[derive(Debug)]
 pub struct App {
-    /// Where it listens.
+    /// Where it listens for HTTP/1.1.
     pub address: SocketAddr,
-    /// What it saw.
+    /// Where it listens for HTTP/2: gRPC streams.
+    pub grpc: SocketAddr,
+    /// What it saw, of both.
     pub counts: Arc<Counts>,
-    serving: JoinHandle<()>,
+    serving: [JoinHandle<()>; 2],
 }
 
 impl App {
@@ -112,17 +119,53 @@ impl App {
     /// If there is no port.
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let streams = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
+        let grpc = streams.local_addr().expect("an address");
         let counts = Arc::new(Counts::default());
-        let serving = tokio::spawn(accept(listener, Arc::clone(&counts)));
-        Self { address, counts, serving }
+        let serving = [
+            tokio::spawn(accept(listener, Arc::clone(&counts))),
+            tokio::spawn(accept_streams(streams, Arc::clone(&counts))),
+        ];
+        Self { address, grpc, counts, serving }
     }
 }
 
 impl Drop for App {
     fn drop(&mut self) {
-        self.serving.abort();
+        self.serving.iter().for_each(JoinHandle::abort);
     }
+}
+
+async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        let _ = stream.set_nodelay(true);
+        let counts = Arc::clone(&counts);
+        tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                let inside = counts.enter(None);
+                async move { echo(request, inside) }
+            });
+            let _ = http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+/// Sends back what it gets, frame by frame, and how it went at the end. The request is in the app until then.
+fn echo(
+    request: Request<Incoming>,
+    inside: Inside,
+) -> Result<Response<impl Body<Data = Bytes, Error = hyper::Error>>, Infallible> {
+    let frames = request.into_body().into_data_stream().map_ok(Frame::data);
+    let end = futures_util::stream::once(async move {
+        drop(inside);
+        let status = (HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"));
+        Ok(Frame::trailers(HeaderMap::from_iter([status])))
+    });
+    let mut response = Response::new(StreamBody::new(frames.chain(end)));
+    response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+    Ok(response)
 }
 
 async fn accept(listener: TcpListener, counts: Arc<Counts>) {

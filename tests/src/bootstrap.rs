@@ -186,6 +186,22 @@ impl Bootstrap {
         }
     }
 
+    /// Has gRPC go to an app's other address, over HTTP/2.
+    pub fn grpc(&mut self, app: SocketAddr) {
+        self.cluster("streams", Some(app));
+        let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
+        let cluster = clusters.iter_mut().find(|cluster| cluster["name"] == "streams").expect("the cluster");
+        cluster["typed_extension_protocol_options"] = json!({
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": {"http2_protocol_options": {}},
+            },
+        });
+        let routes = at(&mut self.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
+        let grpc = json!({"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "streams", "timeout": "0s"}});
+        routes.as_array_mut().expect("routes").insert(0, grpc);
+    }
+
     /// Takes the filter out.
     pub fn without_filter(&mut self) {
         at(&mut self.0, &format!("{MANAGER}/http_filters")).as_array_mut().expect("filters").remove(0);

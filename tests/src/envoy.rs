@@ -1,5 +1,6 @@
 //! A running Envoy.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -215,6 +216,11 @@ impl Envoy {
     /// The requests in a log that [`Envoy::replace`] named.
     pub fn requests_in(&self, log: &str) -> Vec<Request> {
         truth::read(&self.folder.path().join(log))
+    }
+
+    /// How many requests are in the access log for each path.
+    pub fn requests_by_path(&self) -> BTreeMap<String, u64> {
+        truth::count(&self.folder.path().join(ACCESS_LOG))
     }
 
     /// The requests in the access log, once there are `count`.

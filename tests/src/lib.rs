@@ -11,6 +11,7 @@
 //! | [`process`] | child processes that cannot outlive us |
 //! | [`prometheus`] | reading the Prometheus text format; a real Prometheus |
 //! | [`statserver`] | a running `inflight-statserver` |
+//! | [`streams`] | a load of long-lived and multiplexed requests |
 //! | [`tap`] | between Envoy and the stats server: records reports, loses answers |
 //! | [`tls`] | a certificate authority of a test's own |
 //! | [`truth`] | counts and concurrency out of Envoy's own access log |
@@ -25,6 +26,7 @@ pub mod load;
 pub mod process;
 pub mod prometheus;
 pub mod statserver;
+pub mod streams;
 pub mod tap;
 pub mod tls;
 pub mod truth;

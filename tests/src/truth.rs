@@ -1,6 +1,7 @@
 //! Counts and concurrency out of Envoy's own access log: the independent truth.
 
 use std::collections::BTreeMap;
+use std::io::BufRead;
 use std::path::Path;
 
 /// What [`read`] expects each line to be.
@@ -30,6 +31,26 @@ pub fn read(path: &Path) -> Vec<Request> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let complete = text.rfind('\n').map_or("", |end| &text[..end]);
     complete.lines().map(parse).collect()
+}
+
+/// How many requests an access log has for each path, without reading it into memory.
+///
+/// # Panics
+/// If it cannot be read.
+pub fn count(path: &Path) -> BTreeMap<String, u64> {
+    let mut counts = BTreeMap::new();
+    let mut log = std::io::BufReader::new(std::fs::File::open(path).expect("an access log"));
+    let mut line = String::new();
+    while log.read_line(&mut line).expect("UTF-8") > 0 && line.ends_with('\n') {
+        let path = parse(line.trim_end()).path;
+        let path = path.split('?').next().unwrap_or_default();
+        match counts.get_mut(path) {
+            Some(count) => *count += 1,
+            None => drop(counts.insert(path.to_owned(), 1)),
+        }
+        line.clear();
+    }
+    counts
 }
 
 fn parse(line: &str) -> Request {
