@@ -2,23 +2,30 @@
 .DEFAULT_GOAL := all
 CARGO ?= cargo
 PYTHON ?= python3
-WASM := --target wasm32-wasip1 --release --package inflight-filter
+# Panics name the file that they are in: not where this machine keeps it, or each machine would build another module.
+CARGO_HOME ?= $(HOME)/.cargo
+WASM_BUILD := RUSTFLAGS="$(RUSTFLAGS) --remap-path-prefix=$(CARGO_HOME)/registry/src=/crates" $(CARGO) build --locked \
+	--target wasm32-wasip1 --release
+WASM := $(WASM_BUILD) --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all help build-tests envoys unit budget e2e test soak run bench build-bench fuzz screenshot lint deny clean
+.PHONY: all module help build-tests envoys unit budget reproducible e2e test soak run bench build-bench fuzz screenshot lint deny clean
 
-all: ## The module and the stats server, in release builds
-	$(CARGO) build --locked $(WASM)
-	$(PYTHON) tools/exports.py target/wasm32-wasip1/release/inflight_filter.wasm
+all: module ## The module and the stats server, in release builds
 	$(CARGO) build --locked --release --package inflight-statserver
+
+# The same bytes wherever it is built (`make reproducible`).
+module:
+	$(WASM)
+	$(PYTHON) tools/exports.py $(or $(CARGO_TARGET_DIR),target)/wasm32-wasip1/release/inflight_filter.wasm
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # The module with faults on request lies apart, so that it cannot be mistaken for the shipped one.
 build-tests: all
-	CARGO_TARGET_DIR=target/faulty $(CARGO) build --locked $(WASM) --features fault-injection
+	CARGO_TARGET_DIR=target/faulty $(WASM) --features fault-injection
 	$(PYTHON) tools/exports.py target/faulty/wasm32-wasip1/release/inflight_filter.wasm
 	$(CARGO) test --locked --profile e2e --package inflight-e2e --no-run
 
@@ -30,8 +37,11 @@ unit: ## The rules' tests, without Envoy
 	$(CARGO) test --locked --package inflight-stats --package inflight-statserver
 
 budget: all ## What a request costs in instructions and host calls
-	$(CARGO) build --locked --target wasm32-wasip1 --release --package inflight-empty
+	$(WASM_BUILD) --package inflight-empty
 	$(CARGO) test --locked --package inflight-budget -- --nocapture
+
+reproducible: module ## The module built once more, elsewhere: the same bytes
+	tools/reproducible.sh
 
 e2e: build-tests envoys ## The tests against real Envoys, the oldest and the newest
 	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture
@@ -53,7 +63,7 @@ bench: build-bench envoys ## Envoy with and without the filter, and the stats se
 	target/e2e/bench-statserver $(if $(QUICK),--rounds 1 --seconds 3)
 
 build-bench: all
-	$(CARGO) build --locked --target wasm32-wasip1 --release --package inflight-empty
+	$(WASM_BUILD) --package inflight-empty
 	$(CARGO) build --locked --profile e2e --package inflight-benches
 
 SECONDS_EACH ?= 60
