@@ -27,33 +27,39 @@ help: ## This list
 build-tests: all
 	CARGO_TARGET_DIR=target/faulty $(WASM) --features fault-injection
 	$(PYTHON) tools/exports.py target/faulty/wasm32-wasip1/release/inflight_filter.wasm
-	$(CARGO) test --locked --profile e2e --package inflight-e2e --no-run
+	$(TESTS) --no-run
 
 envoys:
 	@$(PYTHON) tools/envoy.py oldest >/dev/null
 	@$(PYTHON) tools/envoy.py newest >/dev/null
 
-unit: ## The rules' tests, without Envoy
-	$(CARGO) test --locked --package inflight-stats --package inflight-statserver
+# All tests of one profile and one choice of packages, so that what they stand on is built once.
+TESTED := --locked --profile e2e --package inflight-stats --package inflight-statserver --package inflight-budget \
+	--package inflight-e2e
+TESTS := $(CARGO) test $(TESTED)
 
-budget: all ## What a request costs in instructions and host calls
+unit: ## The rules' tests, without Envoy
+	$(TESTS) --lib --bins
+	$(TESTS) --doc
+
+budget: module ## What a request costs in instructions and host calls
 	$(WASM_BUILD) --package inflight-empty
-	$(CARGO) test --locked --package inflight-budget -- --nocapture
+	$(TESTS) --test budget -- --nocapture
 
 reproducible: module ## The module built once more, elsewhere: the same bytes
 	tools/reproducible.sh
 
 e2e: build-tests envoys ## The tests against real Envoys, the oldest and the newest
-	$(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture
+	$(TESTS) --test '*' -- --test-threads=1 --nocapture
 
-test: unit budget e2e ## Every test
+test: unit budget reproducible e2e ## Every test
 
 MINUTES ?= 30
 soak: build-tests envoys ## Everything at once, for half an hour: make soak [MINUTES=30]
-	SOAK_MINUTES=$(MINUTES) $(CARGO) test --locked --profile e2e --package inflight-e2e -- --test-threads=1 --nocapture --ignored
+	SOAK_MINUTES=$(MINUTES) $(TESTS) --test soak -- --nocapture --ignored
 
 run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
-	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo
+	@$(CARGO) build --quiet $(TESTED) --bin inflight-demo
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
 
@@ -71,7 +77,7 @@ fuzz: ## Every format that comes from outside: make fuzz [SECONDS_EACH=60]
 	tools/fuzz.sh $(SECONDS_EACH)
 
 screenshot: all ## The README's picture of the live page: two minutes of the demo
-	@$(CARGO) build --locked --quiet --profile e2e --package inflight-e2e --bin inflight-demo
+	@$(CARGO) build --quiet $(TESTED) --bin inflight-demo
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	target/e2e/inflight-demo --duration 120 --screenshot docs/page.png
 

@@ -147,7 +147,9 @@ async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
                 let inside = counts.enter(None);
                 async move { echo(request, inside) }
             });
-            let _ = http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
+            let _ = http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
         });
     }
 }

@@ -198,7 +198,8 @@ impl Bootstrap {
             },
         });
         let routes = at(&mut self.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
-        let grpc = json!({"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "streams", "timeout": "0s"}});
+        let grpc =
+            json!({"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "streams", "timeout": "0s"}});
         routes.as_array_mut().expect("routes").insert(0, grpc);
     }
 

@@ -57,8 +57,10 @@ impl Authority {
         // One with its issuer's name would be taken for one that signed itself.
         params.distinguished_name.push(DnType::CommonName, name);
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
-        let identity =
-            Identity { certificate: folder.join(format!("{name}.pem")), key: folder.join(format!("{name}.key")) };
+        let identity = Identity {
+            certificate: folder.join(format!("{name}.pem")),
+            key: folder.join(format!("{name}.key")),
+        };
         std::fs::write(&identity.certificate, certificate.pem()).expect("a file");
         std::fs::write(&identity.key, key.serialize_pem()).expect("a file");
         identity

@@ -30,7 +30,8 @@ async fn on_a_small_disk(folder: &Path) -> StatServer {
 async fn put(server: &StatServer, target: u32) -> (u16, String) {
     let request = Request::put("/v1/keys/default/hello-00001/settings").header("host", "test");
     let body = Full::new(Bytes::from(format!("{{\"target\": {target}}}")));
-    let (status, body) = http::ask(server.address, request.body(body).expect("a request")).await.expect("an answer");
+    let (status, body) =
+        http::ask(server.address, request.body(body).expect("a request")).await.expect("an answer");
     (status.as_u16(), String::from_utf8_lossy(&body).into_owned())
 }
 

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use inflight_e2e::app::App;
 use inflight_e2e::bootstrap::Bootstrap;
 use inflight_e2e::envoy::{Envoy, Version};
@@ -15,7 +16,7 @@ use tokio::net::TcpStream;
 
 const SETTLED: Duration = Duration::from_secs(15);
 const STEADY: Plan =
-    Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
+    Plan { requests: u64::MAX, connections: 8, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
 
 /// Both versions and every number of workers that is promised; `count.rs` has every pair of them.
 const MATRIX: [(Version, u32); 3] = [(Version::Oldest, 1), (Version::Newest, 2), (Version::Oldest, 4)];
@@ -32,9 +33,7 @@ async fn total(server: &StatServer) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stats_server_that_is_away_for_fifteen_seconds_misses_nothing() {
-    for (version, concurrency) in MATRIX {
-        away_for_fifteen_seconds(version, concurrency).await;
-    }
+    join_all(MATRIX.map(|(version, concurrency)| away_for_fifteen_seconds(version, concurrency))).await;
 }
 
 async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
@@ -94,9 +93,7 @@ async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_answer_counts_nothing_twice() {
-    for (version, concurrency) in MATRIX {
-        losing_answers(version, concurrency).await;
-    }
+    join_all(MATRIX.map(|(version, concurrency)| losing_answers(version, concurrency))).await;
 }
 
 async fn losing_answers(version: Version, concurrency: u32) {
@@ -163,7 +160,7 @@ async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost
         let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
         bootstrap.configure("reporting_period", "200ms".into());
         let envoy = Envoy::start(version, &bootstrap, 2).await;
-        let load = Load::start(Plan { connections: 8, ..STEADY }, envoy.address, &app.counts);
+        let load = Load::start(STEADY, envoy.address, &app.counts);
         let stat = async |name| envoy.stat(name, &[]).await;
         let resident = envoy.process.resident_bytes();
         let largest = Cell::new(0);
@@ -176,7 +173,11 @@ async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost
                 let failed_now = stat("inflight_reports_failed").await;
                 let acknowledged_now = stat("inflight_reports_sent").await;
                 // Slow, but within the timeout, is not too slow.
-                let enough = if mode == Mode::Slow(400) { acknowledged_now - acknowledged } else { failed_now - failed };
+                let enough = if mode == Mode::Slow(400) {
+                    acknowledged_now - acknowledged
+                } else {
+                    failed_now - failed
+                };
                 if enough >= 3.0 && load.sent() >= sent + 200 { Ok(()) } else { Err((enough, load.sent())) }
             })
             .await;
@@ -211,7 +212,7 @@ async fn of_two_stats_servers_each_knows_its_part_and_one_may_die() {
         bootstrap.endpoints("inflight-statserver", &[taps[0].address, taps[1].address]);
         bootstrap.configure("reporting_period", "200ms".into());
         let envoy = Envoy::start(version, &bootstrap, 2).await;
-        let load = Load::start(Plan { connections: 8, ..STEADY }, envoy.address, &app.counts);
+        let load = Load::start(STEADY, envoy.address, &app.counts);
         let more = async |taps: &[&Tap]| {
             for tap in taps {
                 let before = tap.acknowledged().len();
@@ -262,9 +263,7 @@ async fn a_report_that_is_refused_for_good_is_not_sent_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_websocket_counts_one_for_as_long_as_it_is_open() {
-    for (version, concurrency) in MATRIX {
-        open_websocket(version, concurrency).await;
-    }
+    join_all(MATRIX.map(|(version, concurrency)| open_websocket(version, concurrency))).await;
 }
 
 async fn open_websocket(version: Version, concurrency: u32) {

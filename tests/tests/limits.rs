@@ -58,7 +58,8 @@ async fn raw(to: SocketAddr, bytes: &[u8]) -> String {
 
 /// How often each limit was reached, out of the server's metrics.
 fn refused(text: &str) -> BTreeMap<String, u64> {
-    let lines = text.lines().filter_map(|line| line.strip_prefix("inflight_statserver_refused_total{limit=\""));
+    let lines =
+        text.lines().filter_map(|line| line.strip_prefix("inflight_statserver_refused_total{limit=\""));
     lines
         .map(|line| {
             let (limit, count) = line.split_once("\"} ").expect("a sample");
@@ -103,7 +104,8 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     assert_eq!(post(report("two", &["a"])).await.0, 202);
     let (status, reason) = post(report("three", &["a"])).await;
     assert!(status == 507 && reason.contains("key ns/a has 2 pods"), "{status} {reason}");
-    let (status, reason) = post(report(&"long".repeat(100), &[&"long".repeat(100), &"name".repeat(100)])).await;
+    let (status, reason) =
+        post(report(&"long".repeat(100), &[&"long".repeat(100), &"name".repeat(100)])).await;
     assert!(status == 413 && reason.contains("--max-report-bytes"), "{status} {reason}");
     let (status, reason) = put(format!("{{\"target\": 1{}}}", " ".repeat(300))).await;
     assert!(status == 413 && reason.contains("--max-settings-bytes"), "{status} {reason}");
@@ -130,9 +132,11 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     }
     drop(stream);
 
-    let client = proto::external_scaler_client::ExternalScalerClient::connect(format!("http://{}", server.grpc));
+    let client =
+        proto::external_scaler_client::ExternalScalerClient::connect(format!("http://{}", server.grpc));
     let mut client = client.await.expect("a channel");
-    let asked = proto::ScaledObjectRef { name: "a".repeat(2_000), namespace: "ns".into(), ..Default::default() };
+    let asked =
+        proto::ScaledObjectRef { name: "a".repeat(2_000), namespace: "ns".into(), ..Default::default() };
     let status = client.is_active(asked).await.expect_err("too large");
     assert_eq!(status.code(), tonic::Code::OutOfRange, "{status:?}");
 
@@ -156,7 +160,15 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     })
     .await;
     let once = |limit: &str| counts.get(limit).copied();
-    for limit in ["head-bytes", "report-bytes", "frame-bytes", "settings-bytes", "grpc-bytes", "depth", "keys-per-namespace"] {
+    for limit in [
+        "head-bytes",
+        "report-bytes",
+        "frame-bytes",
+        "settings-bytes",
+        "grpc-bytes",
+        "depth",
+        "keys-per-namespace",
+    ] {
         assert_eq!(once(&format!("max-{limit}")), Some(1), "{limit} in {counts:?}");
     }
     assert_eq!(once("max-messages"), Some(2), "a report and a frame: {counts:?}");

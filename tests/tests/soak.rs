@@ -37,7 +37,8 @@ impl Series {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "half an hour: make soak"]
 async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
-    let minutes = std::env::var("SOAK_MINUTES").map_or(30.0, |text| text.parse().expect("a number of minutes"));
+    let minutes =
+        std::env::var("SOAK_MINUTES").map_or(30.0, |text| text.parse().expect("a number of minutes"));
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let mut bootstrap = Bootstrap::sidecar(app.address, server.address);
     bootstrap.grpc(app.grpc);
@@ -66,7 +67,10 @@ async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
         if printed.elapsed() >= Duration::from_secs(60) {
             printed = Instant::now();
             let [envoy, wasm, server] = now.map(|bytes| bytes / 1_048_576.0);
-            println!("{at:.0} s: {} requests; Envoy {envoy:.1}, its VMs {wasm:.1}, the server {server:.1} MiB", load.sent());
+            println!(
+                "{at:.0} s: {} requests; Envoy {envoy:.1}, its VMs {wasm:.1}, the server {server:.1} MiB",
+                load.sent()
+            );
         }
     }
     load.stop();
@@ -81,7 +85,8 @@ async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
     })
     .await;
     let counted = envoy.stat("queue_requests_total", &[]).await as u64;
-    wait::until_equal("the access log", SETTLED, counted, async || envoy.requests_by_path().values().sum()).await;
+    wait::until_equal("the access log", SETTLED, counted, async || envoy.requests_by_path().values().sum())
+        .await;
     wait::until_equal("the server's count, and in flight", SETTLED, (counted, 0), async || {
         let number = async |field| server.number("default", "hello-00001", field).await;
         (number("requests_total").await, number("in_flight").await)
@@ -106,6 +111,9 @@ async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
     for (name, series) in ["Envoy", "its VMs", "the server"].iter().zip(&series) {
         let slope = series.slope();
         println!("{name}: {:+.1} KiB a minute after the first {:.0} s", slope / 1024.0, warm_up);
-        assert!(slope * minutes.max(30.0) < FLAT_BYTES || minutes < 30.0, "{name} grows: {slope} bytes a minute");
+        assert!(
+            slope * minutes.max(30.0) < FLAT_BYTES || minutes < 30.0,
+            "{name} grows: {slope} bytes a minute"
+        );
     }
 }

@@ -17,7 +17,8 @@ use inflight_e2e::{built, http, root, wait};
 use serde_json::{Value, json};
 
 const SETTLED: Duration = Duration::from_secs(20);
-const PLAN: Plan = Plan { requests: 300, connections: 8, average_ms: 5.0, mixed: true, seed: 3, path: "/work" };
+const PLAN: Plan =
+    Plan { requests: 300, connections: 8, average_ms: 5.0, mixed: true, seed: 3, path: "/work" };
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("a path")
@@ -52,7 +53,8 @@ fn keda(server: &StatServer, files: [&Path; 3]) -> (bool, String) {
     let python = String::from_utf8(python).expect("a path");
     let mut command = Command::new(python.trim());
     command.current_dir(root()).args(["tests/keda.py", &server.grpc.to_string()]);
-    let output = command.arg("src/statserver/proto/externalscaler.proto").args(files).output().expect("Python");
+    let output =
+        command.arg("src/statserver/proto/externalscaler.proto").args(files).output().expect("Python");
     let said = [output.stdout, output.stderr].concat();
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())
 }
@@ -89,12 +91,15 @@ async fn over_mutual_tls_envoy_reports_and_keda_asks_and_nobody_else() {
         wait::until_equal("the server's count", SETTLED, Some(sent + more), || total(&client, &server)).await;
 
         let nobody = authority.client(None);
-        let status = async |client: &Client, path| client.get(server.address, path).await.map(|(status, _)| status.as_u16());
+        let status = async |client: &Client, path| {
+            client.get(server.address, path).await.map(|(status, _)| status.as_u16())
+        };
         assert_eq!(status(&nobody, "/v1/keys").await, Ok(401));
         assert_eq!(status(&nobody, "/healthz").await, Ok(200), "a kubelet has no certificate");
         assert_eq!(status(&client, "/metrics").await, Ok(200));
         let put = Request::put("/v1/keys/default/hello-00001/settings").header("host", "test");
-        let put = client.ask(server.address, put.body(Full::from("{\"target\": 1}")).expect("a request")).await;
+        let put =
+            client.ask(server.address, put.body(Full::from("{\"target\": 1}")).expect("a request")).await;
         assert_eq!(put.expect("an answer").0, 403, "settings take a token that is marked admin");
         let unknown = authority.client(Some(&of_stranger));
         assert!(status(&unknown, "/healthz").await.is_err(), "a certificate of somebody else's");
@@ -106,7 +111,9 @@ async fn over_mutual_tls_envoy_reports_and_keda_asks_and_nobody_else() {
         let Identity { certificate, key } = &of_stranger;
         assert!(!keda(&server, [&ca, certificate, key]).0, "a certificate of somebody else's");
         let (_, metrics) = client.get(server.address, "/metrics").await.expect("metrics");
-        let failed = metrics.lines().find_map(|line| line.strip_prefix("inflight_statserver_tls_handshakes_failed_total "));
+        let failed = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("inflight_statserver_tls_handshakes_failed_total "));
         assert!(failed.and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n >= 3), "{failed:?}");
     }
 }

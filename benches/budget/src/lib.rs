@@ -1,12 +1,10 @@
-//! A proxy-wasm host that does next to nothing, on wasmtime, to count what a module does: instructions (as fuel) and host
+//! A proxy-wasm host that does next to nothing, on wasmi, to count what a module does: instructions (as fuel) and host
 //! calls. It is no mock of Envoy for tests of behaviour: those run on Envoy.
 #![deny(missing_docs)]
 
 use std::collections::{BTreeMap, HashMap};
 
-use wasmtime::{
-    Caller, Config, Engine, Extern, Func, Instance, Linker, Memory, Module, OptLevel, Store, Val,
-};
+use wasmi::{Caller, Config, Engine, Extern, ExternType, Func, Instance, Linker, Memory, Module, Store, Val};
 
 const OK: i32 = 0;
 const NOT_FOUND: i32 = 1;
@@ -33,11 +31,10 @@ struct State {
 /// # Panics
 /// If it is no wasm.
 pub fn compile(path: &std::path::Path) -> Module {
-    let mut config = Config::new();
-    // Compiled in a hurry: the count is the same.
-    config.consume_fuel(true).cranelift_opt_level(OptLevel::None);
-    let engine = Engine::new(&config).expect("an engine");
-    Module::from_file(&engine, path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    let mut config = Config::default();
+    config.consume_fuel(true);
+    let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    Module::new(&Engine::new(&config), bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// A module in a VM.
@@ -50,7 +47,7 @@ pub struct Vm {
 /// What a stretch of work took.
 #[derive(Clone, Debug, Default)]
 pub struct Cost {
-    /// wasm instructions, as wasmtime's fuel counts them.
+    /// wasm instructions, as wasmi's fuel counts them: what copies memory counts by its length.
     pub instructions: u64,
     /// Host calls by name.
     pub calls: BTreeMap<String, u32>,
@@ -75,22 +72,24 @@ impl Vm {
         store.set_fuel(PLENTY).expect("fuel");
         let mut linker = Linker::new(engine);
         for import in module.imports() {
-            let wasmtime::ExternType::Func(ty) = import.ty() else { continue };
+            let ExternType::Func(ty) = import.ty().clone() else { continue };
             let name = import.name().to_owned();
             let (results, label) = (ty.results().len(), name.clone());
             let f = Func::new(&mut store, ty, move |mut caller, arguments, out| {
                 *caller.data_mut().calls.entry(label.clone()).or_default() += 1;
-                let arguments: Vec<i64> =
-                    arguments.iter().map(|v| v.i64().unwrap_or_else(|| v.unwrap_i32().into())).collect();
+                let arguments: Vec<i64> = arguments
+                    .iter()
+                    .map(|v| v.i64().unwrap_or_else(|| v.i32().unwrap_or(0).into()))
+                    .collect();
                 let status = answer(&mut caller, &label, &arguments);
                 if results == 1 {
                     out[0] = Val::I32(status);
                 }
                 Ok(())
             });
-            linker.define(&store, import.module(), &name, f).expect("an import");
+            linker.define(import.module(), &name, f).expect("an import");
         }
-        let instance = linker.instantiate(&mut store, module).expect("an instance");
+        let instance = linker.instantiate_and_start(&mut store, module).expect("an instance");
         let mut vm = Self { store, instance, contexts: 1 };
         vm.call("_initialize", &[]);
         vm.call("proxy_on_context_create", &[1, 0]);
@@ -104,11 +103,11 @@ impl Vm {
     /// Calls an export that returns a number, or nothing (0).
     fn call(&mut self, name: &str, arguments: &[i32]) -> i32 {
         // As Envoy does: what is not exported is not called.
-        let Some(export) = self.instance.get_func(&mut self.store, name) else { return 0 };
+        let Some(export) = self.instance.get_func(&self.store, name) else { return 0 };
         let arguments: Vec<Val> = arguments.iter().map(|a| Val::I32(*a)).collect();
         let mut results = vec![Val::I32(0); export.ty(&self.store).results().len()];
         export.call(&mut self.store, &arguments, &mut results).unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        results.first().map_or(0, Val::unwrap_i32)
+        results.first().and_then(Val::i32).unwrap_or(0)
     }
 
     /// Lets a second pass, and ticks.
@@ -170,7 +169,7 @@ fn give(caller: &mut Caller<'_, State>, bytes: &[u8], data: i64, size: i64) -> i
     };
     let mut address = [Val::I32(0)];
     allocate.call(&mut *caller, &[Val::I32(bytes.len() as i32)], &mut address).expect("memory");
-    let address = address[0].unwrap_i32();
+    let address = address[0].i32().expect("an address");
     write(caller, address.into(), bytes);
     write(caller, data, &address.to_le_bytes());
     write(caller, size, &(bytes.len() as u32).to_le_bytes());

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use inflight_budget::{Cost, Vm, compile};
-use wasmtime::Module;
+use wasmi::Module;
 
 fn module(name: &str) -> PathBuf {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
@@ -41,10 +41,10 @@ fn steady(module: &Module, configuration: &str) -> Cost {
 fn a_request_stays_within_its_budget() {
     let [filter, empty] = ["inflight_filter.wasm", "inflight_empty.wasm"].map(|name| compile(&module(name)));
     let budgets = [
-        ("empty filter", &empty, "", 1_500, 0),
-        ("sidecar", &filter, SIDECAR, 3_500, 9),
-        ("sidecar, breaker", &filter, BREAKER, 7_000, 13),
-        ("gateway", &filter, GATEWAY, 10_000, 9),
+        ("empty filter", &empty, "", 1_350, 0),
+        ("sidecar", &filter, SIDECAR, 6_000, 9),
+        ("sidecar, breaker", &filter, BREAKER, 15_000, 13),
+        ("gateway", &filter, GATEWAY, 13_500, 9),
     ];
     let mut over = Vec::new();
     for (name, module, configuration, instructions, host_calls) in budgets {

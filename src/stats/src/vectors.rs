@@ -175,7 +175,12 @@ fn every_frame_of_stats_decodes_as_knatives() {
         let (hex, json) = line.split_once('\t').unwrap();
         let theirs: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
         let theirs: Vec<WireStatMessage> = theirs.iter().map(|json| message(json, names)).collect();
-        assert_eq!(wire::decode(unhex(hex).into(), &FrameLimits::default()).unwrap(), theirs, "line {}", number + 1);
+        assert_eq!(
+            wire::decode(unhex(hex).into(), &FrameLimits::default()).unwrap(),
+            theirs,
+            "line {}",
+            number + 1
+        );
     }
 }
 

@@ -106,7 +106,9 @@ impl Access {
         let is_certified = self.certificates && peer.certified;
         match (&self.file, authorization) {
             (None, _) if !self.certificates => return Ok(Grant::ALL),
-            (None, _) | (Some(_), None) => return if is_certified { Ok(Grant::CERTIFIED) } else { Err(Unknown) },
+            (None, _) | (Some(_), None) => {
+                return if is_certified { Ok(Grant::CERTIFIED) } else { Err(Unknown) };
+            }
             // A token that is shown must be right, also beside a certificate.
             (Some(_), Some(_)) => {}
         }

@@ -217,11 +217,11 @@ mod tests {
             assert_eq!(check(&[flag, "0.0.0.0:80", "--insecure"]), Ok(()));
             assert_eq!(check(&[flag, "0.0.0.0:80", "--token-file", "x"]), Ok(()));
             let tls = ["--tls-cert", "x", "--tls-key", "x"];
-            assert!(check(&[&[flag, "0.0.0.0:80"], &tls[..]].concat()).is_err(), "says who serves, not who asks");
-            assert_eq!(
-                check(&[&[flag, "0.0.0.0:80", "--tls-client-ca", "x"], &tls[..]].concat()),
-                Ok(())
+            assert!(
+                check(&[&[flag, "0.0.0.0:80"], &tls[..]].concat()).is_err(),
+                "says who serves, not who asks"
             );
+            assert_eq!(check(&[&[flag, "0.0.0.0:80", "--tls-client-ca", "x"], &tls[..]].concat()), Ok(()));
         }
     }
 

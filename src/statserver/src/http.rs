@@ -211,7 +211,8 @@ async fn take(
         // Not a 4xx: the sender says it again, and is heard once there is room.
         Err(NotTaken::Full(full)) => {
             app.metrics.refused(full.limit);
-            app.seldom.say(|unsaid| warn!(%full, pod = report.pod, unsaid, "not the whole of a report was taken"));
+            app.seldom
+                .say(|unsaid| warn!(%full, pod = report.pod, unsaid, "not the whole of a report was taken"));
             Err((StatusCode::INSUFFICIENT_STORAGE, format!("{full}\n")))
         }
     }
@@ -398,7 +399,8 @@ async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyNam
         Ok(json) if depth(&json) > app.limits.max_depth => {
             app.metrics.refused(Limit::Depth);
             let most = app.limits.max_depth;
-            let reason = format!("values lie more than the allowed {most} deep in each other (--max-depth)\n");
+            let reason =
+                format!("values lie more than the allowed {most} deep in each other (--max-depth)\n");
             (StatusCode::BAD_REQUEST, reason).into_response()
         }
         Ok(json) => told(&app, name, Some(json)).await,

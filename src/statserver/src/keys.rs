@@ -286,10 +286,12 @@ impl Keys {
         let (namespace, name) = name;
         match settings {
             // A key that is told something is there, also before its first report: if there is room.
-            Some(settings) => drop(self.with(namespace, name, None, |entry| entry.key.apply(settings))),
-            None => drop(
-                self.known_mut(namespace, name, |entry| entry.key.apply(Arc::clone(&self.defaults))),
-            ),
+            Some(settings) => {
+                let _ = self.with(namespace, name, None, |entry| entry.key.apply(settings));
+            }
+            None => {
+                self.known_mut(namespace, name, |entry| entry.key.apply(Arc::clone(&self.defaults)));
+            }
         }
     }
 
@@ -303,7 +305,8 @@ impl Keys {
             let mut shard = lock(shard);
             let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > KEPT_NS;
             for place in (0..shard.entries.len()).rev() {
-                if shard.entries.get(place).is_some_and(|entry| is_old(entry) && !told.contains(&entry.name)) {
+                if shard.entries.get(place).is_some_and(|entry| is_old(entry) && !told.contains(&entry.name))
+                {
                     self.remove(&mut shard, place);
                 }
             }
@@ -384,9 +387,8 @@ impl Keys {
             }
         };
         let most = self.room.pods_per_key;
-        let full = |entry: &Entry| {
-            pod.is_some_and(|pod| entry.key.senders() >= most && !entry.key.knows(pod))
-        };
+        let full =
+            |entry: &Entry| pod.is_some_and(|pod| entry.key.senders() >= most && !entry.key.knows(pod));
         match entries.get_mut(place) {
             Some(entry) if !full(entry) => Ok(f(entry)),
             _ => Err(Full {

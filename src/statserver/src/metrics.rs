@@ -93,7 +93,11 @@ impl Default for Metrics {
         let frames_dropped = Family::default();
         registry.register("stream_frames_dropped", "Frames of the stat stream", frames_dropped.clone());
         let refused = Family::default();
-        registry.register("refused", "What went beyond a limit, by the limit's flag", Family::clone(&refused));
+        registry.register(
+            "refused",
+            "What went beyond a limit, by the limit's flag",
+            Family::clone(&refused),
+        );
         let streams = Gauge::default();
         registry.register("streams", "Websockets that are open", streams.clone());
         let mut counter = |name: &str, help: &str| {

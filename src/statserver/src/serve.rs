@@ -58,7 +58,8 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
         move |error: io::Error| io::Error::new(error.kind(), format!("{what} {address}: {error}"))
     };
     flags.check_access().map_err(io::Error::other)?;
-    let access = Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some()).map_err(io::Error::other)?;
+    let access =
+        Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some()).map_err(io::Error::other)?;
     let Limits { max_keys_per_namespace, max_pods_per_key, .. } = flags.limits;
     let room = Room { keys_per_namespace: max_keys_per_namespace, pods_per_key: max_pods_per_key };
     let keys = Keys::new(Arc::new(flags.key_settings()), room);

@@ -128,9 +128,9 @@ impl Files {
             None => builder.with_no_client_auth(),
             Some(path) => builder.with_client_cert_verifier(verifier(path, client_ca, provider)?),
         };
-        let config = builder.with_single_cert(chain, key).map_err(|error| {
-            format!("--tls-cert {} and --tls-key: {error}", self.certificate.display())
-        })?;
+        let config = builder
+            .with_single_cert(chain, key)
+            .map_err(|error| format!("--tls-cert {} and --tls-key: {error}", self.certificate.display()))?;
         let speaking = |protocol: Protocol| {
             let mut config = config.clone();
             config.alpn_protocols = protocol.alpn();
