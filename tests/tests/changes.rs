@@ -79,7 +79,9 @@ async fn a_listener_that_is_replaced_under_load_loses_no_count() {
 async fn a_filter_that_is_taken_out_and_put_back_counts_what_passed_it() {
     for (version, concurrency) in [(Version::Oldest, 4), (Version::Newest, 2)] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
-        let bootstrap = Bootstrap::sidecar(app.address, server.address);
+        let mut bootstrap = Bootstrap::sidecar(app.address, server.address);
+        // Longer than a drain takes: what was counted last is in the last report, or nowhere.
+        bootstrap.configure("reporting_period", "6s".into());
         let how = How { concurrency, dynamic: true, ..How::default() };
         let envoy = Envoy::with(version, &bootstrap, how).await;
         let load = Load::start(STEADY, envoy.address, &app.counts);

@@ -11,6 +11,7 @@ use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::{Mode, Tap};
 use inflight_e2e::{http, process, wait};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -336,4 +337,24 @@ async fn the_stats_server_drains_on_sigterm_and_exits_0() {
     assert!(answer.contains("503") && answer.contains("draining"), "{answer}");
     let status = server.process.wait(Duration::from_secs(15));
     assert!(process::is_clean(status), "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hanging_stats_server_holds_up_no_end() {
+    for version in [Version::Oldest, Version::Newest] {
+        let (app, tap) = (App::start().await, Tap::start(None).await);
+        let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+        bootstrap.configure("statserver", json!({"cluster": "inflight-statserver", "timeout": "60s"}));
+        let mut envoy = Envoy::start(version, &bootstrap, 2).await;
+        tap.set_mode(Mode::Hang);
+        Load::start(Plan { requests: 100, ..STEADY }, envoy.address, &app.counts).finish().await;
+        wait::until("a report hangs", SETTLED, || async {
+            if tap.recorded().iter().any(|r| r.answered.is_none()) { Ok(()) } else { Err(()) }
+        })
+        .await;
+        envoy.process.signal(libc::SIGTERM);
+        // Far below the call's timeout.
+        let status = envoy.process.wait(Duration::from_secs(20));
+        assert!(process::is_clean(status), "{status:?}");
+    }
 }

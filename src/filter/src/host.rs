@@ -31,6 +31,7 @@ const CALL_RESPONSE_BODY: u32 = 4;
 unsafe extern "C" {
     fn proxy_get_current_time_nanoseconds(time: *mut u64) -> u32;
     fn proxy_set_tick_period_milliseconds(period: u32) -> u32;
+    fn proxy_done() -> u32;
     fn proxy_get_header_map_value(
         map: u32,
         key: *const u8,
@@ -126,6 +127,12 @@ pub fn tick_in(milliseconds: u64) {
     if unsafe { proxy_set_tick_period_milliseconds(period) } != OK {
         log::error!("inflight: the host refused a tick period of {period} ms");
     }
+}
+
+/// The root context at hand, which asked for more time at its end, needs no more of it.
+pub fn done() {
+    // SAFETY: no memory changes hands. A context that is not about to end is NotFound, which is as good.
+    unsafe { proxy_done() };
 }
 
 /// Bytes that the host allocated in this module's memory and gave away.

@@ -20,6 +20,8 @@ use crate::worker::{Outgoing, Worker};
 pub struct Root {
     id: u32,
     role: Role,
+    /// Its configuration is gone; it lives on for the answers to these calls, its last reports.
+    last_calls: Vec<u32>,
 }
 
 enum Role {
@@ -61,7 +63,7 @@ impl Role {
 
 impl Root {
     pub fn new(id: u32) -> Self {
-        Self { id, role: Role::Unconfigured }
+        Self { id, role: Role::Unconfigured, last_calls: Vec::new() }
     }
 
     fn configure(&self) -> Result<Role, String> {
@@ -89,16 +91,22 @@ impl Root {
         Ok(Role::Sidecar(Box::new(Plugin { token, proxied_header, worker, config })))
     }
 
-    fn send(&self, Counting { config, token, worker }: Counting, reports: Vec<Outgoing>) {
-        let Some(server) = &config.statserver else { return };
+    /// Sends reports; the calls that were made.
+    fn send(&self, Counting { config, token, worker }: Counting, reports: Vec<Outgoing>) -> Vec<u32> {
+        let mut calls = Vec::new();
+        let Some(server) = &config.statserver else { return calls };
         for report in reports {
             let call = call(server, token, &report.bytes);
-            let Ok(mut worker) = worker.try_borrow_mut() else { return };
+            let Ok(mut worker) = worker.try_borrow_mut() else { break };
             match call {
-                Ok(call) => worker.sent(call, report, config),
+                Ok(call) => {
+                    worker.sent(call, report, config);
+                    calls.push(call);
+                }
                 Err(why) => worker.not_sent(&why),
             }
         }
+        calls
     }
 }
 
@@ -129,14 +137,21 @@ impl Context for Root {
                     .replace(char::is_control, " ")
             });
         }
+        if !self.last_calls.is_empty() {
+            self.last_calls.retain(|last| *last != call);
+            if self.last_calls.is_empty() {
+                host::done();
+            }
+        }
     }
 
+    /// A call ends with the context that made it. So where a configuration goes and Envoy stays, the context asks for time until
+    /// its last report is answered, or given up by Envoy after the call's timeout. Where Envoy itself ends, nobody waits.
     fn on_done(&mut self) -> bool {
-        if let Some(counting) = self.role.counting() {
-            let reports = counting.worker.try_borrow_mut().map(|mut w| w.root_done(counting.config));
-            self.send(counting, reports.unwrap_or_default());
-        }
-        true
+        let Some(counting) = self.role.counting() else { return true };
+        let reports = counting.worker.try_borrow_mut().map(|mut w| w.root_done(counting.config));
+        self.last_calls = self.send(counting, reports.unwrap_or_default());
+        self.last_calls.is_empty()
     }
 }
 
@@ -159,6 +174,9 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
+        if !self.last_calls.is_empty() {
+            return;
+        }
         let Some(counting) = self.role.counting() else { return };
         let Ok(mut worker) = counting.worker.try_borrow_mut() else { return };
         let tick = worker.tick(counting.config);
