@@ -123,8 +123,8 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
 /// KEDA's scaler. Its keep-alive finds clients that are gone.
 async fn serve_grpc(door: Arc<Door>, app: Arc<App>) {
     let ending = app.ending.clone();
-    let (most, Limits { max_grpc_bytes, max_grpc_streams, .. }) = (WAITING_LINKS, app.limits);
-    let (opened, links) = tokio::sync::mpsc::channel(most);
+    let Limits { max_grpc_bytes, max_grpc_streams, .. } = app.limits;
+    let (opened, links) = tokio::sync::mpsc::channel(WAITING_LINKS);
     // Handshakes go on beside each other: one that hangs holds nobody up.
     let knocks = tokio::spawn(async move {
         loop {
