@@ -118,7 +118,7 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     let answer = raw(to, head.as_bytes()).await;
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408 "), "{answer}");
     let answer = raw(to, format!("{head}content-length: 100\r\n\r\nhalf").as_bytes()).await;
-    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("--body-timeout"), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("--body-timeout"), "{answer}");
     // Over gRPC, a connection that says nothing.
     assert_eq!(raw(server.grpc, b"").await, "");
 

@@ -231,7 +231,8 @@ async fn read(app: &App, body: Body, limit: Limit, most: usize) -> Result<Vec<u8
         Err(_) => {
             app.metrics.refused(Limit::BodyTimeout);
             let reason = format!("the body took longer than {timeout:?} (--body-timeout)\n");
-            Err((StatusCode::REQUEST_TIMEOUT, reason))
+            // Not 408: a 4xx would mean never again.
+            Err((StatusCode::SERVICE_UNAVAILABLE, reason))
         }
     }
 }

@@ -69,7 +69,7 @@ impl Entry {
     }
 }
 
-/// Entries stay where they are; the table finds them by name.
+/// The table finds entries by name. Where one goes, the last one takes its place.
 #[derive(Default)]
 struct Shard {
     places: HashTable<usize>,
