@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use subtle::{Choice, ConstantTimeEq};
 use tracing::{error, info};
 
+use crate::files;
 use crate::link::Peer;
 
 /// The most tokens in the file.
@@ -143,11 +144,7 @@ fn secret(authorization: &[u8]) -> Option<Vec<u8>> {
 type Tokens = (Vec<u8>, Arc<[Token]>);
 
 fn read(path: &Path) -> Result<Tokens, String> {
-    let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
-    if size > MOST_BYTES {
-        return Err(format!("{size} bytes, allowed are {MOST_BYTES}"));
-    }
-    let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
+    let bytes = files::read(path, MOST_BYTES).map_err(|error| error.to_string())?;
     let tokens = parse(&bytes).map_err(|bad| bad.to_string())?;
     if tokens.is_empty() {
         return Err("no token in it".into());

@@ -6,6 +6,7 @@
 //! | `limits` | how much of everything is taken from a network |
 //! | `link` | a connection, plain or within TLS |
 //! | `tls` | the server's certificates |
+//! | `files` | reading a file that may be too large |
 //! | `flags` | the command line and its environment variables |
 //! | `http` | the routes: reports, keys, settings, health, metrics, the live page |
 //! | `stream` | Knative's stat stream: a websocket |
@@ -20,6 +21,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
 mod access;
+mod files;
 mod flags;
 mod forward;
 mod http;

@@ -14,6 +14,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{error, info};
 
+use crate::files;
 use crate::flags::Flags;
 
 /// The largest file that is read.
@@ -166,10 +167,5 @@ fn certificates(flag: &str, path: &Path, pem: &[u8]) -> Result<Vec<CertificateDe
 }
 
 fn read(flag: &str, path: &Path) -> Result<Vec<u8>, String> {
-    let wrong = |reason: String| format!("{flag} {}: {reason}", path.display());
-    let size = std::fs::metadata(path).map_err(|error| wrong(error.to_string()))?.len();
-    if size > MOST_BYTES {
-        return Err(wrong(format!("{size} bytes, allowed are {MOST_BYTES}")));
-    }
-    std::fs::read(path).map_err(|error| wrong(error.to_string()))
+    files::read(path, MOST_BYTES).map_err(|error| format!("{flag} {}: {error}", path.display()))
 }

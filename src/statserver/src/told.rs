@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::Mutex;
 
+use crate::files;
 use crate::keys::{KeyName, Keys};
 
 /// The most keys that can be told something.
@@ -110,13 +111,9 @@ impl Told {
 }
 
 fn read(path: &Path) -> io::Result<Vec<Line>> {
-    let bytes = match std::fs::metadata(path) {
-        Ok(file) if file.len() > MOST_BYTES => {
-            return Err(io::Error::other(format!("{} bytes, allowed are {MOST_BYTES}", file.len())));
-        }
-        Ok(_) => std::fs::read(path)?,
+    let bytes = match files::read(path, MOST_BYTES) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
+        bytes => bytes?,
     };
     Ok(serde_json::from_slice(&bytes)?)
 }
