@@ -208,6 +208,17 @@ impl Envoy {
         prometheus::sum(&self.stats().await, name, labels)
     }
 
+    /// Waits until so many more reports were acknowledged.
+    pub async fn reports(&self, more: u32) {
+        let acknowledged = async || self.stat("inflight_reports_sent", &[]).await;
+        let enough = acknowledged().await + f64::from(more);
+        wait::until(&format!("{more} more reports"), Duration::from_secs(20), || async {
+            let now = acknowledged().await;
+            if now >= enough { Ok(()) } else { Err(now) }
+        })
+        .await;
+    }
+
     /// The requests in the access log so far.
     pub fn requests(&self) -> Vec<Request> {
         self.requests_in(ACCESS_LOG)

@@ -7,7 +7,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
 use hyper::{HeaderMap, Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Sends a request and reads the whole answer.
@@ -15,7 +15,17 @@ use tokio::net::TcpStream;
 /// # Errors
 /// What went wrong, in words.
 pub async fn ask(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), String> {
-    let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
+    ask_over(TcpStream::connect(to).await.map_err(|e| e.to_string())?, request).await
+}
+
+/// The same over a connection that is there.
+///
+/// # Errors
+/// What went wrong, in words.
+pub async fn ask_over(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    request: Request<Full<Bytes>>,
+) -> Result<(StatusCode, Bytes), String> {
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
     let connection = tokio::spawn(connection);
     let answer = async {

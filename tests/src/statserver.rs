@@ -76,6 +76,11 @@ impl StatServer {
         serde_json::from_str(&text).ok()
     }
 
+    /// All requests that it knows of the workload in `envoy/envoy.yaml`.
+    pub async fn total(&self) -> u64 {
+        self.number("default", "hello-00001", "requests_total").await
+    }
+
     /// A number of a key; 0 if the key is unknown.
     pub async fn number(&self, namespace: &str, name: &str, field: &str) -> u64 {
         self.key(namespace, name).await.and_then(|key| key[field].as_u64()).unwrap_or(0)

@@ -124,6 +124,14 @@ impl Tap {
     }
 }
 
+impl Tap {
+    /// The requests that the acknowledged reports of one key add up to.
+    pub fn requests(&self) -> u64 {
+        let reports = self.acknowledged();
+        reports.iter().map(|r| r.messages[0].until.requests - r.messages[0].since.requests).sum()
+    }
+}
+
 impl Drop for Tap {
     fn drop(&mut self) {
         self.serving.abort();

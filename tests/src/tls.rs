@@ -5,10 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http1;
+use http_body_util::Full;
 use hyper::{Request, StatusCode};
-use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -16,6 +14,8 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use crate::http;
 
 /// An authority that signs certificates for 127.0.0.1.
 #[derive(Debug)]
@@ -109,20 +109,10 @@ impl Client {
         to: SocketAddr,
         request: Request<Full<Bytes>>,
     ) -> Result<(StatusCode, String), String> {
-        let words = |error: &dyn std::error::Error| error.to_string();
-        let stream = TcpStream::connect(to).await.map_err(|e| words(&e))?;
-        let stream = self.0.connect(ServerName::from(to.ip()), stream).await.map_err(|e| words(&e))?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| words(&e))?;
-        let connection = tokio::spawn(connection);
-        let answer = async {
-            let response = sender.send_request(request).await.map_err(|e| words(&e))?;
-            let status = response.status();
-            let body = response.into_body().collect().await.map_err(|e| words(&e))?;
-            Ok((status, String::from_utf8_lossy(&body.to_bytes()).into_owned()))
-        };
-        let answer = answer.await;
-        connection.abort();
-        answer
+        let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
+        let stream = self.0.connect(ServerName::from(to.ip()), stream).await.map_err(|e| e.to_string())?;
+        let (status, body) = http::ask_over(stream, request).await?;
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
     }
 
     /// GETs a path.

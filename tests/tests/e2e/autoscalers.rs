@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use tonic::Code;
 use tonic::transport::Channel;
 
-mod proto {
+/// What KEDA's client side is made of.
+pub mod proto {
     #![allow(missing_docs, clippy::all, reason = "generated")]
     tonic::include_proto!("externalscaler");
 }

@@ -16,10 +16,6 @@ const SETTLED: Duration = Duration::from_secs(20);
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 16, average_ms: 10.0, mixed: true, seed: 5, path: "/work" };
 
-async fn total(server: &StatServer) -> u64 {
-    server.number("default", "hello-00001", "requests_total").await
-}
-
 async fn in_flight(server: &StatServer) -> u64 {
     server.number("default", "hello-00001", "in_flight").await
 }
@@ -37,7 +33,7 @@ async fn goes_on(load: &Load, more: u64) {
 /// The server knows of so many requests, and of none that is still open.
 async fn settles(server: &StatServer, sent: u64) {
     wait::until_equal("the server's count, and in flight", SETTLED, (sent, 0), || async {
-        (total(server).await, in_flight(server).await)
+        (server.total().await, in_flight(server).await)
     })
     .await;
 }
@@ -129,7 +125,7 @@ async fn a_hot_restart_loses_no_count_and_no_request() {
         let new = old.next_epoch(version, &bootstrap, &how).await;
         let ended = tokio::task::block_in_place(|| old.process.wait(Duration::from_secs(30)));
         assert!(is_clean(ended), "{ended:?}");
-        let before = total(&server).await;
+        let before = server.total().await;
         goes_on(&load, 500).await;
         load.stop();
         let sent = load.finish().await;
@@ -162,7 +158,7 @@ async fn a_killed_envoy_loses_what_it_had_not_reported_and_nothing_else() {
         envoy.process.kill();
         load.abandon().await;
         let arrived = app.counts.requests() - arrived;
-        let counted = total(&server).await;
+        let counted = server.total().await;
         let reports = tap.acknowledged();
         let last = reports.last().expect("a report").messages[0].until;
         assert_eq!(counted, counted_before + last.requests, "what was acknowledged is known, and no more");

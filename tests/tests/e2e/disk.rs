@@ -78,8 +78,5 @@ async fn a_full_and_a_read_only_disk_refuse_settings_and_nothing_else() {
 
     load.stop();
     let sent = load.finish().await;
-    wait::until_equal("the server's count", SETTLED, sent, || {
-        server.number("default", "hello-00001", "requests_total")
-    })
-    .await;
+    wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
 }

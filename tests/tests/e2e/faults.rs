@@ -12,8 +12,6 @@ use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::{Mode, Tap};
 use inflight_e2e::{http, process, wait};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
 const SETTLED: Duration = Duration::from_secs(15);
 const STEADY: Plan =
@@ -21,16 +19,6 @@ const STEADY: Plan =
 
 /// Both versions and every number of workers that is promised; `count.rs` has every pair of them.
 const MATRIX: [(Version, u32); 3] = [(Version::Oldest, 1), (Version::Newest, 2), (Version::Oldest, 4)];
-
-/// What the acknowledged reports add up to.
-fn acknowledged(tap: &Tap) -> u64 {
-    let reports = tap.acknowledged();
-    reports.iter().map(|r| r.messages[0].until.requests - r.messages[0].since.requests).sum()
-}
-
-async fn total(server: &StatServer) -> u64 {
-    server.number("default", "hello-00001", "requests_total").await
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stats_server_that_is_away_for_fifteen_seconds_misses_nothing() {
@@ -43,7 +31,7 @@ async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
     let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), concurrency).await;
     let load = Load::start(STEADY, envoy.address, &app.counts);
     wait::until("reports arrive", SETTLED, || async {
-        let total = total(&server).await;
+        let total = server.total().await;
         if total > 1_000 { Ok(()) } else { Err(total) }
     })
     .await;
@@ -59,8 +47,8 @@ async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
         if tap.recorded().len() > refused { Ok(()) } else { Err(()) }
     })
     .await;
-    let first = total(&server).await;
-    assert_eq!(first, acknowledged(&tap));
+    let first = server.total().await;
+    assert_eq!(first, tap.requests());
     server.process.kill();
     tap.set_mode(Mode::Forward);
     let memory = || envoy.stat("inflight_wasm_memory_bytes", &[]);
@@ -80,10 +68,10 @@ async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
     load.stop();
     let sent = load.finish().await;
     wait::until_equal("what both incarnations acknowledged", SETTLED, sent, || async {
-        first + total(&server).await
+        first + server.total().await
     })
     .await;
-    assert_eq!(acknowledged(&tap), sent);
+    assert_eq!(tap.requests(), sent);
     let failed = envoy.stat("inflight_reports_failed", &[]).await;
     assert!(failed >= 12.0, "{failed} failed reports were counted");
     println!(
@@ -117,10 +105,10 @@ async fn losing_answers(version: Version, concurrency: u32) {
     tap.set_mode(Mode::Forward);
     load.stop();
     let sent = load.finish().await;
-    wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+    wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
     let lost = tap.recorded().iter().filter(|r| r.answered.is_none()).count();
     assert!(lost >= 20, "{lost} answers were lost");
-    assert_eq!(acknowledged(&tap), sent);
+    assert_eq!(tap.requests(), sent);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -139,7 +127,7 @@ async fn a_hanging_stats_server_holds_up_neither_requests_nor_counts() {
     })
     .await;
     tap.set_mode(Mode::Forward);
-    wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+    wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -193,7 +181,7 @@ async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost
         }
         load.stop();
         let sent = load.finish().await;
-        wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+        wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
         assert!(largest.get() < resident + (256 << 20), "{} MiB", largest.get() >> 20);
         println!(
             "{version:?}: {sent} requests through nine kinds of trouble; Envoy grew from {} to at most {} MiB",
@@ -228,17 +216,17 @@ async fn of_two_stats_servers_each_knows_its_part_and_one_may_die() {
         // In the middle of whatever it does.
         first.process.kill();
         more(&[&taps[1]]).await;
-        let by_first = acknowledged(&taps[0]);
+        let by_first = taps[0].requests();
         let again = StatServer::start(Some(first.address)).await;
         more(&[&taps[0], &taps[1]]).await;
         load.stop();
         let sent = load.finish().await;
         wait::until_equal("what both acknowledged", SETTLED, sent, async || {
-            acknowledged(&taps[0]) + acknowledged(&taps[1])
+            taps[0].requests() + taps[1].requests()
         })
         .await;
-        let parts = (total(&again).await, total(&second).await);
-        assert_eq!(parts, (acknowledged(&taps[0]) - by_first, acknowledged(&taps[1])));
+        let parts = (again.total().await, second.total().await);
+        assert_eq!(parts, (taps[0].requests() - by_first, taps[1].requests()));
         println!("{version:?}: {sent} requests: {by_first} to the one that died, then {parts:?}");
     }
 }
@@ -270,13 +258,7 @@ async fn a_websocket_counts_one_for_as_long_as_it_is_open() {
 async fn open_websocket(version: Version, concurrency: u32) {
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, server.address), concurrency).await;
-    let mut socket = TcpStream::connect(envoy.address).await.expect("a connection");
-    let request = "GET /ws HTTP/1.1\r\nhost: app\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
-                   sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n";
-    socket.write_all(request.as_bytes()).await.expect("a request");
-    let mut head = [0; 12];
-    socket.read_exact(&mut head).await.expect("a response");
-    assert_eq!(&head, b"HTTP/1.1 101");
+    let socket = http::websocket(envoy.address).await;
     let figures = async || {
         let key = server.key("default", "hello-00001").await;
         key.map(|key| (key["in_flight"].as_u64(), key["requests_total"].as_u64()))
@@ -304,20 +286,14 @@ async fn what_was_counted_up_to_a_sigterm_is_reported() {
         let mut envoy = Envoy::start(version, &bootstrap, 2).await;
         let plan = Plan { requests: 200, ..STEADY };
         let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
-        wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+        wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
         // Envoy's main thread leads from the second report on, with a connection to the server open.
-        let reports = async || envoy.stat("inflight_reports_sent", &[]).await;
-        let before = reports().await;
-        wait::until("two more reports", SETTLED, || async {
-            let now = reports().await;
-            if now >= before + 2.0 { Ok(()) } else { Err(now) }
-        })
-        .await;
+        envoy.reports(2).await;
         let more = Load::start(plan, envoy.address, &app.counts).finish().await;
         envoy.process.signal(libc::SIGTERM);
         let status = envoy.process.wait(Duration::from_secs(30));
         assert!(process::is_clean(status), "{status:?}");
-        wait::until_equal("the server's count", SETTLED, sent + more, || total(&server)).await;
+        wait::until_equal("the server's count", SETTLED, sent + more, || server.total()).await;
         assert_eq!(server.number("default", "hello-00001", "in_flight").await, 0);
     }
 }

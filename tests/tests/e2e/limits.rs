@@ -19,10 +19,7 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::Message;
 
-#[allow(missing_docs, clippy::all)]
-mod proto {
-    tonic::include_proto!("externalscaler");
-}
+use crate::autoscalers::proto;
 
 const SETTLED: Duration = Duration::from_secs(20);
 

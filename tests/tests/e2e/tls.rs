@@ -78,13 +78,7 @@ async fn over_mutual_tls_envoy_reports_and_keda_asks_and_nobody_else() {
         let sent = Load::start(PLAN, envoy.address, &app.counts).finish().await;
         wait::until_equal("the server's count", SETTLED, Some(sent), || total(&client, &server)).await;
         // The last report leaves with Envoy, over a connection that is open.
-        let reports = async || envoy.stat("inflight_reports_sent", &[]).await;
-        let before = reports().await;
-        wait::until("two more reports", SETTLED, || async {
-            let now = reports().await;
-            if now >= before + 2.0 { Ok(()) } else { Err(now) }
-        })
-        .await;
+        envoy.reports(2).await;
         let more = Load::start(PLAN, envoy.address, &app.counts).finish().await;
         envoy.process.signal(libc::SIGTERM);
         assert!(is_clean(envoy.process.wait(Duration::from_secs(30))));

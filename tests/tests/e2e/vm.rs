@@ -21,16 +21,6 @@ const SETTLED: Duration = Duration::from_secs(15);
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
 
-/// What the acknowledged reports add up to.
-fn acknowledged(tap: &Tap) -> u64 {
-    let reports = tap.acknowledged();
-    reports.iter().map(|r| r.messages[0].until.requests - r.messages[0].since.requests).sum()
-}
-
-async fn total(server: &StatServer) -> u64 {
-    server.number("default", "hello-00001", "requests_total").await
-}
-
 /// The module that panics or traps on request.
 fn faulty(app: &App, tap: &Tap) -> Bootstrap {
     let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
@@ -59,7 +49,7 @@ async fn another_leads_after(kind: &str) {
     let envoy = Envoy::start(Version::Newest, &faulty(&app, &tap), 2).await;
     let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
     let sent = load.finish().await;
-    wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
+    wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
     fault(&envoy, kind).await;
     let fault_found = |log: &str| log.contains("a fault was asked for") || log.contains("unreachable");
     wait::until("the leader is gone", SETTLED, || {
@@ -79,7 +69,7 @@ async fn another_leads_after(kind: &str) {
     let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
     let more = load.finish().await;
     // The leader may have died before it read the answer to its last report: the server tells.
-    wait::until_equal("the server's count", SETTLED, sent + 1 + more, || total(&server)).await;
+    wait::until_equal("the server's count", SETTLED, sent + 1 + more, || server.total()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -163,7 +153,7 @@ async fn with_fail_open_a_panic_fails_no_request_and_no_count_is_lost() {
         let plan = Plan { requests: 200, mixed: false, ..STEADY };
         assert_eq!(Load::start(plan, envoy.address, &app.counts).finish().await, 200);
         assert_eq!(app.counts.requests(), 202);
-        wait::until_equal("what was reported", SETTLED, 2, async || acknowledged(&tap)).await;
+        wait::until_equal("what was reported", SETTLED, 2, async || tap.requests()).await;
         assert_eq!(envoy.stat("queue_requests_total", &[]).await, 2.0);
     }
 }
@@ -196,8 +186,8 @@ async fn with_fail_reload_a_panic_under_load_fails_what_is_open_in_that_vm_alone
         let (sent, failed) = load.finish_with_failures().await;
         assert!(failed <= STEADY.connections, "{failed} failed");
         // Those that failed were counted when they came; the one that asked for the fault was not.
-        wait::until_equal("the server's count", SETTLED, sent, || total(&server)).await;
-        assert_eq!(acknowledged(&tap), sent);
+        wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
+        assert_eq!(tap.requests(), sent);
         println!("{version:?}: {sent} requests and a panic, {failed} of them failed, all counted");
     }
 }
