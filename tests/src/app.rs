@@ -191,13 +191,8 @@ async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Respo
     let delay = query_ms(request.uri().query());
     match request.uri().path() {
         "/reset" => Err("as asked"),
-        "/half" => {
-            Ok(Response::new(Answer { inside, left: Left::Half(Box::pin(tokio::time::sleep(delay))) }))
-        }
-        "/hang" => {
-            let minute = Box::pin(tokio::time::sleep(Duration::from_secs(60)));
-            Ok(Response::new(Answer { inside, left: Left::Half(minute) }))
-        }
+        "/half" => Ok(Response::new(Answer { inside, left: Left::Half(delay) })),
+        "/hang" => Ok(Response::new(Answer { inside, left: Left::Half(Duration::from_secs(60)) })),
         "/ws" => Ok(websocket(request, inside)),
         _ => {
             tokio::time::sleep(delay).await;
@@ -237,7 +232,10 @@ struct Answer {
 
 enum Left {
     All,
-    Half(Pin<Box<tokio::time::Sleep>>),
+    Half(Duration),
+    /// Hyper writes out what it has while its body has no more, and nothing once it has failed: without this step,
+    /// a delay that is over at once would cut before the head.
+    Flush(Duration),
     Cut(Pin<Box<tokio::time::Sleep>>),
     Nothing,
 }
@@ -252,9 +250,14 @@ impl Body for Answer {
     ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
         match std::mem::replace(&mut self.left, Left::Nothing) {
             Left::All => Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"ok"))))),
-            Left::Half(sleep) => {
-                self.left = Left::Cut(sleep);
+            Left::Half(delay) => {
+                self.left = Left::Flush(delay);
                 Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"half of")))))
+            }
+            Left::Flush(delay) => {
+                self.left = Left::Cut(Box::pin(tokio::time::sleep(delay)));
+                context.waker().wake_by_ref();
+                Poll::Pending
             }
             Left::Cut(mut sleep) => match sleep.as_mut().poll(context) {
                 Poll::Ready(()) => Poll::Ready(Some(Err("cut as asked"))),

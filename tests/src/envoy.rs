@@ -62,8 +62,11 @@ pub struct Envoy {
 
 /// The main access log's name in Envoy's folder.
 const ACCESS_LOG: &str = "access.log";
-/// How long a listener that is replaced, or an Envoy, lets its connections end.
+/// How long an Envoy lets its connections end, in seconds.
 const DRAIN: &str = "2";
+/// The same for its listeners. Envoy's timers count from when its event loop woke up: what the main thread needs to
+/// load a module, seconds on a busy machine, is taken off, and what is open at the end is cut off.
+const LISTENERS_DRAIN: &str = "8";
 
 /// How an Envoy is started, apart from its bootstrap.
 #[derive(Clone, Debug, Default)]
@@ -89,7 +92,8 @@ fn command(version: Version, bootstrap: &Bootstrap, how: &How, folder: &Path) ->
     command.args(["--concurrency", &how.concurrency.max(1).to_string()]);
     command.args(["--file-flush-interval-msec", "200"]);
     command.args(["--log-level", "warning", "--component-log-level", "wasm:info"]);
-    command.args(["--drain-time-s", DRAIN, "--drain-strategy", "immediate"]);
+    let drain = if how.dynamic { LISTENERS_DRAIN } else { DRAIN };
+    command.args(["--drain-time-s", drain, "--drain-strategy", "immediate"]);
     match how.epoch {
         None => command.arg("--disable-hot-restart"),
         Some((base, epoch)) => command.args([

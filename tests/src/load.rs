@@ -1,9 +1,9 @@
 //! A load of mixed requests, reproducible from its seed.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
@@ -43,7 +43,7 @@ pub struct Plan {
 struct Progress {
     started: AtomicU64,
     sent: AtomicU64,
-    failed: AtomicU64,
+    failures: Mutex<Vec<String>>,
     stop: AtomicBool,
 }
 
@@ -60,7 +60,7 @@ impl Load {
         let progress = Arc::new(Progress {
             started: AtomicU64::new(0),
             sent: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
+            failures: Mutex::default(),
             stop: AtomicBool::new(false),
         });
         let mut clients = JoinSet::new();
@@ -100,19 +100,22 @@ impl Load {
     /// # Panics
     /// If one did, or a client failed.
     pub async fn finish(self) -> u64 {
-        let (sent, failed) = self.finish_with_failures().await;
-        assert_eq!(failed, 0, "requests that should have been answered 200 were not");
+        let (sent, failures) = self.finish_with_failures().await;
+        let first = &failures[..failures.len().min(20)];
+        assert!(failures.is_empty(), "{} of {sent} requests failed, at first {first:#?}", failures.len());
         sent
     }
 
-    /// Waits for the end; how many requests were sent, and how many of them got an answer that they should not.
+    /// Waits for the end; how many requests were sent, and for each that got an answer that it should not, how
+    /// it went.
     ///
     /// # Panics
     /// If a client failed.
-    pub async fn finish_with_failures(self) -> (u64, u64) {
+    pub async fn finish_with_failures(self) -> (u64, Vec<String>) {
         let Self { progress, running } = self;
         running.await.expect("the load's clients ran");
-        (progress.sent.load(Ordering::SeqCst), progress.failed.load(Ordering::SeqCst))
+        let failures = std::mem::take(&mut *progress.failures.lock().expect("no panic under this lock"));
+        (progress.sent.load(Ordering::SeqCst), failures)
     }
 }
 
@@ -171,7 +174,7 @@ impl Client {
             Kind::Local => "/local".into(),
         };
         let aborts = matches!(kind, Kind::AbortBeforeAnswer | Kind::AbortInAnswer);
-        let mut request = Request::get(path).header("host", "app");
+        let mut request = Request::get(&path).header("host", "app");
         if aborts {
             request = request.header("x-id", &id);
         }
@@ -180,19 +183,21 @@ impl Client {
             Some(mut sender) => sender.ready().await.is_ok().then_some(sender),
             None => None,
         };
+        let began = Instant::now();
+        let again = ready.is_some();
         let mut sender = match ready {
             Some(sender) => sender,
             None => match connect(self.envoy).await {
                 Ok(sender) => sender,
-                Err(_) => {
-                    self.fail();
+                Err(error) => {
+                    self.fail(format!("no connection: {error}"));
                     tokio::time::sleep(Duration::from_millis(10)).await;
                     return None;
                 }
             },
         };
         let answer = sender.send_request(request);
-        let outcome = match kind {
+        let (outcome, kept) = match kind {
             Kind::AbortBeforeAnswer => {
                 // Only what has reached the app has surely been sent.
                 let abort = async {
@@ -200,54 +205,38 @@ impl Client {
                     tokio::time::sleep(self.some_ms(ms)).await;
                 };
                 tokio::select! {
-                    _ = answer => self.fail(),
-                    () = abort => {}
+                    answer = answer => (Err(format!("{:?}", answer.map(|answer| answer.status()))), false),
+                    () = abort => (Ok(()), false),
                 }
-                None
             }
             Kind::AbortInAnswer => {
-                match answer.await {
+                let outcome = match answer.await {
                     Ok(response) => {
                         tokio::time::sleep(self.some_ms(ms)).await;
                         drop(response);
+                        Ok(())
                     }
-                    Err(_) => self.fail(),
-                }
+                    Err(error) => Err(format!("{error:?}")),
+                };
                 let _ = self.app.has_seen(&id);
-                None
+                (outcome, false)
             }
-            _ => self.complete(kind, answer.await).await.then_some(sender),
+            _ => complete(kind, answer.await).await,
         };
-        self.progress.sent.fetch_add(1, Ordering::SeqCst);
-        outcome
-    }
-
-    /// Reads an answer to its end; whether the connection can be used again.
-    async fn complete(
-        &self,
-        kind: Kind,
-        answer: hyper::Result<hyper::Response<hyper::body::Incoming>>,
-    ) -> bool {
-        let Ok(response) = answer else {
-            self.fail();
-            return false;
-        };
-        let code = response.status().as_u16();
-        let whole = response.into_body().collect().await.is_ok();
-        let expected = match kind {
-            Kind::Reset | Kind::NoHosts => (503, true),
-            Kind::Local => (403, true),
-            Kind::Half => (200, false),
-            _ => (200, true),
-        };
-        if (code, whole) != expected {
-            self.fail();
+        if let Err(what) = outcome {
+            let connection = if again { "an old" } else { "a new" };
+            let took = began.elapsed();
+            self.fail(format!("{path} over {connection} connection, after {took:?}: {what}"));
         }
-        whole
+        self.progress.sent.fetch_add(1, Ordering::SeqCst);
+        kept.then_some(sender)
     }
 
-    fn fail(&self) {
-        self.progress.failed.fetch_add(1, Ordering::SeqCst);
+    fn fail(&self, what: String) {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970");
+        // As the access log has it.
+        let what = format!("{:.6} {what}", since_1970.as_secs_f64());
+        self.progress.failures.lock().expect("no panic under this lock").push(what);
     }
 
     async fn seen(&self, id: &str) {
@@ -274,6 +263,28 @@ impl Client {
             _ => Kind::Work,
         }
     }
+}
+
+/// Reads an answer to its end: what is wrong with it, and whether the connection can be used again.
+async fn complete(
+    kind: Kind,
+    answer: hyper::Result<hyper::Response<hyper::body::Incoming>>,
+) -> (Result<(), String>, bool) {
+    let response = match answer {
+        Ok(response) => response,
+        Err(error) => return (Err(format!("{error:?}")), false),
+    };
+    let code = response.status().as_u16();
+    let body = response.into_body().collect().await.map(|body| body.to_bytes());
+    let expected = match kind {
+        Kind::Reset | Kind::NoHosts => (503, true),
+        Kind::Local => (403, true),
+        Kind::Half => (200, false),
+        _ => (200, true),
+    };
+    let whole = body.is_ok();
+    let outcome = if (code, whole) == expected { Ok(()) } else { Err(format!("{code}, {body:?}")) };
+    (outcome, whole)
 }
 
 async fn connect(to: SocketAddr) -> Result<Sender, String> {
