@@ -24,9 +24,10 @@ help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # The module with faults on request lies apart, so that it cannot be mistaken for the shipped one.
-build-tests: all
+build-tests: module
 	CARGO_TARGET_DIR=target/faulty $(WASM) --features fault-injection
 	$(PYTHON) tools/exports.py target/faulty/wasm32-wasip1/release/inflight_filter.wasm
+	$(CARGO) build $(TESTED) --bin inflight-statserver
 	$(TESTS) --no-run
 
 envoys:
@@ -61,8 +62,11 @@ e2e: build-tests envoys ## The tests against real Envoys, the oldest and the new
 
 test: unit budget reproducible e2e ## Every test
 
+# What measures, runs for long or is looked at has the stats server as it is shipped.
+soak run bench screenshot: export STATSERVER = $(CURDIR)/target/release/inflight-statserver
+
 MINUTES ?= 30
-soak: build-tests envoys ## Everything at once, for half an hour: make soak [MINUTES=30]
+soak: all build-tests envoys ## Everything at once, for half an hour: make soak [MINUTES=30]
 	SOAK_MINUTES=$(MINUTES) $(TESTS) --test e2e -- --nocapture --ignored soak::
 
 run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]

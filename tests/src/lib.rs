@@ -51,6 +51,15 @@ pub fn built(path: &str) -> PathBuf {
     path
 }
 
+/// The stats server: built like the tests, with checks for overflows, which takes minutes less than a release build; or the
+/// one that the variable `STATSERVER` names, for what measures it or runs it for long.
+///
+/// # Panics
+/// If there is neither.
+pub fn statserver_program() -> PathBuf {
+    std::env::var_os("STATSERVER").map_or_else(|| built("e2e/inflight-statserver"), PathBuf::from)
+}
+
 /// A program out of Debian's packages, installed if need be.
 ///
 /// # Panics

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::Process;
-use crate::{built, http, wait};
+use crate::{http, statserver_program, wait};
 
 /// A running stats server.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl StatServer {
         flags: &[&str],
         environment: &[(&'static str, OsString)],
     ) -> Self {
-        let mut command = Command::new(built("release/inflight-statserver"));
+        let mut command = Command::new(statserver_program());
         command.envs(environment.iter().map(|(name, value)| (name, value)));
         Self::run(command, address, flags).await
     }

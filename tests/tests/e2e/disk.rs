@@ -12,7 +12,7 @@ use inflight_e2e::bootstrap::Bootstrap;
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
-use inflight_e2e::{built, http, wait};
+use inflight_e2e::{http, statserver_program, wait};
 
 const SETTLED: Duration = Duration::from_secs(20);
 
@@ -21,7 +21,7 @@ async fn on_a_small_disk(folder: &Path) -> StatServer {
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]);
     command.arg("mount -t tmpfs -o size=16k tmpfs \"$0\"; exec \"$@\"").arg(folder);
-    command.arg(built("release/inflight-statserver"));
+    command.arg(statserver_program());
     let settings = folder.join("settings.json");
     StatServer::run(command, None, &["--settings", settings.to_str().expect("a path")]).await
 }

@@ -13,7 +13,7 @@ use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::process::{Process, is_clean};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tls::{Authority, Client, Identity};
-use inflight_e2e::{built, http, root, wait};
+use inflight_e2e::{http, root, statserver_program, wait};
 use serde_json::{Value, json};
 
 const SETTLED: Duration = Duration::from_secs(20);
@@ -154,7 +154,7 @@ fn wrong_certificates_are_refused_at_the_start_in_one_line() {
         (vec!["--tls-cert", "/nowhere", "--tls-key", key], "--tls-cert /nowhere: No such file"),
         (vec!["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", key], "--tls-client-ca "),
     ] {
-        let mut command = Command::new(built("release/inflight-statserver"));
+        let mut command = Command::new(statserver_program());
         command.args(["--listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"]).args(&flags);
         let mut process = Process::start(&mut command, &folder.join("log"));
         assert!(!process.wait(SETTLED).success(), "{flags:?}");

@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use super::*;
+use crate::ingest::addition;
 
 const PERIOD: u64 = 1_000;
 const START: u64 = 1_000_000;
@@ -354,4 +355,55 @@ fn workers_on_threads_agree() {
     let figure = published(auditor.tick(&map, START + 220 * PERIOD));
     assert_eq!(figure.requests, figures.iter().map(|f| f.requests).sum::<u64>());
     assert_eq!(figure.requests, 800);
+}
+
+#[test]
+fn in_whatever_order_workers_end_their_last_reports_together_hold_everything() {
+    for seed in 0..500 {
+        let (store, mut dice) = (Map::default(), Dice(seed));
+        let mut workers: Vec<Worker> = (0..3).map(|_| Worker::new(&store, START)).collect();
+        let mut truth = 0;
+        for worker in &mut workers {
+            worker.tick(&store, START + PERIOD);
+            for _ in 0..dice.roll(4) {
+                worker.recorder.request_in(START + PERIOD + 1, false);
+                truth += 1;
+            }
+        }
+        // Each seals its slot, then takes the figure; others act in between, by clocks that do not quite agree.
+        let mut ending: Vec<(usize, Option<u64>)> = (0..3).map(|worker| (worker, None)).collect();
+        let mut sent: Vec<(Snapshot, Snapshot)> = Vec::new();
+        let (mut known, mut counted) = (None, 0);
+        while !ending.is_empty() || !sent.is_empty() {
+            if !ending.is_empty() && (sent.is_empty() || dice.roll(2) == 0) {
+                let turn = dice.roll(ending.len() as u64) as usize;
+                let (worker, sealed_ns) = ending[turn];
+                let worker = &mut workers[worker];
+                match sealed_ns {
+                    None => {
+                        let now = START + PERIOD + 10 + dice.roll(3);
+                        worker.recorder.advance(now);
+                        worker.member.seal(&store, &worker.recorder).unwrap();
+                        ending[turn].1 = Some(now);
+                    }
+                    Some(now) => {
+                        let (until, state) = worker.member.last_figure(&store, now).unwrap();
+                        sent.push((state.acknowledged, until));
+                        ending.swap_remove(turn);
+                    }
+                }
+            } else {
+                let (since, until) = sent.swap_remove(dice.roll(sent.len() as u64) as usize);
+                if let Some(added) = addition(known.as_ref(), &since, &until).unwrap() {
+                    counted += added.requests;
+                    known = Some(until);
+                }
+                // Some answers are lost.
+                if dice.roll(3) > 0 {
+                    Pod::new("test").acknowledge(&store, 7, &until).unwrap();
+                }
+            }
+        }
+        assert_eq!(counted, truth, "seed {seed}");
+    }
 }
