@@ -63,6 +63,11 @@ impl Counts {
         self.seen.lock().expect("no panic under this lock").remove(id)
     }
 
+    /// Forgets the most so far.
+    pub fn forget_most(&self) {
+        self.most.store(self.now(), Ordering::SeqCst);
+    }
+
     /// How long the app was empty each time between two requests.
     pub fn gaps(&self) -> Vec<Duration> {
         self.gaps.lock().expect("no panic under this lock").clone()

@@ -82,8 +82,8 @@ impl Root {
                 )
             })?),
         };
-        let worker =
-            Worker::of(&config).map_err(|trouble| format!("the shared data is of no use ({trouble:?})"))?;
+        let worker = Worker::of(self.id, &config)
+            .map_err(|trouble| format!("the shared data is of no use ({trouble:?})"))?;
         if config.role == config::Role::Gateway {
             return Ok(Role::Gateway(Rc::new(Gateway { root: self.id, config, token, worker })));
         }
@@ -149,7 +149,7 @@ impl Context for Root {
     /// its last report is answered, or given up by Envoy after the call's timeout. Where Envoy itself ends, nobody waits.
     fn on_done(&mut self) -> bool {
         let Some(counting) = self.role.counting() else { return true };
-        let reports = counting.worker.try_borrow_mut().map(|mut w| w.root_done(counting.config));
+        let reports = counting.worker.try_borrow_mut().map(|mut w| w.root_done(self.id, counting.config));
         self.last_calls = self.send(counting, reports.unwrap_or_default());
         self.last_calls.is_empty()
     }

@@ -35,8 +35,9 @@ pub struct Worker {
     pub gate: Option<Gate>,
     keys: Option<Keys>,
     pub incarnation: u64,
-    /// Root contexts that use this worker; the last one to end seals it.
-    roots: usize,
+    /// The root contexts that use this worker and their configurations, the newest last: that one is in force. With the
+    /// last of them this worker ends.
+    roots: Vec<(u32, Config)>,
     sending: Vec<Sending>,
     failing: bool,
 }
@@ -72,8 +73,8 @@ pub struct Tick {
 }
 
 impl Worker {
-    /// The worker of the configured pod in this VM, new or as it is.
-    pub fn of(config: &Config) -> Result<Rc<RefCell<Self>>, Trouble> {
+    /// The worker of the pod that this root context is configured for, new or as it is.
+    pub fn of(root: u32, config: &Config) -> Result<Rc<RefCell<Self>>, Trouble> {
         let domain = config.domain();
         let found = WORKERS.with(|workers| {
             let workers = workers.try_borrow().ok()?;
@@ -87,8 +88,7 @@ impl Worker {
         if let Some(worker) = found {
             if let Ok(mut worker) = worker.try_borrow_mut() {
                 worker.recorder.set_grid(state.grid);
-                worker.roots += 1;
-                worker.configure(config)?;
+                worker.join(root, config)?;
             }
             return Ok(worker);
         }
@@ -97,16 +97,16 @@ impl Worker {
         let mut worker = Self {
             clock,
             recorder: Recorder::new(now_ns, state.grid),
-            member: Member::new(pod, now_ns),
+            member: Member::new(pod, now_ns, period_ns),
             metrics: Metrics::define(config.role),
             gate: None,
             keys: None,
             incarnation: state.incarnation,
-            roots: 1,
+            roots: Vec::new(),
             sending: Vec::new(),
             failing: false,
         };
-        worker.configure(config)?;
+        worker.join(root, config)?;
         let worker = Rc::new(RefCell::new(worker));
         WORKERS.with(|workers| {
             if let Ok(mut workers) = workers.try_borrow_mut() {
@@ -159,10 +159,45 @@ impl Worker {
         }
     }
 
+    /// A root context comes: its configuration is in force.
+    fn join(&mut self, root: u32, config: &Config) -> Result<(), Trouble> {
+        self.configure(config)?;
+        self.roots.retain(|(other, _)| *other != root);
+        self.roots.push((root, config.clone()));
+        self.keep_time();
+        Ok(())
+    }
+
+    /// A root context goes, and others stay. Where its configuration was in force, the one before is so again: Envoy says
+    /// nothing to a root context whose configuration comes back while it is still there.
+    fn part(&mut self, root: u32) {
+        let before = self.roots.last().map(|(newest, _)| *newest);
+        self.roots.retain(|(other, _)| *other != root);
+        let Some((newest, config)) = self.roots.last().cloned() else { return };
+        if before != Some(newest) {
+            // In the name of the one that stays: the breaker's messages must not come to the one that goes.
+            host::in_context(newest, root, || {
+                if let Err(trouble) = self.configure(&config) {
+                    log::warn!(
+                        "inflight: a configuration that is in force again was not taken ({trouble:?})"
+                    );
+                }
+            });
+        }
+        self.keep_time();
+    }
+
+    /// By the shortest period of all its configurations.
+    fn keep_time(&mut self) {
+        if let Some(period_ns) = self.roots.iter().map(|(_, config)| period_ns(config)).min() {
+            self.member.set_period_ns(period_ns);
+            self.clock.set_longest_step_ns(longest_step_ns(period_ns));
+        }
+    }
+
     /// Takes over a configuration. A breaker that it does not have any more lets everything through, those who
     /// wait included.
     fn configure(&mut self, config: &Config) -> Result<(), Trouble> {
-        self.clock.set_longest_step_ns(longest_step_ns(period_ns(config)));
         if config.role == Role::Gateway {
             let grid = self.recorder.grid();
             match &mut self.keys {
@@ -371,9 +406,9 @@ impl Worker {
 
     /// A root context ends. With the last one, everything counted here goes into the pod's figure, and a
     /// last report is made, whether this worker led or not: nobody knows who is the last of all.
-    pub fn root_done(&mut self, config: &Config) -> Vec<Outgoing> {
-        self.roots = self.roots.saturating_sub(1);
-        if self.roots > 0 {
+    pub fn root_done(&mut self, root: u32, config: &Config) -> Vec<Outgoing> {
+        self.part(root);
+        if !self.roots.is_empty() {
             return Vec::new();
         }
         let Some(now_ns) = self.seal() else { return Vec::new() };

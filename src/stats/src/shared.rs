@@ -98,6 +98,8 @@ struct Slot {
     sealed: bool,
     /// Whether requests have come to this worker: not so on Envoy's main thread.
     serves: bool,
+    /// How often this worker is to report, by its configurations.
+    period_ns: u64,
     born_ns: u64,
     /// Oldest first.
     closed: Vec<Snapshot>,
@@ -168,7 +170,8 @@ impl Pod {
     }
 
     /// Reads the state, or creates it as of `wall_ns` by the raw clock's `raw_ns`; an existing state
-    /// with another period gets a new grid, which every worker takes over at its next tick.
+    /// with a longer period gets a new grid, which every worker takes over at its next tick. One with a shorter
+    /// period keeps it: that is the leader's to change, when no worker asks for it any more.
     ///
     /// # Errors
     /// [`Trouble::Contended`].
@@ -182,7 +185,7 @@ impl Pod {
     ) -> Result<State, Trouble> {
         for _ in 0..ATTEMPTS {
             let (state, expect) = match self.read(store) {
-                Some((state, _)) if state.grid.period_ns == period_ns => return Ok(state),
+                Some((state, _)) if state.grid.period_ns <= period_ns => return Ok(state),
                 Some((mut state, version)) => {
                     let now_ns = raw_ns.wrapping_add(state.clock_offset_ns);
                     state.grid = Grid { anchor_ns: now_ns, period_ns };
@@ -312,6 +315,7 @@ impl Pod {
 pub struct Member {
     pod: Pod,
     owner: Owner,
+    period_ns: u64,
     born_ns: u64,
     /// What of the recorder's totals was sealed under earlier seats.
     base: Snapshot,
@@ -320,14 +324,19 @@ pub struct Member {
 }
 
 impl Member {
-    /// A worker of `pod` whose recorder starts at `born_ns`.
-    pub fn new(pod: Pod, born_ns: u64) -> Self {
-        Self { pod, owner: Owner::default(), born_ns, base: Snapshot::default(), posted_ns: None }
+    /// A worker of `pod` whose recorder starts at `born_ns`, and that is to report every `period_ns`.
+    pub fn new(pod: Pod, born_ns: u64, period_ns: u64) -> Self {
+        Self { pod, owner: Owner::default(), period_ns, born_ns, base: Snapshot::default(), posted_ns: None }
     }
 
     /// The pod this worker is of.
     pub fn pod(&self) -> &Pod {
         &self.pod
+    }
+
+    /// This worker is to report every `period_ns` from now on. The pod does so as often as any of its live workers is to.
+    pub fn set_period_ns(&mut self, period_ns: u64) {
+        self.period_ns = period_ns;
     }
 
     /// This worker's id, drawn the first time.
@@ -455,6 +464,7 @@ impl Member {
             state.lease =
                 Lease { holder: self.heir(&live, state.grid.at_or_before(now_ns)), renewed_ns: now_ns };
             state.clock_offset_ns = clock_offset_ns;
+            agree_on_a_period(&mut state, &live, now_ns);
             if self.pod.write(store, &state, Expect::Version(version)) {
                 return Ok(stock);
             }
@@ -472,7 +482,8 @@ impl Member {
         self.pod.update(store, |state| {
             let mut sum = state.ledger;
             for owner in &state.seats {
-                if let Some(slot) = self.pod.read_slot(store, owner.id).0.filter(|slot| slot.owner == *owner) {
+                if let Some(slot) = self.pod.read_slot(store, owner.id).0.filter(|slot| slot.owner == *owner)
+                {
                     sum = sum.plus(&slot.latest());
                 }
             }
@@ -549,9 +560,23 @@ impl Member {
             owner: self.owner,
             sealed,
             serves: recorder.current().requests > 0,
+            period_ns: self.period_ns,
             born_ns: self.born_ns,
             closed,
         }
+    }
+}
+
+/// The shortest period that a live worker asks for. A worker that has just shortened it has not said so in its slot
+/// yet: a new grid stays for as long as that may take.
+fn agree_on_a_period(state: &mut State, live: &[Slot], now_ns: u64) {
+    let Grid { anchor_ns, period_ns } = state.grid;
+    let settled_ns = anchor_ns.saturating_add(period_ns.saturating_mul(SILENT_PERIODS_X2) / 2);
+    match live.iter().map(|slot| slot.period_ns).min() {
+        Some(asked_ns) if asked_ns != period_ns && now_ns >= settled_ns => {
+            state.grid = Grid { anchor_ns: now_ns, period_ns: asked_ns };
+        }
+        _ => {}
     }
 }
 

@@ -12,7 +12,9 @@ use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
 use inflight_e2e::{built, wait};
 
-const SETTLED: Duration = Duration::from_secs(20);
+const SETTLED: Duration = Duration::from_secs(30);
+/// Longer than listeners drain: what was counted in such a period is in a last report, or nowhere.
+const LONG: &str = "12s";
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 16, average_ms: 10.0, mixed: true, seed: 5, path: "/work" };
 
@@ -43,20 +45,23 @@ async fn a_listener_that_is_replaced_under_load_loses_no_count() {
     for (version, concurrency) in [(Version::Oldest, 2), (Version::Newest, 4)] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
         let bootstrap = Bootstrap::sidecar(app.address, server.address);
+        let mut slow = bootstrap.clone();
+        slow.configure("reporting_period", LONG.into());
         let how = How { concurrency, dynamic: true, ..How::default() };
-        let envoy = Envoy::with(version, &bootstrap, how).await;
+        let envoy = Envoy::with(version, &slow, how).await;
         let load = Load::start(STEADY, envoy.address, &app.counts);
+        goes_on(&load, 500).await;
+        // Another module: its VMs come up beside the old ones, with the same shared data, and these end before they report.
+        let mut other = slow.clone();
+        other.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
+        envoy.replace(&other, "access.log").await;
+        envoy.drained().await;
         goes_on(&load, 500).await;
         // Another period, and a breaker that there was not.
         let mut limited = bootstrap.clone();
         limited.configure("reporting_period", "300ms".into());
         limited.configure("container_concurrency", 100.into());
         envoy.replace(&limited, "access.log").await;
-        goes_on(&load, 500).await;
-        // Another module: its VMs come up beside the old ones, with the same shared data.
-        let mut other = bootstrap.clone();
-        other.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
-        envoy.replace(&other, "access.log").await;
         goes_on(&load, 500).await;
         envoy.replace(&bootstrap, "access.log").await;
         goes_on(&load, 500).await;
@@ -71,15 +76,65 @@ async fn a_listener_that_is_replaced_under_load_loses_no_count() {
     }
 }
 
+/// Envoy says nothing to a root context whose configuration comes back while it is still there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configuration_that_is_rolled_back_is_in_force_again() {
+    const LIMIT: u64 = 3;
+    for (version, concurrency) in [(Version::Oldest, 2), (Version::Newest, 4)] {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let tap = Tap::start(Some(server.address)).await;
+        let mut limited = Bootstrap::sidecar(app.address, tap.address);
+        let mut changed = limited.clone();
+        limited.configure("container_concurrency", LIMIT.into());
+        changed.configure("reporting_period", LONG.into());
+        let how = How { concurrency, dynamic: true, ..How::default() };
+        let envoy = Envoy::with(version, &limited, how).await;
+        let load = Load::start(Plan { mixed: false, ..STEADY }, envoy.address, &app.counts);
+        goes_on(&load, 200).await;
+        assert_eq!(app.counts.most(), LIMIT);
+        envoy.replace(&changed, "access.log").await;
+        goes_on(&load, 500).await;
+        assert!(app.counts.most() > LIMIT, "without a limit");
+        envoy.replace(&limited, "access.log").await;
+        // The period at once: it is the shortest of all that are there.
+        let before = tap.acknowledged().len();
+        let reports = wait::until("three reports more", SETTLED, || async {
+            let reports = tap.acknowledged().split_off(before);
+            if reports.len() >= 3 { Ok(reports) } else { Err(reports.len()) }
+        })
+        .await;
+        // The first may have been of the period before.
+        for report in &reports[1..] {
+            let message = &report.messages[0];
+            let period_ns = message.until.as_of_ns - message.since.as_of_ns;
+            assert!(period_ns < 6_000_000_000, "a report of {period_ns} ns");
+        }
+        // The limit with the end of the other: until then some requests are that one's.
+        envoy.drained().await;
+        goes_on(&load, 200).await;
+        wait::until("the others have left the app", SETTLED, || async {
+            if app.counts.now() <= LIMIT { Ok(()) } else { Err(app.counts.now()) }
+        })
+        .await;
+        app.counts.forget_most();
+        goes_on(&load, 500).await;
+        assert_eq!(app.counts.most(), LIMIT);
+        load.stop();
+        let sent = load.finish().await;
+        settles(&server, sent).await;
+        println!("{version:?} concurrency {concurrency}: {sent} requests, there and back");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_filter_that_is_taken_out_and_put_back_counts_what_passed_it() {
     for (version, concurrency) in [(Version::Oldest, 4), (Version::Newest, 2)] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
-        let mut bootstrap = Bootstrap::sidecar(app.address, server.address);
-        // Longer than a drain takes: what was counted last is in the last report, or nowhere.
-        bootstrap.configure("reporting_period", "6s".into());
+        let bootstrap = Bootstrap::sidecar(app.address, server.address);
+        let mut slow = bootstrap.clone();
+        slow.configure("reporting_period", LONG.into());
         let how = How { concurrency, dynamic: true, ..How::default() };
-        let envoy = Envoy::with(version, &bootstrap, how).await;
+        let envoy = Envoy::with(version, &slow, how).await;
         let load = Load::start(STEADY, envoy.address, &app.counts);
         goes_on(&load, 500).await;
         let mut bare = bootstrap.clone();

@@ -48,7 +48,7 @@ impl Worker {
         let state = pod.open(store, now, now, PERIOD, 7).unwrap();
         Self {
             recorder: Recorder::new(now, state.grid),
-            member: Member::new(pod, now),
+            member: Member::new(pod, now, PERIOD),
             posted: Snapshot::default(),
         }
     }
@@ -222,9 +222,44 @@ fn an_unreadable_state_is_replaced_and_another_period_changes_the_grid() {
     assert_eq!(pod.state(&store), Err(Trouble::NoState));
     let state = pod.open(&store, 5, START, PERIOD, 7).unwrap();
     assert_eq!(state.grid, Grid { anchor_ns: START, period_ns: PERIOD });
-    let state = pod.open(&store, 5 + 42, START + 999, 2 * PERIOD, 8).unwrap();
-    assert_eq!(state.grid, Grid { anchor_ns: START + 42, period_ns: 2 * PERIOD });
+    let state = pod.open(&store, 5 + 42, START + 999, PERIOD / 2, 8).unwrap();
+    assert_eq!(state.grid, Grid { anchor_ns: START + 42, period_ns: PERIOD / 2 });
     assert_eq!(state.incarnation, 7);
+}
+
+#[test]
+fn the_period_is_the_shortest_that_a_live_worker_asks_for() {
+    let store = Map::default();
+    let (mut stays, mut changes) = (Worker::new(&store, START), Worker::new(&store, START));
+    let mut now = START;
+    // The period in force after so many periods of ticks, and how old the last figure is then.
+    let mut pass = |workers: &mut [&mut Worker], periods: u64| {
+        for tenth in 1..=periods * 10 {
+            for worker in workers.iter_mut() {
+                worker.recorder.advance(now + tenth * PERIOD / 10);
+                worker.recorder.set_grid(worker.member.pod.state(&store).unwrap().grid);
+                worker.tick(&store, now + tenth * PERIOD / 10);
+            }
+        }
+        now += periods * PERIOD;
+        let state = workers[0].member.pod.state(&store).unwrap();
+        (state.grid.period_ns, now - state.published[1].as_of_ns)
+    };
+    assert_eq!(pass(&mut [&mut stays, &mut changes], 5).0, PERIOD);
+    changes.member.set_period_ns(4 * PERIOD);
+    assert_eq!(pass(&mut [&mut stays, &mut changes], 5).0, PERIOD, "one of them asks for it still");
+    stays.member.set_period_ns(4 * PERIOD);
+    assert_eq!(pass(&mut [&mut stays, &mut changes], 10).0, 4 * PERIOD);
+    // A worker that opens the pod with a shorter one is heard at once, and not overruled before it has posted.
+    let opened = changes.member.pod.open(&store, START + 20 * PERIOD, 0, PERIOD, 8).unwrap();
+    changes.member.set_period_ns(PERIOD);
+    assert_eq!(opened.grid, Grid { anchor_ns: START + 20 * PERIOD, period_ns: PERIOD });
+    let (period_ns, age_ns) = pass(&mut [&mut stays, &mut changes], 3);
+    assert_eq!(period_ns, PERIOD);
+    assert!(age_ns <= PERIOD, "{age_ns}");
+    // Its end ends that.
+    changes.member.seal(&store, &changes.recorder).unwrap();
+    assert_eq!(pass(&mut [&mut stays], 10).0, 4 * PERIOD);
 }
 
 /// A small generator (splitmix64), so that a failing run can be repeated from its seed.
