@@ -50,9 +50,9 @@ budget: module ## What a request costs in instructions and host calls
 reproducible: module ## The module built once more, elsewhere: the same bytes
 	tools/reproducible.sh
 
-# These have the machine to themselves, because they load it and compare with what a log says to the half percent, or because Envoy
-# cuts off what is still open after a drain of two seconds. The others wait for most of their time.
-ALONE := breaker:: changes:: count::
+# These have the machine to themselves, because they load it and compare with what a log says to the half percent. The others
+# wait for most of their time.
+ALONE := breaker:: count::
 IN_PAIRS := gateway::
 
 e2e: build-tests envoys ## The tests against real Envoys, the oldest and the newest
