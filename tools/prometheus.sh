@@ -8,6 +8,7 @@ if found=$(command -v "$name"); then
     exit
 fi
 folder=$PWD/.cache/prometheus
+source tools/lock.sh
 if [ ! -x "$folder/usr/bin/$name" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT

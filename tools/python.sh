@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$PWD/.cache/python
+source tools/lock.sh
 if ! cmp -s tools/requirements.txt "$folder/requirements.txt"; then
     rm -rf "$folder"
     python3 -m venv "$folder"

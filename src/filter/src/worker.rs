@@ -414,9 +414,10 @@ impl Worker {
         let Some(now_ns) = self.seal() else { return Vec::new() };
         let Ok((until, state)) = self.member.last_figure(&SharedData, now_ns) else { return Vec::new() };
         if let Some(keys) = &mut self.keys {
-            let workers: Vec<u64> = state.workers().collect();
+            // The leader may have taken this worker's seat away just now, and end, too, before it collects.
+            let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
             let Ok(writer) = self.member.id(&SharedData) else { return Vec::new() };
-            let books = keys.lead(writer, &[], &workers, until.as_of_ns);
+            let books = keys.lead(writer, &[], &all, until.as_of_ns);
             return books.map(|(books, _)| of_books(config, state.incarnation, books)).unwrap_or_default();
         }
         of_pod(config, state.incarnation, state.acknowledged, until).into_iter().collect()
