@@ -14,7 +14,7 @@ use tonic::{Extensions, Request, Response, Status};
 use crate::access::Unknown;
 use crate::http::{App, now_ns};
 use crate::keys::KeyName;
-use crate::link::Peer;
+use crate::link::Caller;
 
 /// What the build made of `proto/externalscaler.proto`.
 #[allow(missing_docs, clippy::all, reason = "generated")]
@@ -51,7 +51,7 @@ impl Asked {
         object: ScaledObjectRef,
     ) -> Result<Self, Status> {
         let authorization = metadata.get("authorization").map(|value| value.as_bytes());
-        let peer = extensions.get::<Peer>().copied().unwrap_or_default();
+        let peer = extensions.get::<Caller>().map(|caller| caller.peer).unwrap_or_default();
         let grant = app.access.check(authorization, peer).map_err(|Unknown| {
             app.metrics.unauthorized.inc();
             Status::unauthenticated("authorization: no token, or one that is not known")

@@ -83,6 +83,7 @@ pub enum Limit {
     FrameBytes,
     SettingsBytes,
     GrpcBytes,
+    GrpcStreams,
     Messages,
     Depth,
     KeysPerNamespace,
@@ -91,7 +92,7 @@ pub enum Limit {
 
 impl Limit {
     /// All that are counted.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Connections,
         Self::HeadBytes,
         Self::HeadTimeout,
@@ -100,6 +101,7 @@ impl Limit {
         Self::FrameBytes,
         Self::SettingsBytes,
         Self::GrpcBytes,
+        Self::GrpcStreams,
         Self::Messages,
         Self::Depth,
         Self::KeysPerNamespace,
@@ -117,6 +119,7 @@ impl Limit {
             Self::FrameBytes => "max-frame-bytes",
             Self::SettingsBytes => "max-settings-bytes",
             Self::GrpcBytes => "max-grpc-bytes",
+            Self::GrpcStreams => "max-grpc-streams",
             Self::Messages => "max-messages",
             Self::Depth => "max-depth",
             Self::KeysPerNamespace => "max-keys-per-namespace",

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -146,11 +147,38 @@ impl Link {
     }
 }
 
-impl Connected for Link {
-    type ConnectInfo = Peer;
+/// Who makes a gRPC call, and over what.
+#[derive(Clone, Debug, Default)]
+pub struct Caller {
+    /// Who it is.
+    pub peer: Peer,
+    open: Arc<AtomicUsize>,
+}
 
-    fn connect_info(&self) -> Peer {
-        self.peer
+/// A call that goes on over a connection.
+pub struct Call(Arc<AtomicUsize>);
+
+impl Caller {
+    /// One more call over this connection, if that are at most so many then.
+    pub fn call(&self, most: usize) -> Option<Call> {
+        let one_more = |open| (open < most).then_some(open + 1);
+        self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+        Some(Call(Arc::clone(&self.open)))
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Connected for Link {
+    type ConnectInfo = Caller;
+
+    /// Asked for once, when the connection begins.
+    fn connect_info(&self) -> Caller {
+        Caller { peer: self.peer, ..Caller::default() }
     }
 }
 

@@ -9,6 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::State;
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::Response;
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -20,8 +24,9 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::Status;
+use tonic::service::Routes;
 use tower::ServiceExt;
-use tower::util::MapResponseLayer;
 use tracing::{debug, error, info, warn};
 
 use crate::access::Access;
@@ -31,7 +36,7 @@ use crate::http::{App, now_ns, router};
 use crate::keda::{ExternalScalerServer, Scaler};
 use crate::keys::{Keys, Room};
 use crate::limits::{Limit, Limits};
-use crate::link::{Door, Knock};
+use crate::link::{Caller, Door, Knock};
 use crate::metrics::Metrics;
 use crate::stream::Seldom;
 use crate::tls::{Protocol, Tls};
@@ -43,6 +48,9 @@ const LAST_REQUESTS: Duration = Duration::from_secs(10);
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// Connections that have shaken hands and are not yet served.
 const WAITING_LINKS: usize = 16;
+/// Calls that HTTP/2 lets through beyond the limit, so that they can be told why they are refused: a client
+/// that keeps to HTTP/2's own limit would wait, and nobody would know for what.
+const SPARE_STREAMS: usize = 64;
 /// gRPC's code OUT_OF_RANGE.
 const GRPC_OUT_OF_RANGE: &str = "11";
 /// How often files that may change are read again.
@@ -137,26 +145,43 @@ async fn serve_grpc(door: Arc<Door>, app: Arc<App>) {
             });
         }
     });
-    let metrics = Arc::clone(&app.metrics);
-    let counted = move |response: axum::http::Response<tonic::body::Body>| {
-        // What tonic answers to a message that is too large.
-        if response.headers().get("grpc-status").is_some_and(|code| code == GRPC_OUT_OF_RANGE) {
-            metrics.refused(Limit::GrpcBytes);
-        }
-        response
-    };
+    let scaler =
+        ExternalScalerServer::new(Scaler(Arc::clone(&app))).max_decoding_message_size(max_grpc_bytes);
+    let routes = Routes::new(scaler).into_axum_router().layer(from_fn_with_state(app, within_limits));
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .max_concurrent_streams(u32::try_from(max_grpc_streams).ok())
-        .layer(MapResponseLayer::new(counted))
-        .add_service(ExternalScalerServer::new(Scaler(app)).max_decoding_message_size(max_grpc_bytes))
+        .max_concurrent_streams(u32::try_from(max_grpc_streams.saturating_add(SPARE_STREAMS)).ok())
+        .add_routes(routes.into())
         .serve_with_incoming_shutdown(ReceiverStream::new(links), ending.cancelled())
         .await;
     knocks.abort();
     if let Err(error) = served {
         error!(%error, "gRPC is no longer served");
     }
+}
+
+/// A gRPC call, if its connection has not too many already; it ends with its answer's body.
+async fn within_limits(State(app): State<Arc<App>>, request: axum::extract::Request, next: Next) -> Response {
+    let most = app.limits.max_grpc_streams;
+    let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+    let Some(call) = caller.call(most) else {
+        app.metrics.refused(Limit::GrpcStreams);
+        let reason =
+            format!("{most} calls go on over this connection, and --max-grpc-streams allows no more");
+        return Status::resource_exhausted(reason).into_http();
+    };
+    let response = next.run(request).await;
+    // What tonic answers to a message that is too large.
+    if response.headers().get("grpc-status").is_some_and(|code| code == GRPC_OUT_OF_RANGE) {
+        app.metrics.refused(Limit::GrpcBytes);
+    }
+    response.map(|body| {
+        axum::body::Body::new(body.map_frame(move |frame| {
+            let _until_here = &call;
+            frame
+        }))
+    })
 }
 
 /// One connection. A client that closes its side after a request is answered all the same: an Envoy that

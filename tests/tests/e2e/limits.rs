@@ -76,6 +76,7 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
         "--max-frame-bytes=2048",
         "--max-settings-bytes=256",
         "--max-grpc-bytes=1024",
+        "--max-grpc-streams=2",
         "--max-messages=2",
         "--max-depth=2",
         "--max-keys-per-namespace=2",
@@ -137,6 +138,21 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     let status = client.is_active(asked).await.expect_err("too large");
     assert_eq!(status.code(), tonic::Code::OutOfRange, "{status:?}");
 
+    // The unary call is over, so two streams go on; a third does when one of them has ended.
+    let asked = || proto::ScaledObjectRef { name: "a".into(), namespace: "ns".into(), ..Default::default() };
+    let first = client.stream_is_active(asked()).await.expect("a stream");
+    let second = client.stream_is_active(asked()).await.expect("a stream");
+    let status = client.stream_is_active(asked()).await.expect_err("too many");
+    assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{status:?}");
+    assert!(status.message().contains("--max-grpc-streams"), "{status:?}");
+    drop(first);
+    wait::until("a place is free", SETTLED, || {
+        let mut client = client.clone();
+        async move { client.stream_is_active(asked()).await.map_err(|status| status.to_string()) }
+    })
+    .await;
+    drop(second);
+
     // They say nothing, and so are gone after a second; until then nobody else gets in.
     let mut open = Vec::new();
     let full = loop {
@@ -171,7 +187,8 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     assert_eq!(once("max-messages"), Some(2), "a report and a frame: {counts:?}");
     assert_eq!(once("body-timeout"), Some(1), "{counts:?}");
     assert!(once("max-pods-per-key") >= Some(1), "{counts:?}");
+    assert!(once("max-grpc-streams") >= Some(1), "{counts:?}");
     assert!(once("head-timeout") >= Some(2), "{counts:?}");
     assert!(once("max-connections") >= Some(1), "{counts:?}");
-    assert_eq!(counts.len(), 12, "{counts:?}");
+    assert_eq!(counts.len(), 13, "{counts:?}");
 }
