@@ -16,7 +16,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
@@ -29,6 +29,8 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+
+use crate::unix_time;
 
 /// What the app saw.
 #[derive(Debug, Default)]
@@ -80,8 +82,7 @@ impl Counts {
 
     fn enter(self: &Arc<Self>, id: Option<String>) -> Inside {
         self.requests.fetch_add(1, Ordering::SeqCst);
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970");
-        self.arrivals.lock().expect("no panic under this lock").push(since_1970.as_nanos() as u64);
+        self.arrivals.lock().expect("no panic under this lock").push(unix_time().as_nanos() as u64);
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
         if let Some(since) = self.idle_since.lock().expect("no panic under this lock").take() {

@@ -34,6 +34,7 @@ pub mod wait;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The repository's root.
 pub fn root() -> &'static Path {
@@ -58,6 +59,14 @@ pub fn built(path: &str) -> PathBuf {
 /// If there is neither.
 pub fn statserver_program() -> PathBuf {
     std::env::var_os("STATSERVER").map_or_else(|| built("e2e/inflight-statserver"), PathBuf::from)
+}
+
+/// Now, since 1970.
+///
+/// # Panics
+/// If the clock says that it is earlier.
+pub fn unix_time() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970")
 }
 
 /// A program out of Debian's packages, installed if need be.

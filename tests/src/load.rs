@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::app::Counts;
+use crate::unix_time;
 
 impl Default for Plan {
     /// A hundred plain requests of some ten milliseconds.
@@ -233,9 +234,8 @@ impl Client {
     }
 
     fn fail(&self, what: String) {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970");
         // As the access log has it.
-        let what = format!("{:.6} {what}", since_1970.as_secs_f64());
+        let what = format!("{:.6} {what}", unix_time().as_secs_f64());
         self.progress.failures.lock().expect("no panic under this lock").push(what);
     }
 

@@ -17,7 +17,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-use crate::http;
+use crate::{http, wait};
 
 /// What the tap does with a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +125,19 @@ impl Tap {
 }
 
 impl Tap {
+    /// Waits until so many more reports were acknowledged; which these are.
+    ///
+    /// # Panics
+    /// If that takes longer than `limit`.
+    pub async fn reports(&self, more: usize, limit: Duration) -> Vec<Report> {
+        let before = self.acknowledged().len();
+        wait::until("reports come", limit, || async {
+            let reports = self.acknowledged().split_off(before);
+            if reports.len() >= more { Ok(reports) } else { Err(reports.len()) }
+        })
+        .await
+    }
+
     /// The requests that the acknowledged reports of one key add up to.
     pub fn requests(&self) -> u64 {
         let reports = self.acknowledged();

@@ -572,11 +572,11 @@ impl Member {
 fn agree_on_a_period(state: &mut State, live: &[Slot], now_ns: u64) {
     let Grid { anchor_ns, period_ns } = state.grid;
     let settled_ns = anchor_ns.saturating_add(period_ns.saturating_mul(SILENT_PERIODS_X2) / 2);
-    match live.iter().map(|slot| slot.period_ns).min() {
-        Some(asked_ns) if asked_ns != period_ns && now_ns >= settled_ns => {
-            state.grid = Grid { anchor_ns: now_ns, period_ns: asked_ns };
-        }
-        _ => {}
+    if let Some(asked_ns) = live.iter().map(|slot| slot.period_ns).min()
+        && asked_ns != period_ns
+        && now_ns >= settled_ns
+    {
+        state.grid = Grid { anchor_ns: now_ns, period_ns: asked_ns };
     }
 }
 

@@ -40,17 +40,29 @@ async fn settles(server: &StatServer, sent: u64) {
     .await;
 }
 
+/// An Envoy under load that reports less often than its listeners drain, the load, and its configuration but for that, and
+/// with that.
+async fn slow(
+    version: Version,
+    concurrency: u32,
+    app: &App,
+    server: &StatServer,
+) -> (Envoy, Load, Bootstrap, Bootstrap) {
+    let bootstrap = Bootstrap::sidecar(app.address, server.address);
+    let mut slow = bootstrap.clone();
+    slow.configure("reporting_period", LONG.into());
+    let how = How { concurrency, dynamic: true, ..How::default() };
+    let envoy = Envoy::with(version, &slow, how).await;
+    let load = Load::start(STEADY, envoy.address, &app.counts);
+    goes_on(&load, 500).await;
+    (envoy, load, bootstrap, slow)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_listener_that_is_replaced_under_load_loses_no_count() {
     for (version, concurrency) in [(Version::Oldest, 2), (Version::Newest, 4)] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
-        let bootstrap = Bootstrap::sidecar(app.address, server.address);
-        let mut slow = bootstrap.clone();
-        slow.configure("reporting_period", LONG.into());
-        let how = How { concurrency, dynamic: true, ..How::default() };
-        let envoy = Envoy::with(version, &slow, how).await;
-        let load = Load::start(STEADY, envoy.address, &app.counts);
-        goes_on(&load, 500).await;
+        let (envoy, load, bootstrap, slow) = slow(version, concurrency, &app, &server).await;
         // Another module: its VMs come up beside the old ones, with the same shared data, and these end before they report.
         let mut other = slow.clone();
         other.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
@@ -97,12 +109,7 @@ async fn a_configuration_that_is_rolled_back_is_in_force_again() {
         assert!(app.counts.most() > LIMIT, "without a limit");
         envoy.replace(&limited, "access.log").await;
         // The period at once: it is the shortest of all that are there.
-        let before = tap.acknowledged().len();
-        let reports = wait::until("three reports more", SETTLED, || async {
-            let reports = tap.acknowledged().split_off(before);
-            if reports.len() >= 3 { Ok(reports) } else { Err(reports.len()) }
-        })
-        .await;
+        let reports = tap.reports(3, SETTLED).await;
         // The first may have been of the period before.
         for report in &reports[1..] {
             let message = &report.messages[0];
@@ -130,13 +137,7 @@ async fn a_configuration_that_is_rolled_back_is_in_force_again() {
 async fn a_filter_that_is_taken_out_and_put_back_counts_what_passed_it() {
     for (version, concurrency) in [(Version::Oldest, 4), (Version::Newest, 2)] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
-        let bootstrap = Bootstrap::sidecar(app.address, server.address);
-        let mut slow = bootstrap.clone();
-        slow.configure("reporting_period", LONG.into());
-        let how = How { concurrency, dynamic: true, ..How::default() };
-        let envoy = Envoy::with(version, &slow, how).await;
-        let load = Load::start(STEADY, envoy.address, &app.counts);
-        goes_on(&load, 500).await;
+        let (envoy, load, bootstrap, _) = slow(version, concurrency, &app, &server).await;
         let mut bare = bootstrap.clone();
         bare.without_filter();
         envoy.replace(&bare, "bare.log").await;
@@ -203,12 +204,7 @@ async fn a_killed_envoy_loses_what_it_had_not_reported_and_nothing_else() {
         let arrived = app.counts.requests();
         let plan = Plan { requests: u64::MAX, mixed: false, seed: round, ..STEADY };
         let load = Load::start(plan, envoy.address, &app.counts);
-        let reports = tap.acknowledged().len();
-        wait::until("reports arrive", SETTLED, || async {
-            let now = tap.acknowledged().len();
-            if now >= reports + 2 { Ok(()) } else { Err(now) }
-        })
-        .await;
+        tap.reports(2, SETTLED).await;
         goes_on(&load, 300 * round).await;
         envoy.process.kill();
         load.abandon().await;

@@ -55,15 +55,6 @@ async fn figure(server: &StatServer, window: &str, of: &str) -> f64 {
     key[window][of].as_f64().expect("a number")
 }
 
-async fn reports(tap: &Tap, more: usize) {
-    let before = tap.acknowledged().len();
-    wait::until("reports come", SETTLED, || async {
-        let now = tap.acknowledged().len();
-        if now >= before + more { Ok(()) } else { Err(now) }
-    })
-    .await;
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wall_clock_that_is_set_by_an_hour_changes_neither_counts_nor_averages() {
     tokio::join!(set_by_an_hour(Version::Oldest), set_by_an_hour(Version::Newest));
@@ -79,12 +70,12 @@ async fn set_by_an_hour(version: Version) {
     let envoy = Envoy::with(version, &Bootstrap::sidecar(app.address, tap.address), how).await;
 
     let load = Load::start(STEADY, envoy.address, &app.counts);
-    reports(&tap, 2).await;
+    tap.reports(2, SETTLED).await;
     for step in STEPS {
         of_envoy.set(step);
-        reports(&tap, 2).await;
+        tap.reports(2, SETTLED).await;
         of_server.set(step);
-        reports(&tap, 2).await;
+        tap.reports(2, SETTLED).await;
     }
     load.stop();
     let sent = load.finish().await;
@@ -103,13 +94,13 @@ async fn set_by_an_hour(version: Version) {
     };
     wait::until("the average is five", SETTLED, is_five).await;
     // The periods in which they came are over.
-    reports(&tap, 2).await;
+    tap.reports(2, SETTLED).await;
     let from = tap.acknowledged().len();
     for step in STEPS {
         of_envoy.set(step);
-        reports(&tap, 2).await;
+        tap.reports(2, SETTLED).await;
         of_server.set(step);
-        reports(&tap, 2).await;
+        tap.reports(2, SETTLED).await;
         wait::until("the average is five", SETTLED, is_five).await;
         assert_eq!(server.number("default", "hello-00001", "in_flight").await, 5);
         assert_eq!(server.number("default", "hello-00001", "pods").await, 1);

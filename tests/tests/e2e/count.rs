@@ -10,7 +10,7 @@ use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::prometheus::{self, Sample};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
-use inflight_e2e::{truth, wait};
+use inflight_e2e::{truth, unix_time, wait};
 use inflight_stats::Report;
 
 const SETTLED: Duration = Duration::from_secs(15);
@@ -71,7 +71,7 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
             if now > before && now == last.replace(now) { Ok(now) } else { Err(now) }
         })
         .await;
-        (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64, value)
+        (unix_time().as_nanos() as u64, value)
     };
     let first = sample().await;
     let mut second = sample().await;

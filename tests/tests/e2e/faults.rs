@@ -204,12 +204,7 @@ async fn of_two_stats_servers_each_knows_its_part_and_one_may_die() {
         let load = Load::start(STEADY, envoy.address, &app.counts);
         let more = async |taps: &[&Tap]| {
             for tap in taps {
-                let before = tap.acknowledged().len();
-                wait::until("it gets reports", SETTLED, || async {
-                    let now = tap.acknowledged().len();
-                    if now >= before + 5 { Ok(()) } else { Err(now) }
-                })
-                .await;
+                tap.reports(5, SETTLED).await;
             }
         };
         more(&[&taps[0], &taps[1]]).await;
