@@ -1,7 +1,7 @@
 //! The key out of a cluster's name is one that a report can carry.
 #![no_main]
 
-use inflight_stats::keyed::KeyName;
+use inflight_stats::key_name::KeyName;
 use inflight_stats::report::is_name;
 use libfuzzer_sys::fuzz_target;
 

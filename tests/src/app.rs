@@ -2,7 +2,7 @@
 //!
 //! | path | what it does |
 //! |---|---|
-//! | `/work?ms=N` | answers 200 after N milliseconds |
+//! | `/work?ms=N` | answers 200 after N milliseconds; what follows an `&` is for the access log |
 //! | `/reset` | closes the connection without a word |
 //! | `/half?ms=N` | the head and a part of the body, then closes after N milliseconds |
 //! | `/hang` | the head and a part of the body, then nothing for a minute |
@@ -208,7 +208,8 @@ async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Respo
 }
 
 fn query_ms(query: Option<&str>) -> Duration {
-    let ms = query.and_then(|q| q.strip_prefix("ms=")).and_then(|n| n.parse::<f64>().ok()).unwrap_or(0.0);
+    let ms = query.and_then(|q| q.strip_prefix("ms=")).and_then(|q| q.split('&').next());
+    let ms = ms.and_then(|n| n.parse::<f64>().ok()).unwrap_or(0.0);
     Duration::from_secs_f64(ms / 1000.0)
 }
 

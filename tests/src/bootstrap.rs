@@ -203,6 +203,22 @@ impl Bootstrap {
         routes.as_array_mut().expect("routes").insert(0, grpc);
     }
 
+    /// Has a worker stand still for as many seconds as a request's header `x-stall` says, after the filter has seen the request.
+    pub fn stalls(&mut self) {
+        const SOURCE: &str = r#"
+            function envoy_on_request(handle)
+                local seconds = handle:headers():get("x-stall")
+                if seconds then os.execute("sleep " .. seconds) end
+            end
+        "#;
+        let filters = at(&mut self.0, &format!("{MANAGER}/http_filters"));
+        let stall = json!({"name": "stall", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua",
+            "default_source_code": {"inline_string": SOURCE},
+        }});
+        filters.as_array_mut().expect("filters").insert(1, stall);
+    }
+
     /// Takes the filter out.
     pub fn without_filter(&mut self) {
         at(&mut self.0, &format!("{MANAGER}/http_filters")).as_array_mut().expect("filters").remove(0);

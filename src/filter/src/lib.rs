@@ -6,7 +6,7 @@
 //! | `host` | the host calls, with every error as a value: a panic would end this worker's VM |
 //! | `exporter` | the role `exporter`: the pod's figures at `/metrics` |
 //! | `gate` | the breaker at this worker: its requests in the app, its requests that wait |
-//! | `keys` | the gateway's side of a worker: counts by key, and the leader's books |
+//! | `keyed_worker` | the gateway's side of a worker: counts by key, and Envoy's stats of each |
 //! | `passage` | one request through a gateway |
 //! | `root` | the root context: configuration, ticks, the call to the stats server and its answer |
 //! | `stream` | one request: in, out, what it was |
@@ -19,7 +19,7 @@ mod exporter;
 mod fault;
 mod gate;
 mod host;
-mod keys;
+mod keyed_worker;
 mod metrics;
 mod passage;
 mod root;

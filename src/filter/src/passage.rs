@@ -4,15 +4,16 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use inflight_stats::config::KeySource;
-use inflight_stats::keyed::KeyName;
+use inflight_stats::key_name::KeyName;
+use inflight_stats::key_totals;
 use inflight_stats::report::{Report, VERSION};
 use inflight_stats::request::PROXIED_VALUE;
-use inflight_stats::{Config, KeyReport};
+use inflight_stats::{Config, KeyReport, Snapshot};
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
 use crate::host::{self, Headers};
-use crate::keys::{self, Counted};
+use crate::keyed_worker::Counted;
 use crate::root::call;
 use crate::stream;
 use crate::worker::Worker;
@@ -65,17 +66,18 @@ impl Passage {
         match worker.key_in(&key, raw_ns) {
             Counted::No => return false,
             Counted::Yes => {}
-            Counted::First(since, until) => {
+            Counted::First(floor) => {
                 drop(worker);
-                self.report_first(incarnation, keys::message(&key, since, until));
+                let until = Snapshot { in_flight: 1, ..floor };
+                self.report_first(incarnation, key_totals::message(&key, floor, until));
             }
         }
         self.counted = Some((key, raw_ns));
         true
     }
 
-    /// Sent and forgotten: the tick's report has the same base, so it says the rest, or all of it if this one is
-    /// lost. Sent by the root context, because a call of this stream's would end with the stream.
+    /// Sent and forgotten: it says that something is in flight and counts nothing, so that it does not matter whether it
+    /// arrives, or when. Sent by the root context, because a call of this stream's would end with the stream.
     fn report_first(&self, incarnation: u64, message: KeyReport) {
         let Gateway { root, config, token, .. } = &*self.gateway;
         let Some(server) = &config.statserver else { return };
@@ -87,7 +89,6 @@ impl Passage {
         };
         if let Ok(bytes) = report.encode() {
             host::in_context(*root, self.id, || {
-                // What becomes of it, the tick's report tells.
                 let _ = call(server, token.as_deref(), &bytes);
             });
         }

@@ -6,14 +6,15 @@ use std::rc::Rc;
 
 use inflight_stats::clock::{Clock, longest_step_ns};
 use inflight_stats::config::Role;
-use inflight_stats::keyed::{Books, KeyName};
+use inflight_stats::key_name::KeyName;
+use inflight_stats::key_totals::KeyTotals;
 use inflight_stats::report::VERSION;
 use inflight_stats::shared::{Member, Pod, Stock, Trouble};
 use inflight_stats::{Config, Identity, KeyReport, Recorder, Report, Snapshot};
 
 use crate::gate::{Gate, Turn};
 use crate::host::{self, SharedData};
-use crate::keys::{self, Counted, Keys};
+use crate::keyed_worker::{Counted, KeyedWorker};
 use crate::metrics::Metrics;
 
 /// Workers tick this long after a boundary: the timer's millisecond, and one to spare.
@@ -33,7 +34,7 @@ pub struct Worker {
     member: Member,
     pub metrics: Metrics,
     pub gate: Option<Gate>,
-    keys: Option<Keys>,
+    keys: Option<KeyedWorker>,
     pub incarnation: u64,
     /// The root contexts that use this worker and their configurations, the newest last: that one is in force. With the
     /// last of them this worker ends.
@@ -116,8 +117,19 @@ impl Worker {
         Ok(worker)
     }
 
+    /// The pod's time. After a silence of which the clock would count only a part, the time that the other workers have lived
+    /// through meanwhile counts whole: it was only this one that stood still.
+    fn now_ns(&mut self, raw_ns: u64) -> u64 {
+        if self.clock.cuts(raw_ns)
+            && let Ok(state) = self.member.pod().state(&SharedData)
+        {
+            self.clock.catch_up(state.led_until_ns(), state.clock_offset_ns);
+        }
+        self.clock.read(raw_ns)
+    }
+
     pub fn request_in(&mut self, raw_ns: u64, proxied: bool) {
-        let now_ns = self.clock.read(raw_ns);
+        let now_ns = self.now_ns(raw_ns);
         self.recorder.request_in(now_ns, proxied);
     }
 
@@ -129,7 +141,7 @@ impl Worker {
         latency_ns: u64,
         app_ns: Option<u64>,
     ) {
-        let now_ns = self.clock.read(raw_ns);
+        let now_ns = self.now_ns(raw_ns);
         self.recorder.request_out(now_ns, proxied);
         self.metrics.request_done(code, latency_ns, app_ns);
     }
@@ -143,7 +155,7 @@ impl Worker {
 
     /// A request of a key came to the gateway. The recorder's own total decides who leads.
     pub fn key_in(&mut self, key: &KeyName, raw_ns: u64) -> Counted {
-        let now_ns = self.clock.read(raw_ns);
+        let now_ns = self.now_ns(raw_ns);
         let counted = self.keys.as_mut().map_or(Counted::No, |keys| keys.request_in(key, now_ns));
         if !matches!(counted, Counted::No) {
             self.recorder.request_in(now_ns, false);
@@ -152,7 +164,7 @@ impl Worker {
     }
 
     pub fn key_out(&mut self, key: &KeyName, raw_ns: u64, code: u16, latency_ns: u64) {
-        let now_ns = self.clock.read(raw_ns);
+        let now_ns = self.now_ns(raw_ns);
         self.recorder.request_out(now_ns, false);
         if let Some(keys) = &mut self.keys {
             keys.request_out(key, now_ns, code, latency_ns);
@@ -204,7 +216,8 @@ impl Worker {
                 Some(keys) => keys.configure(config, grid),
                 None => {
                     let (id, now_ns) = (self.member.id(&SharedData)?, self.recorder.current().as_of_ns);
-                    self.keys = Some(Keys::new(config, self.member.pod(), id, now_ns, grid));
+                    let state = self.member.pod().state(&SharedData)?;
+                    self.keys = Some(KeyedWorker::new(config, self.member.pod(), &state, id, now_ns));
                 }
             }
             return Ok(());
@@ -253,9 +266,8 @@ impl Worker {
         }
         if stock == Stock::Follow
             && let Some(keys) = &mut self.keys
-            && let Ok(writer) = self.member.id(&SharedData)
         {
-            keys.follow(writer);
+            keys.follow();
         }
         let boundary_ns = self.recorder.grid().after(now_ns).saturating_add(SETTLE_NS);
         let wait_ns = boundary_ns.saturating_sub(now_ns);
@@ -291,23 +303,22 @@ impl Worker {
         let may_send = self.may_send(config);
         let state = self.member.pod().state(&SharedData);
         let workers: Vec<u64> = state.map(|state| state.workers().collect()).unwrap_or_default();
-        let Ok(writer) = self.member.id(&SharedData) else { return (Vec::new(), Vec::new()) };
         let Some(keys) = &mut self.keys else { return (Vec::new(), departed) };
-        let Some((books, settled)) = keys.lead(writer, &workers, &departed, as_of_ns) else {
+        let Some((totals, settled)) = keys.lead(&workers, &departed, as_of_ns) else {
             return (Vec::new(), Vec::new());
         };
         if config.statserver.is_none() {
             // Nobody else is to know: what the stats show is all there is.
-            let known: Vec<_> = books.keys().map(|(key, book)| (key.clone(), book.until)).collect();
+            let known: Vec<_> = totals.keys().map(|(key, total)| (key.clone(), total.until)).collect();
             keys.acknowledged(known);
             return (Vec::new(), settled);
         }
-        let reports = if may_send { of_books(config, incarnation, books) } else { Vec::new() };
+        let reports = if may_send { of_keys(config, incarnation, totals) } else { Vec::new() };
         (reports, settled)
     }
 
     fn advance(&mut self) -> u64 {
-        let now_ns = self.clock.read(host::monotonic_ns());
+        let now_ns = self.now_ns(host::monotonic_ns());
         self.recorder.advance(now_ns);
         self.metrics.flush(self.recorder.current());
         self.metrics.show_memory(host::memory_bytes());
@@ -320,11 +331,11 @@ impl Worker {
         if let Some(keys) = &mut self.keys {
             // Before the books of the pod are closed, so that whoever finds the one finds the other.
             keys.set_grid(state.grid);
-            keys.post(self.member.id(&SharedData)?, now_ns);
+            keys.post(now_ns);
         }
         if self.member.post(&SharedData, &self.recorder)? {
             log::warn!("inflight: this worker was silent for so long that it was counted out; it is back");
-            self.clock.catch_up(state.clock_offset_ns);
+            self.clock.follow(state.clock_offset_ns);
         }
         self.member.take_stock(&SharedData, now_ns, self.clock.offset_ns())
     }
@@ -416,9 +427,8 @@ impl Worker {
         if let Some(keys) = &mut self.keys {
             // The leader may have taken this worker's seat away just now, and end, too, before it collects.
             let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
-            let Ok(writer) = self.member.id(&SharedData) else { return Vec::new() };
-            let books = keys.lead(writer, &[], &all, until.as_of_ns);
-            return books.map(|(books, _)| of_books(config, state.incarnation, books)).unwrap_or_default();
+            let totals = keys.collect_last(&all, until.as_of_ns);
+            return totals.map(|totals| of_keys(config, state.incarnation, totals)).unwrap_or_default();
         }
         of_pod(config, state.incarnation, state.acknowledged, until).into_iter().collect()
     }
@@ -448,8 +458,8 @@ fn of_pod(config: &Config, incarnation: u64, since: Snapshot, until: Snapshot) -
 }
 
 /// The reports of a gateway.
-fn of_books(config: &Config, incarnation: u64, books: &Books) -> Vec<Outgoing> {
-    let reports = keys::reports(&config.identity.pod, incarnation, books).into_iter();
+fn of_keys(config: &Config, incarnation: u64, totals: &KeyTotals) -> Vec<Outgoing> {
+    let reports = totals.reports(&config.identity.pod, incarnation).into_iter();
     reports.filter_map(|(report, known)| encoded(&report, Said::Keys(known))).collect()
 }
 

@@ -31,9 +31,22 @@ impl Clock {
         self.longest_step_ns = longest_step_ns;
     }
 
-    /// Takes over the time of workers that are ahead, after this one was stopped for so long that
-    /// [`Clock::read`] cut its step. Never goes back.
-    pub fn catch_up(&mut self, offset_ns: u64) {
+    /// Whether of the time up to a raw reading only a part would count.
+    pub fn cuts(&self, raw_ns: u64) -> bool {
+        raw_ns.saturating_sub(self.last_raw_ns) > self.longest_step_ns
+    }
+
+    /// Takes over an instant of the pod's time that others have reached, with the offset that they had then. So time that
+    /// only this worker slept through counts, and a jump of everybody's clock still does not. Never goes back.
+    pub fn catch_up(&mut self, reached_ns: u64, offset_ns: u64) {
+        if reached_ns > self.now_ns {
+            self.now_ns = reached_ns;
+            self.last_raw_ns = reached_ns.wrapping_sub(offset_ns);
+        }
+    }
+
+    /// Takes over the time of workers that are ahead, by their offset. Never goes back.
+    pub fn follow(&mut self, offset_ns: u64) {
         self.now_ns = self.now_ns.max(self.last_raw_ns.wrapping_add(offset_ns));
     }
 
@@ -76,15 +89,37 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_fell_behind_catches_up_and_never_goes_back() {
+    fn what_only_this_worker_slept_through_counts_and_a_jump_of_all_clocks_does_not() {
+        let mut clock = Clock::new(0, 50, 100);
+        assert!(!clock.cuts(150) && clock.cuts(1_000));
+        // The others reached 960 when their raw clock said so.
+        clock.catch_up(960, 0);
+        assert_eq!(clock.read(1_000), 1_000);
+        // All clocks jump by 4,000, and a worker that was there before counts 100 of it.
+        assert!(clock.cuts(5_000));
+        clock.catch_up(990, 0);
+        assert_eq!(clock.clone().read(5_000), 1_100, "nobody has got further yet");
+        clock.catch_up(1_090, 1_090u64.wrapping_sub(4_990));
+        assert_eq!(clock.read(5_000), 1_100, "by the time of one that has");
+        clock.catch_up(500, 0);
+        assert_eq!(clock.read(5_010), 1_110, "never back");
+    }
+
+    #[test]
+    fn a_clock_that_is_behind_follows_and_never_goes_back() {
         let mut clock = Clock::new(0, 50, 100);
         clock.read(1_000);
-        clock.catch_up(0);
+        clock.follow(0);
         assert_eq!(clock.read(1_010), 1_010);
-        clock.catch_up(0u64.wrapping_sub(500));
+        clock.follow(0u64.wrapping_sub(500));
         assert_eq!(clock.read(1_020), 1_020);
+    }
+
+    #[test]
+    fn a_shorter_longest_step_holds_from_then_on() {
+        let mut clock = Clock::new(0, 50, 100);
         clock.set_longest_step_ns(1);
-        assert_eq!(clock.read(1_040), 1_021);
+        assert_eq!(clock.read(70), 51);
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub struct StatServer {
 /// Where a gateway's key comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeySource {
-    /// The cluster that the request goes to ([`crate::keyed::KeyName::of_cluster`]).
+    /// The cluster that the request goes to ([`crate::key_name::KeyName::of_cluster`]).
     Cluster,
     /// Two headers, in lower case.
     Headers {

@@ -1,6 +1,6 @@
 //! The receiver's side: what a report adds to what is already known of a key.
 //!
-//! A sender's counters are cumulative, so the receiver keeps each sender's last snapshot and adds
+//! A sender's counters are cumulative, so the receiver keeps the highest totals that each sender has reported and adds
 //! differences. Whatever is repeated, late or overlapping, adds only what was not added before.
 
 use std::hash::RandomState;
@@ -34,24 +34,19 @@ impl std::fmt::Display for WentBack {
     }
 }
 
-/// What `since..until` adds for a sender of whom `known` is the last snapshot; `None` if nothing.
+/// What a report adds for a sender of whom `known` is the last snapshot: `until` minus the larger of `since` and what is
+/// known, field by field. So a report that is repeated, late, or overlaps with what was taken before, adds what was not added
+/// yet, and no order of arrival can make it more. What `since` is ahead of what is known was acknowledged by another receiver, and
+/// is not ours to add. The elapsed time is from the later of both instants to that of `until`.
 ///
 /// # Errors
 /// [`WentBack`].
-pub fn addition(
-    known: Option<&Snapshot>,
-    since: &Snapshot,
-    until: &Snapshot,
-) -> Result<Option<Period>, WentBack> {
-    // A `since` ahead of what is known was acknowledged by another receiver: not ours to add.
-    let base = match known {
-        Some(known) if known.as_of_ns > since.as_of_ns => known,
-        _ => since,
-    };
-    if until.as_of_ns <= base.as_of_ns && known.is_some() {
-        return Ok(None);
+pub fn addition(known: Option<&Snapshot>, since: &Snapshot, until: &Snapshot) -> Result<Period, WentBack> {
+    if known.is_some_and(|known| until.as_of_ns > known.as_of_ns && !until.holds_totals_of(known)) {
+        return Err(WentBack);
     }
-    until.since(base).map(Some).ok_or(WentBack)
+    let base = known.map_or(*since, |known| known.ceiling(since));
+    Ok(until.more_than(&base))
 }
 
 /// The sizes of the stable and the panic window in seconds.
@@ -71,7 +66,10 @@ impl Default for WindowSizes {
 
 #[derive(Clone, Debug)]
 struct Sender {
+    /// The highest totals that it has reported, and what was in flight at the latest instant.
     last: Snapshot,
+    /// The instant that its last report began at.
+    since_ns: u64,
     from_gateway: bool,
     period_ns: u64,
     seen_ns: u64,
@@ -269,15 +267,6 @@ impl Key {
         self.last_report_ns
     }
 
-    /// Whether [`Key::record`] would take the report.
-    ///
-    /// # Errors
-    /// [`WentBack`].
-    pub fn check(&self, pod: &str, incarnation: u64, report: &KeyReport) -> Result<(), WentBack> {
-        let known = self.pods.get(pod).and_then(|pod| pod.sender(incarnation)).map(|sender| &sender.last);
-        addition(known, &report.since, &report.until).map(|_| ())
-    }
-
     /// Adds what a report says and was not known, at the receiver's unix time `now_ns`.
     ///
     /// # Errors
@@ -289,27 +278,41 @@ impl Key {
         report: &KeyReport,
         now_ns: u64,
     ) -> Result<Recorded, WentBack> {
+        let KeyReport { since, until, from_gateway, .. } = report;
         let known = self.pods.get(pod).and_then(|pod| pod.sender(incarnation));
-        let added = addition(known.map(|sender| &sender.last), &report.since, &report.until)?;
-        // The latest report tells the sender's period; one that bridges a gap is corrected by the next. A gateway's
-        // first one leaves at once and tells nothing: until the next one any period may be its.
-        let period_ns = match known {
-            None if report.from_gateway => LONGEST_PERIOD_NS / SILENT_PERIODS,
-            _ => report.until.as_of_ns.saturating_sub(report.since.as_of_ns),
+        let period = addition(known.map(|sender| &sender.last), since, until)?;
+        let last = known.map(|sender| sender.last);
+        let is_latest =
+            last.is_none_or(|last| until.as_of_ns >= last.as_of_ns && until.holds_totals_of(&last));
+        // What is new happened since the report before, or since a later `since`. A sender that found something that it had
+        // missed says so with a `since` before its last one: then what is new is of all that time.
+        let from_ns = match known {
+            Some(sender) if since.as_of_ns >= sender.since_ns => sender.last.as_of_ns.max(since.as_of_ns),
+            _ => since.as_of_ns,
+        };
+        // The latest report tells the sender's period; one that bridges a gap is corrected by the next. One of no length, as
+        // a gateway's first of a key, tells nothing: until the next one any period may be its.
+        let length_ns = match until.as_of_ns.saturating_sub(since.as_of_ns) {
+            0 => known.map_or(LONGEST_PERIOD_NS / SILENT_PERIODS, |sender| sender.period_ns),
+            length_ns => length_ns,
         };
         self.last_report_ns = self.last_report_ns.max(now_ns);
         let senders = &mut self.pod(pod).reported;
         let sender = senders.iter_mut().find(|(i, _)| *i == incarnation).map(|(_, sender)| sender);
-        let Some(period) = added else {
+        if !is_latest && period.is_empty() {
             if let Some(sender) = sender {
                 sender.seen_ns = now_ns;
             }
             return Ok(Recorded::default());
-        };
+        }
+        let highest = last.map_or(*until, |last| last.ceiling(until));
+        let latest = last.filter(|_| !is_latest).unwrap_or(*until);
+        let Snapshot { in_flight, proxied_in_flight, .. } = latest;
         let now = Sender {
-            last: report.until,
-            from_gateway: report.from_gateway,
-            period_ns: period_ns.clamp(SHORTEST_PERIOD_NS, LONGEST_PERIOD_NS),
+            last: Snapshot { in_flight, proxied_in_flight, ..highest },
+            since_ns: since.as_of_ns,
+            from_gateway: *from_gateway,
+            period_ns: length_ns.clamp(SHORTEST_PERIOD_NS, LONGEST_PERIOD_NS),
             seen_ns: now_ns,
         };
         match sender {
@@ -318,13 +321,16 @@ impl Key {
         }
         // A gateway is in front of all; what it passed on comes to the pods as proxied.
         let (proxied, proxied_ns) =
-            if report.from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
+            if *from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
         self.requests_total = self.requests_total.saturating_add(period.requests.saturating_sub(proxied));
         // What took longer than a second goes evenly into the seconds that it took. A sender that does not say since
         // when (0) counts as a second.
-        let seconds = match report.since.as_of_ns {
+        let seconds = match from_ns {
             0 => 1,
-            _ => (period.elapsed_ns.saturating_add(SECOND_NS / 2) / SECOND_NS).max(1),
+            _ => {
+                let elapsed_ns = until.as_of_ns.saturating_sub(from_ns);
+                (elapsed_ns.saturating_add(SECOND_NS / 2) / SECOND_NS).max(1)
+            }
         };
         let a_second = |value: f64| value / seconds as f64;
         let added = PerSecond {
@@ -333,8 +339,10 @@ impl Key {
             requests: a_second(period.requests as f64),
             proxied_requests: a_second(proxied as f64),
         };
-        let woke = self.add(added.own(), seconds, now_ns);
-        Ok(Recorded { added: Some(added), woke })
+        // A gateway's first report of a key counts nothing yet: something in flight is traffic, too.
+        let in_flight = is_latest && in_flight > if *from_gateway { 0 } else { proxied_in_flight };
+        let woke = self.add(added.own(), seconds, in_flight, now_ns);
+        Ok(Recorded { added: (!period.is_empty()).then_some(added), woke })
     }
 
     /// Adds a stat that came by the stream, at the receiver's unix time `now_ns`. As in Knative proxied is subtracted
@@ -361,7 +369,7 @@ impl Key {
         let from_gateway = is_activator(pod);
         self.pod(pod).streamed = Some(Streamed { concurrency, seen_ns: now_ns, from_gateway });
         self.streamed_total += requests;
-        let woke = self.add(own, 1, now_ns);
+        let woke = self.add(own, 1, false, now_ns);
         Ok(Recorded { added: Some(added), woke })
     }
 
@@ -370,14 +378,15 @@ impl Key {
         self.pods.entry_ref(name).or_default()
     }
 
-    /// Adds to the buckets of so many seconds, the present one being the last; whether the key woke.
-    fn add(&mut self, per_second: [f64; 2], seconds: u64, now_ns: u64) -> bool {
+    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the key woke: whether there is
+    /// something in it, or in flight, after a stable window without.
+    fn add(&mut self, per_second: [f64; 2], seconds: u64, in_flight: bool, now_ns: u64) -> bool {
         let this = now_ns / SECOND_NS;
         for second in (this + 1).saturating_sub(seconds.min(self.stable.seconds() as u64))..=this {
             self.stable.record(second, per_second);
             self.panic.record(second, per_second);
         }
-        let traffic = per_second.into_iter().any(|value| value > 0.0);
+        let traffic = in_flight || per_second.into_iter().any(|value| value > 0.0);
         let woke = traffic && !self.has_traffic(now_ns);
         if traffic {
             self.last_traffic_second = self.last_traffic_second.max(Some(this));
@@ -514,10 +523,9 @@ mod tests {
         let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(3, 8, 4, 2)), NOW).unwrap();
         let back = report(at(1, 0, 0, 0), at(4, 7, 4, 9));
-        assert_eq!(key.check("pod", 1, &back), Err(WentBack));
         assert_eq!(key.record("pod", 1, &back, NOW), Err(WentBack));
         assert_eq!(key.figures(NOW).in_flight, 2);
-        assert_eq!(key.check("pod", 2, &back), Ok(()), "another incarnation is another sender");
+        assert!(key.record("pod", 2, &back, NOW).is_ok(), "another incarnation is another sender");
     }
 
     #[test]
@@ -575,17 +583,71 @@ mod tests {
     }
 
     #[test]
-    fn a_gateways_first_report_holds_until_its_next_whatever_its_period() {
+    fn a_gateways_first_report_counts_nothing_wakes_the_key_and_holds_until_the_next_whatever_its_period() {
         let mut key = Key::new(Arc::default());
-        let at_once =
-            Snapshot { as_of_ns: 100 * S + 5_000_000, requests: 1, in_flight: 1, ..Snapshot::default() };
-        let gateway = |until| KeyReport { from_gateway: true, ..report(at(100, 0, 0, 0), until) };
-        key.record("gateway", 1, &gateway(at_once), NOW).unwrap();
-        assert_eq!(key.figures(NOW + 59 * S).in_flight, 1);
-        key.record("gateway", 1, &gateway(at(101, 1, 1, 1)), NOW + S).unwrap();
+        let floor = at(90, 7, 3, 0);
+        let gateway = |since, until| KeyReport { from_gateway: true, ..report(since, until) };
+        let at_once = gateway(floor, Snapshot { in_flight: 1, ..floor });
+        let recorded = key.record("gateway", 1, &at_once, NOW).unwrap();
+        assert_eq!(recorded, Recorded { added: None, woke: true });
+        assert!(key.is_active(NOW));
+        let figures = key.figures(NOW + 59 * S);
+        assert_eq!((figures.in_flight, figures.requests_total), (1, 0));
+        let next = gateway(at(100, 7, 3, 0), at(101, 9, 5, 1));
+        let recorded = key.record("gateway", 1, &next, NOW + S).unwrap();
+        assert!(!recorded.woke, "it woke already");
+        // The first report comes once more, late: it takes nothing.
+        key.record("gateway", 1, &at_once, NOW + S).unwrap();
+        let figures = key.figures(NOW + S);
+        assert_eq!((figures.requests_total, figures.in_flight, figures.panic.concurrency), (2, 1, 1.0));
         assert_eq!(key.figures(NOW + 11 * S).in_flight, 1);
         assert_eq!(key.figures(NOW + 11 * S + 1).in_flight, 0);
-        assert_eq!(key.figures(NOW + S).requests_total, 1);
+    }
+
+    #[test]
+    fn what_a_report_found_late_is_spread_over_the_time_that_it_covers() {
+        let mut key = Key::new(Arc::default());
+        for second in 1..10 {
+            key.record("pod", 1, &report(at(second - 1, 0, 0, 0), at(second, 0, 0, 0)), NOW + second * S)
+                .unwrap();
+        }
+        // A worker that had stalled is back, with four requests over seven seconds.
+        let late = report(Snapshot { as_of_ns: 3 * S, ..at(9, 0, 0, 0) }, at(10, 4, 28, 4));
+        key.record("pod", 1, &late, NOW + 10 * S).unwrap();
+        assert_eq!(key.figures(NOW + 10 * S).panic.concurrency, 4.0);
+        // Not acknowledged: what is new since then is of the last second.
+        let again = report(late.since, at(11, 4, 32, 4));
+        key.record("pod", 1, &again, NOW + 11 * S).unwrap();
+        assert_eq!(key.figures(NOW + 11 * S).panic.concurrency, 4.0);
+        assert_eq!(key.figures(NOW + 11 * S).requests_total, 4);
+    }
+
+    #[test]
+    fn in_whatever_order_reports_come_and_are_repeated_the_sum_is_the_last_total() {
+        let mut seed = 1_u64;
+        let mut roll = |sides: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % sides
+        };
+        for _ in 0..200 {
+            let mut key = Key::new(Arc::default());
+            let (mut sent, mut acknowledged, mut now) = (Vec::new(), at(1, 0, 0, 0), at(1, 0, 0, 0));
+            for second in 2..20 {
+                now = at(second, now.requests + roll(5), second * 2, 1);
+                sent.push(report(acknowledged, now));
+                sent.push(report(acknowledged, now));
+                let arrives = roll(sent.len() as u64) as usize;
+                let arrived = sent.swap_remove(arrives);
+                key.record("pod", 1, &arrived, NOW).unwrap();
+                if roll(2) == 0 && arrived.until.as_of_ns > acknowledged.as_of_ns {
+                    acknowledged = arrived.until;
+                }
+            }
+            for late in sent {
+                key.record("pod", 1, &late, NOW).unwrap();
+            }
+            assert_eq!(key.figures(NOW).requests_total, now.requests);
+        }
     }
 
     #[test]

@@ -8,13 +8,16 @@
 //! | [`clock`] | the pod's time: from a monotonic clock, never back, never far ahead at once |
 //! | [`shared`] | many workers, one pod figure: slots, the leader's lease, what was acknowledged |
 //! | [`breaker`] | at most so many requests in the app, and one queue over all workers |
-//! | [`keyed`] | one figure per key, for a gateway |
+//! | [`key_name`] | what a gateway tells apart: by cluster, or by headers |
+//! | [`keyed_recorder`] | one gateway worker's counters per key |
+//! | [`key_totals`] | all workers' counters per key, which never begin again and never go down |
+//! | [`key_admission`] | which keys a gateway tracks, and who saw one first |
+//! | [`keyed_member`] | a gateway worker's part in all that, over the store that the workers share |
 //! | [`decider`] | how many pods a key wants: Knative's KPA |
 //! | [`request`] | which requests are probes, which came through a proxy; code classes |
 //! | [`settings`] | what a key can be told: target, windows, bounds |
 //! | [`config`] | the plugin's JSON configuration and its errors |
 //! | [`export`] | the exporter's answers: Knative's `Stat`, and Prometheus text |
-//! | [`registry`] | which keys a gateway tells apart, and who saw one first |
 //! | [`report`] | the report's bytes, and what makes a report invalid |
 //! | [`identity`] | who an Envoy serves, also by Istio's node metadata |
 //! | [`ingest`] | the receiver's side: what a report adds to what is already known |
@@ -50,9 +53,12 @@ mod fields;
 pub mod gob;
 pub mod identity;
 pub mod ingest;
-pub mod keyed;
+pub mod key_admission;
+pub mod key_name;
+pub mod key_totals;
+pub mod keyed_member;
+pub mod keyed_recorder;
 pub mod recorder;
-pub mod registry;
 pub mod report;
 pub mod request;
 pub mod settings;

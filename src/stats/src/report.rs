@@ -1,6 +1,7 @@
 //! The report: what a sender POSTs to `/v1/reports`, as bincode 1.3 with fixed-width little-endian
 //! integers. The README documents it byte by byte; the golden bytes below hold it.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use bincode::Options;
@@ -8,12 +9,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::Snapshot;
 
+const SECOND_NS: u64 = 1_000_000_000;
+
 /// The only version there is.
 pub const VERSION: u8 = 1;
 /// The content type of a report.
 pub const CONTENT_TYPE: &str = "application/x-bincode";
 /// The largest report in bytes: what a sender splits at and a receiver refuses beyond.
 pub const MAX_BYTES: usize = 1 << 20;
+/// How far a sender's clock may be ahead of the receiver's: a day.
+const MOST_AHEAD_SECONDS: u64 = 24 * 3600;
+/// No sender has as many requests in a second, or in flight.
+const MOST: u32 = 1_000_000_000;
 /// The longest pod, namespace or name in bytes. Kubernetes allows 253; Envoy's cluster names may be longer.
 pub const MAX_NAME_BYTES: usize = 512;
 
@@ -60,6 +67,10 @@ pub enum ReportError {
     BadName(&'static str, usize),
     /// Numbers that no sender can have counted: the key, and what does not fit.
     Implausible(String, &'static str),
+    /// A key that the report has more than once.
+    Repeated(String),
+    /// A key whose `until` lies ahead of the receiver's clock: by how many seconds.
+    Ahead(String, u64),
 }
 
 impl fmt::Display for ReportError {
@@ -78,6 +89,13 @@ impl fmt::Display for ReportError {
                 "{field} has {bytes} bytes, allowed are 1 to {MAX_NAME_BYTES} without control characters"
             ),
             Self::Implausible(key, reason) => write!(f, "key {key}: {reason}"),
+            Self::Repeated(key) => {
+                write!(f, "the report has key {key} more than once, expected is each key once")
+            }
+            Self::Ahead(key, seconds) => write!(
+                f,
+                "key {key}: `until` is {seconds} s ahead of the receiver's clock, expected is at most {MOST_AHEAD_SECONDS} s"
+            ),
         }
     }
 }
@@ -123,16 +141,36 @@ impl Report {
 
     fn check(&self) -> Result<(), ReportError> {
         check_name("pod", &self.pod)?;
-        self.messages.iter().try_for_each(KeyReport::check)
+        self.messages.iter().try_for_each(KeyReport::check)?;
+        let mut names = HashSet::with_capacity(self.messages.len());
+        match self.messages.iter().find(|message| !names.insert((&message.namespace, &message.name))) {
+            Some(message) => Err(ReportError::Repeated(message.key())),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks the instants against the receiver's unix time: one far ahead would make all that its sender says later
+    /// look old.
+    ///
+    /// # Errors
+    /// [`ReportError::Ahead`].
+    pub fn check_clock(&self, now_ns: u64) -> Result<(), ReportError> {
+        self.messages.iter().try_for_each(|message| {
+            let ahead = message.until.as_of_ns.saturating_sub(now_ns) / 1_000_000_000;
+            if ahead > MOST_AHEAD_SECONDS { Err(ReportError::Ahead(message.key(), ahead)) } else { Ok(()) }
+        })
     }
 }
 
 impl KeyReport {
+    fn key(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+
     fn check(&self) -> Result<(), ReportError> {
         check_name("namespace", &self.namespace)?;
         check_name("name", &self.name)?;
-        let implausible =
-            |reason| Err(ReportError::Implausible(format!("{}/{}", self.namespace, self.name), reason));
+        let implausible = |reason| Err(ReportError::Implausible(self.key(), reason));
         for snapshot in [&self.since, &self.until] {
             if snapshot.proxied_requests > snapshot.requests
                 || snapshot.proxied_request_ns > snapshot.request_ns
@@ -147,8 +185,20 @@ impl KeyReport {
         if period.proxied_requests > period.requests || period.proxied_request_ns > period.request_ns {
             return implausible("more proxied requests than requests between since and until");
         }
-        if period.request_ns > u128::from(period.elapsed_ns) * u128::from(u32::MAX) {
+        if self.until.in_flight > MOST || self.since.in_flight > MOST {
+            return implausible("more than 1,000,000,000 requests in flight");
+        }
+        // A sender that does not say since when (0) means the last second.
+        let elapsed_ns = match self.since.as_of_ns {
+            0 => SECOND_NS,
+            _ => period.elapsed_ns,
+        };
+        if period.request_ns > u128::from(elapsed_ns) * u128::from(MOST) {
             return implausible("more request time than the period can hold");
+        }
+        let requests_ns = u128::from(period.requests) * u128::from(SECOND_NS);
+        if requests_ns > u128::from(elapsed_ns.max(SECOND_NS)) * u128::from(MOST) {
+            return implausible("more than 1,000,000,000 requests a second");
         }
         Ok(())
     }

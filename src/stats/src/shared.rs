@@ -125,6 +125,11 @@ impl State {
         self.seats.iter().map(|owner| owner.id)
     }
 
+    /// The instant up to which a leader has lived, by its clock.
+    pub fn led_until_ns(&self) -> u64 {
+        self.lease.renewed_ns
+    }
+
     fn depart(&mut self, id: u64) {
         if !self.departed.contains(&id) {
             self.departed.push(id);
@@ -165,7 +170,7 @@ impl Pod {
     /// The pod that `domain` names; equal names share their figures. The prefix holds the version
     /// of the stored format, so that an old and a new module in one Envoy do not misread each other.
     pub fn new(domain: &str) -> Self {
-        let prefix = format!("inflight/1/{domain}");
+        let prefix = format!("inflight/2/{domain}");
         Self { state_key: format!("{prefix}/state"), prefix }
     }
 
@@ -355,7 +360,7 @@ impl Member {
 
     /// Writes the closed boundaries to this worker's slot, and takes a seat if it has none.
     /// `true` if it had been sealed as silent meanwhile: then its clock may be behind
-    /// ([`crate::clock::Clock::catch_up`]).
+    /// ([`crate::clock::Clock::follow`]).
     ///
     /// # Errors
     /// [`Trouble`]; the next post brings everything.

@@ -94,6 +94,40 @@ impl Snapshot {
         Self { in_flight: 0, proxied_in_flight: 0, ..*self }
     }
 
+    /// The larger of both totals, field by field, as of the later instant, with nothing in flight.
+    #[must_use]
+    pub fn ceiling(&self, other: &Self) -> Self {
+        Self {
+            as_of_ns: self.as_of_ns.max(other.as_of_ns),
+            requests: self.requests.max(other.requests),
+            proxied_requests: self.proxied_requests.max(other.proxied_requests),
+            request_ns: self.request_ns.max(other.request_ns),
+            proxied_request_ns: self.proxied_request_ns.max(other.proxied_request_ns),
+            in_flight: 0,
+            proxied_in_flight: 0,
+        }
+    }
+
+    /// Whether none of its totals is below one of `other`.
+    pub fn holds_totals_of(&self, other: &Self) -> bool {
+        self.requests >= other.requests
+            && self.proxied_requests >= other.proxied_requests
+            && self.request_ns >= other.request_ns
+            && self.proxied_request_ns >= other.proxied_request_ns
+    }
+
+    /// By how much each field is above that of `other`; those below count as equal.
+    pub fn more_than(&self, other: &Self) -> Period {
+        let rest = self.less_totals_of(other);
+        Period {
+            elapsed_ns: self.as_of_ns.saturating_sub(other.as_of_ns),
+            requests: rest.requests,
+            proxied_requests: rest.proxied_requests,
+            request_ns: rest.request_ns,
+            proxied_request_ns: rest.proxied_request_ns,
+        }
+    }
+
     /// What happened between `earlier` and this snapshot; `None` if any of it went backwards, so
     /// that the two cannot be of one run of one sender.
     pub fn since(&self, earlier: &Self) -> Option<Period> {
@@ -123,6 +157,11 @@ pub struct Period {
 }
 
 impl Period {
+    /// Whether nothing happened in it, however long it was.
+    pub fn is_empty(&self) -> bool {
+        Self { elapsed_ns: 0, ..*self } == Self::default()
+    }
+
     /// The time-weighted average concurrency; 0 for a period of no length, as in Knative.
     pub fn average(&self) -> f64 {
         ratio(self.request_ns, self.elapsed_ns)

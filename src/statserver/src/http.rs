@@ -193,7 +193,9 @@ async fn take(
         ));
     }
     let bytes = read(app, body, Limit::ReportBytes, app.limits.max_report_bytes).await?;
-    let report = Report::decode(&bytes).map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}\n")))?;
+    let malformed = |error| (StatusCode::BAD_REQUEST, format!("{error}\n"));
+    let report = Report::decode(&bytes).map_err(malformed)?;
+    report.check_clock(now_ns()).map_err(malformed)?;
     let (keys, most) = (report.messages.len(), app.limits.max_messages);
     if keys > most {
         app.metrics.refused(Limit::Messages);

@@ -97,12 +97,12 @@ impl fmt::Display for Full {
     }
 }
 
-/// Why a report was not taken, or not the whole of it.
+/// Why not the whole of a report was taken: the first key that was left out, and its reason. The others were taken.
 #[derive(Debug)]
 pub enum NotTaken {
-    /// Nothing was.
+    /// Its counters went back; that stays so when it comes again.
     WentBack(KeyName, WentBack),
-    /// All but some keys were; the first one's reason.
+    /// There is no room for it; it may come again.
     Full(Full),
 }
 
@@ -150,8 +150,8 @@ impl Keys {
         &self.defaults
     }
 
-    /// Takes a report. Keys for which there is no room are left out, and the sender is to say it again: what was taken adds
-    /// nothing when it comes again, and one namespace that is full keeps no other from reporting.
+    /// Takes a report. Keys that cannot be taken are left out, and keep no other from being reported. Those for which there is
+    /// no room the sender is to report again: what was taken adds nothing when it comes again.
     ///
     /// # Errors
     /// [`NotTaken`].
@@ -162,23 +162,18 @@ impl Keys {
         observer: Option<&impl Added>,
     ) -> Result<(), NotTaken> {
         let Report { pod, incarnation, messages, .. } = report;
-        let went_back = |message: &KeyReport, error| {
-            NotTaken::WentBack((message.namespace.clone(), message.name.clone()), error)
-        };
-        for message in messages {
-            let checked = self.known(&message.namespace, &message.name, |entry| {
-                entry.key.check(pod, *incarnation, message)
-            });
-            checked.unwrap_or(Ok(())).map_err(|error| went_back(message, error))?;
-        }
-        let mut full = None;
+        let (mut full, mut went_back) = (None, None);
         for message in messages {
             let (namespace, name) = (&message.namespace, &message.name);
             let recorded = self.with(namespace, name, Some(pod), |entry| {
                 entry.key.record(pod, *incarnation, message, now_ns)
             });
             let recorded = match recorded {
-                Ok(recorded) => recorded.map_err(|error| went_back(message, error))?,
+                Ok(Ok(recorded)) => recorded,
+                Ok(Err(error)) => {
+                    went_back.get_or_insert_with(|| ((namespace.clone(), name.clone()), error));
+                    continue;
+                }
                 Err(why) => {
                     full.get_or_insert(why);
                     continue;
@@ -191,7 +186,11 @@ impl Keys {
                 self.watch.woke(namespace, name);
             }
         }
-        full.map_or(Ok(()), |full| Err(NotTaken::Full(full)))
+        match (full, went_back) {
+            (Some(full), _) => Err(NotTaken::Full(full)),
+            (None, Some((name, error))) => Err(NotTaken::WentBack(name, error)),
+            (None, None) => Ok(()),
+        }
     }
 
     /// Takes a stat of the stream.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -16,7 +17,8 @@ use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
 use inflight_e2e::{built, prometheus, truth, wait};
-use inflight_stats::KeyReport;
+use inflight_stats::ingest::addition;
+use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -144,7 +146,8 @@ async fn the_first_request_of_a_key_is_reported_at_once_and_once() {
             let arrived =
                 tap.recorded().into_iter().find(|r| r.report.messages.iter().any(|m| m.name == name));
             delays.push(arrived.expect("the report").at - began);
-            assert_eq!((first.until.requests, first.until.in_flight, first.from_gateway), (1, 1, true));
+            assert_eq!(first.until, Snapshot { in_flight: 1, ..first.since }, "it counts nothing");
+            assert!(first.from_gateway);
             answer.await.expect("the client").expect("an answer");
         }
         delays.sort();
@@ -164,9 +167,8 @@ async fn the_first_request_of_a_key_is_reported_at_once_and_once() {
         .await;
         let answers = clients.join_all().await;
         assert!(answers.iter().all(|answer| answer.as_ref().is_ok_and(|(status, _)| *status == 200)));
-        let firsts =
-            said_of(&tap, "many").iter().filter(|m| m.until.requests == 1 && m.until.in_flight == 1).count();
-        assert_eq!(firsts, 1);
+        let at_once = |m: &&KeyReport| m.until.as_of_ns == m.since.as_of_ns;
+        assert_eq!(said_of(&tap, "many").iter().filter(at_once).count(), 1);
         wait::until_equal("the server's count", SETTLED, 50, || {
             server.number("ns", "many", "requests_total")
         })
@@ -389,4 +391,126 @@ async fn the_ingress_gateways_envoyfilter_counts_in_a_real_envoy() {
     .await;
     // A direct response goes to no cluster.
     wait::until_equal("keyless", SETTLED, 1.0, || envoy.stat("inflight_keyless_requests", &[])).await;
+}
+
+/// Sends requests of one key after the other until it is told to stop.
+async fn ask_on_and_on(envoy: SocketAddr, name: String, ms: u64, stop: Arc<AtomicBool>) {
+    let path = format!("/work?ms={ms}&key={name}");
+    let mut connection = Connection::open(envoy).await.expect("a connection");
+    while !stop.load(Ordering::Relaxed) {
+        assert_eq!(connection.ask(request(&path, &name)).await.expect("an answer"), 200);
+    }
+}
+
+/// What a receiver of these reports has counted of each key: requests and the integral of concurrency. No total of a key may be
+/// lower at a later instant.
+fn received(reports: &[Report]) -> BTreeMap<String, (u64, u128)> {
+    let mut known: BTreeMap<&str, (Snapshot, u64, u128)> = BTreeMap::new();
+    let mut said: BTreeMap<&str, Vec<Snapshot>> = BTreeMap::new();
+    for KeyReport { name, since, until, .. } in reports.iter().flat_map(|report| &report.messages) {
+        said.entry(name).or_default().push(*until);
+        let (last, requests, request_ns) = known
+            .get(name.as_str())
+            .map_or((None, 0, 0), |(last, requests, ns)| (Some(*last), *requests, *ns));
+        let added = addition(last.as_ref(), since, until).expect("no counter went back");
+        let last = last.map_or(*until, |last| last.ceiling(until));
+        known.insert(name, (last, requests + added.requests, request_ns + added.request_ns));
+    }
+    for (name, mut said) in said {
+        said.sort_by_key(|until| (until.as_of_ns, until.requests, until.request_ns));
+        for pair in said.windows(2) {
+            assert!(pair[1].holds_totals_of(&pair[0]), "the totals of {name} went back: {pair:?}");
+        }
+    }
+    known.into_iter().map(|(name, (_, requests, ns))| (name.to_owned(), (requests, ns))).collect()
+}
+
+/// STALLS="period:seconds ..." has other stalls than the two that `make test` has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
+    let stalls = std::env::var("STALLS").unwrap_or_else(|_| "100ms:1 1s:7".into());
+    for (period, seconds) in stalls.split(' ').map(|stall| stall.split_once(':').expect("period:seconds")) {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let tap = Tap::start(Some(server.address)).await;
+        let mut bootstrap = by_headers(&app, tap.address, period);
+        bootstrap.stalls();
+        let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut clients = JoinSet::new();
+        for client in 0..24 {
+            let (name, ms) = match client % 3 {
+                0 => (format!("long-{}", client % 4), 1_500 + client * 40),
+                _ => (format!("short-{}", client % 5), 20 + client),
+            };
+            clients.spawn(ask_on_and_on(envoy.address, name, ms, Arc::clone(&stop)));
+        }
+        // One that is in flight all the time, from connections at both workers.
+        for _ in 0..20 {
+            let ms = 9_000.0 + 1_000.0 * seconds.parse::<f64>().expect("seconds");
+            let path = format!("/work?ms={ms}&key=steady");
+            clients.spawn(async move { drop(http::ask(envoy.address, request(&path, "steady")).await) });
+        }
+        wait::until("the steady key is known", SETTLED, || async {
+            let in_flight = server.number("ns", "steady", "in_flight").await;
+            if in_flight == 20 { Ok(()) } else { Err(in_flight) }
+        })
+        .await;
+        let mut stall = request("/work?ms=1&key=stall", "stall");
+        stall.headers_mut().insert("x-stall", seconds.parse().expect("a value"));
+        let stalled = tokio::spawn(http::ask(envoy.address, stall));
+        // Meanwhile and for some time after, what the server makes of it: never more than there is.
+        let (mut most, began) = (0.0_f64, Instant::now());
+        let mut after = None;
+        while after.is_none_or(|after: Instant| after.elapsed() < Duration::from_secs(4)) {
+            let key = server.key("ns", "steady").await.expect("the key");
+            most = most.max(key["panic"]["concurrency"].as_f64().expect("a number"));
+            if after.is_none() && stalled.is_finished() {
+                after = Some(Instant::now());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let stood = after.map(|after| after - began);
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(stalled.await.expect("the client").expect("an answer").0, 200);
+        clients.join_all().await;
+        let expected = |requests: &[truth::Request]| {
+            let mut counts: BTreeMap<String, (u64, u128)> = BTreeMap::new();
+            for request in requests {
+                let key = request.path.split_once("key=").expect("a key").1;
+                let count = counts.entry(key.to_owned()).or_default();
+                *count = (count.0 + 1, count.1 + u128::from(request.end_ns - request.start_ns));
+            }
+            counts
+        };
+        let logged = envoy.requests_when(app.counts.requests()).await;
+        let expected = expected(&logged);
+        let counts: BTreeMap<String, u64> =
+            expected.iter().map(|(name, (requests, _))| (name.clone(), *requests)).collect();
+        wait::until_equal("the server's counts", SETTLED, counts.clone(), async || all_keys(&server).await)
+            .await;
+        // It stays so when all keys are idle.
+        wait::until_equal("keys in flight", SETTLED, 0, || server.number("ns", "steady", "in_flight")).await;
+        let recorded = tap.recorded();
+        let refused: Vec<_> =
+            recorded.iter().filter(|r| r.answered.is_some_and(|code| code >= 400)).collect();
+        assert!(refused.is_empty(), "{refused:?}");
+        assert_eq!(all_keys(&server).await, counts);
+        for (name, requests) in &counts {
+            let labels = [("revision_name", name.as_str())];
+            let stat = envoy.stat("activator_request_count", &labels).await;
+            assert_eq!(stat, *requests as f64, "Envoy's own count of {name}");
+        }
+        let received = received(&tap.acknowledged());
+        let sum = |of: &BTreeMap<String, (u64, u128)>| of.values().map(|(_, ns)| *ns).sum::<u128>() as f64;
+        let off = sum(&received) / sum(&expected) - 1.0;
+        println!(
+            "period {period}, a worker stood still for {stood:?}: {} requests of {} keys, integral off by {:+.3} %, most \
+             in a panic window {most:.2} of 20",
+            logged.len(),
+            counts.len(),
+            off * 100.0
+        );
+        assert!(off.abs() < 0.005, "{off}");
+        assert!(most < 20.0 * 1.1, "what came late looked like a burst: {most}");
+    }
 }

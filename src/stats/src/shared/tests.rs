@@ -14,6 +14,13 @@ pub(crate) struct Map(Mutex<(u32, Values)>);
 
 type Values = HashMap<String, (Vec<u8>, u32)>;
 
+impl Map {
+    /// The names of all values.
+    pub(crate) fn keys(&self) -> Vec<String> {
+        self.0.lock().unwrap().1.keys().cloned().collect()
+    }
+}
+
 impl Store for Map {
     fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
         self.0.lock().unwrap().1.get(key).cloned()
@@ -429,10 +436,8 @@ fn in_whatever_order_workers_end_their_last_reports_together_hold_everything() {
                 }
             } else {
                 let (since, until) = sent.swap_remove(dice.roll(sent.len() as u64) as usize);
-                if let Some(added) = addition(known.as_ref(), &since, &until).unwrap() {
-                    counted += added.requests;
-                    known = Some(until);
-                }
+                counted += addition(known.as_ref(), &since, &until).unwrap().requests;
+                known = Some(known.map_or(until, |known: Snapshot| known.ceiling(&until)));
                 // Some answers are lost.
                 if dice.roll(3) > 0 {
                     Pod::new("test").acknowledge(&store, 7, &until).unwrap();

@@ -134,15 +134,37 @@ async fn what_is_refused_says_why_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn of_a_report_with_one_bad_key_nothing_is_taken() {
+async fn of_a_report_with_a_key_that_went_back_the_others_are_taken() {
     let app = app();
     send(&app, sample("b", 7).encode().unwrap()).await;
     let mut report = sample("a", 5);
     report.messages.extend(sample("b", 3).messages);
+    report.messages.extend(sample("c", 4).messages);
     report.messages[1].until.as_of_ns += 1;
     let (status, text) = send(&app, report.encode().unwrap()).await;
-    assert_eq!((status, count(&app)), (StatusCode::CONFLICT, 1), "{text}");
+    assert_eq!((status, count(&app)), (StatusCode::CONFLICT, 3), "{text}");
     assert!(text.contains("ns/b") && text.contains("went back"), "{text}");
+    let total = |name: &str| app.keys.view("ns", name, now_ns()).unwrap().figures.requests_total;
+    assert_eq!([total("a"), total("b"), total("c")], [5, 7, 4]);
+}
+
+#[tokio::test]
+async fn of_a_report_that_names_a_key_twice_or_comes_from_the_future_nothing_is_taken() {
+    let app = app();
+    let mut report = sample("a", 5);
+    report.messages.extend(sample("b", 3).messages);
+    report.messages.extend(sample("a", 6).messages);
+    let (status, text) = send(&app, report.encode().unwrap()).await;
+    assert_eq!((status, count(&app)), (StatusCode::BAD_REQUEST, 0), "{text}");
+    assert!(text.contains("ns/a more than once"), "{text}");
+    let mut report = sample("a", 5);
+    report.messages[0].until.as_of_ns = u64::MAX;
+    let (status, text) = send(&app, report.encode().unwrap()).await;
+    assert_eq!((status, count(&app)), (StatusCode::BAD_REQUEST, 0), "{text}");
+    assert!(text.contains("ahead of the receiver's clock"), "{text}");
+    let hour = 3600 * 1_000_000_000;
+    report.messages[0].until.as_of_ns = now_ns() + hour;
+    assert_eq!(send(&app, report.encode().unwrap()).await.0, StatusCode::ACCEPTED, "an hour is no future");
 }
 
 #[tokio::test]
