@@ -243,7 +243,7 @@ impl Worker {
             Stock::Follow
         });
         let mut reports = Vec::new();
-        if let Stock::Published { previous, latest, acknowledged, incarnation } = stock {
+        if let Stock::Published { previous, latest, since, incarnation } = stock {
             self.sending.retain(|sending| now_ns < sending.deadline_ns);
             let departed = self.departed();
             let settled = if self.keys.is_some() {
@@ -255,7 +255,7 @@ impl Worker {
                     self.metrics.publish(&period, &latest);
                 }
                 if self.may_send(config) {
-                    reports.extend(of_pod(config, incarnation, acknowledged, latest));
+                    reports.extend(of_pod(config, incarnation, since, latest));
                 }
                 departed
             };
@@ -430,7 +430,7 @@ impl Worker {
             let totals = keys.collect_last(&all, until.as_of_ns);
             return totals.map(|totals| of_keys(config, state.incarnation, totals)).unwrap_or_default();
         }
-        of_pod(config, state.incarnation, state.acknowledged, until).into_iter().collect()
+        of_pod(config, state.incarnation, state.reported_since(), until).into_iter().collect()
     }
 
     /// Leaves everything counted up to now to the others.

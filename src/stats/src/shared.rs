@@ -62,7 +62,7 @@ pub struct State {
     pub clock_offset_ns: u64,
     /// The boundaries that all workers close at.
     pub grid: Grid,
-    /// The last published figure, and the one before: the gauges are their difference.
+    /// The last published figure, and the one before (`State::publish`): the gauges are their difference.
     pub published: [Snapshot; 2],
     /// The last figure that the stats server acknowledged.
     pub acknowledged: Snapshot,
@@ -76,6 +76,9 @@ pub struct State {
     ledger: Snapshot,
     lease: Lease,
     seats: Vec<Owner>,
+    /// Whose slots are in the last published figure.
+    summed: Vec<Owner>,
+    late: Option<Late>,
     last_id: u64,
 }
 
@@ -83,6 +86,14 @@ pub struct State {
 struct Lease {
     holder: u64,
     renewed_ns: u64,
+}
+
+/// What a figure has of a worker that was not in the one before, although it had counted already: one that had been taken for
+/// dead, or has just come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Late {
+    from_ns: u64,
+    published_ns: u64,
 }
 
 /// A worker under one seating: after a seal the same worker sits down anew. Id 0 is nobody's.
@@ -130,6 +141,30 @@ impl State {
         self.lease.renewed_ns
     }
 
+    /// What a report begins with: what is acknowledged, as of the instant at which began what is new. That lies before the
+    /// last report where a worker was late.
+    pub fn reported_since(&self) -> Snapshot {
+        let late_ns = self.late.map_or(u64::MAX, |late| late.from_ns);
+        Snapshot { as_of_ns: self.acknowledged.as_of_ns.min(late_ns), ..self.acknowledged }
+    }
+
+    /// Takes over a new figure. Returns the one before, with the time that requests took until then in workers that were not in
+    /// it: so the difference is the average between both. Their counts stay out of it: each is in one difference.
+    fn publish(&mut self, latest: Snapshot, live: &[Slot]) -> Snapshot {
+        let [_, mut previous] = self.published;
+        for slot in live.iter().filter(|slot| !self.summed.contains(&slot.owner)) {
+            if slot.born_ns < previous.as_of_ns {
+                let from_ns = self.late.map_or(u64::MAX, |late| late.from_ns).min(slot.born_ns);
+                self.late = Some(Late { from_ns, published_ns: latest.as_of_ns });
+                let Some(before) = slot.at(previous.as_of_ns) else { continue };
+                previous = previous.plus(&Snapshot { requests: 0, proxied_requests: 0, ..before.finished() });
+            }
+        }
+        self.summed = live.iter().map(|slot| slot.owner).collect();
+        self.published = [previous, latest];
+        previous
+    }
+
     fn depart(&mut self, id: u64) {
         if !self.departed.contains(&id) {
             self.departed.push(id);
@@ -152,8 +187,8 @@ pub enum Stock {
         previous: Snapshot,
         /// The new one.
         latest: Snapshot,
-        /// What the stats server acknowledged last.
-        acknowledged: Snapshot,
+        /// What a report begins with ([`State::reported_since`]).
+        since: Snapshot,
         /// The incarnation of the counters.
         incarnation: u64,
     },
@@ -210,6 +245,8 @@ impl Pod {
                         ledger: start,
                         lease: Lease::default(),
                         seats: Vec::new(),
+                        summed: Vec::new(),
+                        late: None,
                         last_id: 0,
                     };
                     // An unreadable value under our own key cannot be waited for; replace it.
@@ -242,6 +279,7 @@ impl Pod {
         self.update(store, |state| {
             if state.incarnation == incarnation && until.as_of_ns > state.acknowledged.as_of_ns {
                 state.acknowledged = *until;
+                state.late = state.late.filter(|late| late.published_ns > until.as_of_ns);
             }
         })
         .map(|_| ())
@@ -456,12 +494,10 @@ impl Member {
                 if let Some(sum) = sum {
                     // The ledger may hold counts from after the boundary; the figure is still as of it.
                     let latest = Snapshot { as_of_ns: newest, ..sum };
-                    let [_, previous] = state.published;
-                    state.published = [previous, latest];
                     stock = Stock::Published {
-                        previous,
+                        previous: state.publish(latest, &live),
                         latest,
-                        acknowledged: state.acknowledged,
+                        since: state.reported_since(),
                         incarnation: state.incarnation,
                     };
                 }

@@ -173,6 +173,36 @@ fn a_worker_that_was_only_slow_loses_and_doubles_nothing() {
 }
 
 #[test]
+fn what_a_slow_worker_counted_is_said_to_be_of_the_time_that_it_covers_and_the_gauges_of_the_last_period() {
+    let store = Map::default();
+    let (mut slow, mut other) = (Worker::new(&store, START), Worker::new(&store, START));
+    for k in 1..=2 {
+        slow.tick(&store, START + k * PERIOD);
+        other.tick(&store, START + k * PERIOD);
+    }
+    for _ in 0..4 {
+        slow.recorder.request_in(START + 2 * PERIOD, false);
+    }
+    let pod = other.member.pod.clone();
+    for k in 3..=9 {
+        if let Stock::Published { latest, .. } = other.tick(&store, START + k * PERIOD) {
+            pod.acknowledge(&store, 7, &latest).unwrap();
+        }
+    }
+    slow.tick(&store, START + 10 * PERIOD);
+    let Stock::Published { previous, latest, since, .. } = other.tick(&store, START + 10 * PERIOD) else {
+        panic!("nothing published")
+    };
+    assert_eq!(latest.since(&previous).unwrap().average_milli(), 4_000);
+    assert_eq!((since.as_of_ns, since.request_ns), (START + 2 * PERIOD, 0));
+    assert_eq!(latest.since(&since).unwrap().average_milli(), 4_000);
+    // The same until it is acknowledged, then no more.
+    assert_eq!(pod.state(&store).unwrap().reported_since(), since);
+    pod.acknowledge(&store, 7, &latest).unwrap();
+    assert_eq!(pod.state(&store).unwrap().reported_since(), latest);
+}
+
+#[test]
 fn a_seal_that_nobody_folded_is_folded_once() {
     let store = Map::default();
     let mut worker = Worker::new(&store, START);
@@ -349,7 +379,14 @@ fn whatever_dies_or_hangs_every_posted_count_is_in_the_sum_exactly_once() {
                     && let Stock::Published { previous, latest, .. } =
                         worker.tick(&store, boundary + dice.roll(300))
                 {
-                    assert_eq!(previous, last, "seed {seed} step {step}");
+                    // But for the time in workers that were not in the last figure.
+                    let Snapshot { request_ns, proxied_request_ns, .. } = previous;
+                    assert_eq!(
+                        previous,
+                        Snapshot { request_ns, proxied_request_ns, ..last },
+                        "seed {seed} step {step}"
+                    );
+                    assert!(previous.holds_totals_of(&last), "seed {seed} step {step}");
                     assert!(latest.since(&previous).is_some(), "seed {seed} step {step}: went back");
                     last = latest;
                 }
