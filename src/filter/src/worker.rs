@@ -8,7 +8,7 @@ use inflight_stats::clock::{Clock, longest_step_ns};
 use inflight_stats::config::Role;
 use inflight_stats::key_name::KeyName;
 use inflight_stats::key_totals::KeyTotals;
-use inflight_stats::report::VERSION;
+use inflight_stats::report::{VERSION, Verdict};
 use inflight_stats::shared::{Member, Pod, Stock, Trouble};
 use inflight_stats::{Config, Identity, KeyReport, Recorder, Report, Snapshot};
 
@@ -373,12 +373,12 @@ impl Worker {
         self.sending.push(Sending { call, said: report.said, deadline_ns });
     }
 
-    /// The stats server's verdict. 202 acknowledges; 4xx means never again, so the figures go on from there
-    /// too; after anything else the next report begins where this one did.
+    /// The stats server's answer. Where it refuses a report for good, the figures go on from there, too.
     pub fn answered(&mut self, call: u32, status: u16, reason: impl FnOnce() -> String) {
         let Some(position) = self.sending.iter().position(|sending| sending.call == call) else { return };
         let said = self.sending.swap_remove(position).said;
-        if status == 202 || (400..500).contains(&status) {
+        let verdict = Verdict::of_status(status);
+        if verdict != Verdict::TryAgain {
             match said {
                 Said::Keys(known) => {
                     if let Some(keys) = &mut self.keys {
@@ -392,7 +392,7 @@ impl Worker {
                 }
             }
         }
-        if status == 202 {
+        if verdict == Verdict::Acknowledged {
             self.metrics.report_sent();
             if std::mem::take(&mut self.failing) {
                 log::info!("inflight: the stats server acknowledges reports again");

@@ -24,6 +24,29 @@ const MOST: u32 = 1_000_000_000;
 /// The longest pod, namespace or name in bytes. Kubernetes allows 253; Envoy's cluster names may be longer.
 pub const MAX_NAME_BYTES: usize = 512;
 
+/// What a receiver's answer means to the sender.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The report is known from now on.
+    Acknowledged,
+    /// It will never be taken: the sender goes on from there all the same.
+    Refused,
+    /// It may be taken another time: the next report begins where this one did.
+    TryAgain,
+}
+
+impl Verdict {
+    /// By the answer's status. Only those that a receiver of reports gives on the report's account are final: others, 401, 403,
+    /// 404, 408 and 429 among them, may come from a proxy in between, or change with a token or a route.
+    pub fn of_status(status: u16) -> Self {
+        match status {
+            202 => Self::Acknowledged,
+            400 | 409 | 413 | 415 => Self::Refused,
+            _ => Self::TryAgain,
+        }
+    }
+}
+
 /// One POST: what one Envoy has to say of one or more keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
@@ -216,6 +239,17 @@ pub fn is_name(value: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_a_receiver_says_of_the_report_itself_is_final() {
+        assert_eq!(Verdict::of_status(202), Verdict::Acknowledged);
+        for refused in [400, 409, 413, 415] {
+            assert_eq!(Verdict::of_status(refused), Verdict::Refused);
+        }
+        for other in [0, 200, 302, 401, 403, 404, 408, 429, 500, 503, 507] {
+            assert_eq!(Verdict::of_status(other), Verdict::TryAgain);
+        }
+    }
 
     fn sample() -> Report {
         let since = Snapshot { as_of_ns: 1, requests: 2, request_ns: 4, ..Snapshot::default() };

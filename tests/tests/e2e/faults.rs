@@ -9,7 +9,7 @@ use inflight_e2e::bootstrap::Bootstrap;
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
-use inflight_e2e::tap::{Mode, Tap};
+use inflight_e2e::tap::{Mode, Recorded, Tap};
 use inflight_e2e::{http, process, wait};
 use serde_json::json;
 
@@ -243,6 +243,33 @@ async fn a_report_that_is_refused_for_good_is_not_sent_again() {
         assert_eq!(pair[1].report.messages[0].since, pair[0].report.messages[0].until);
     }
     assert!(envoy.process.log().contains("answered 400: as asked"), "{}", envoy.process.log());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_proxy_in_between_refuses_is_sent_again() {
+    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let tap = Tap::start(Some(server.address)).await;
+    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+    bootstrap.configure("reporting_period", "200ms".into());
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 1).await;
+    let mut sent = 0;
+    for status in [401, 403, 404, 408, 429] {
+        tap.set_mode(Mode::Answer(status));
+        http::get(envoy.address, "/work").await.expect("an answer");
+        sent += 1;
+        wait::until("the report with it is refused", SETTLED, || async {
+            let has_it = |r: &Recorded| r.report.messages.iter().any(|m| m.until.requests == sent);
+            let recorded = tap.recorded();
+            let refused = recorded.iter().any(|r| r.answered == Some(status) && has_it(r));
+            if refused { Ok(()) } else { Err(recorded.len()) }
+        })
+        .await;
+    }
+    tap.set_mode(Mode::Forward);
+    wait::until_equal("the server's count", SETTLED, sent, || {
+        server.number("default", "hello-00001", "requests_total")
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
