@@ -224,31 +224,10 @@ impl Bootstrap {
         at(&mut self.0, &format!("{MANAGER}/http_filters")).as_array_mut().expect("filters").remove(0);
     }
 
-    /// Puts a listener in the place of the exporter's that holds the worker up whose connection it is, for so many seconds;
-    /// and has the first listener spread its connections evenly. To be called last.
-    pub fn stall(&mut self, seconds: u32) {
-        let lua = format!("function envoy_on_request(handle) os.execute(\"sleep {seconds}\") end");
-        let mut listener = at(&mut self.0, "/static_resources/listeners/0").clone();
-        let manager = "/filter_chains/0/filters/0/typed_config";
-        listener["name"] = json!("stall");
-        *at(&mut listener, &format!("{manager}/stat_prefix")) = json!("stall");
-        *at(&mut listener, &format!("{manager}/route_config")) = json!({"virtual_hosts": [{
-            "name": "stall",
-            "domains": ["*"],
-            "routes": [{"match": {"prefix": "/"}, "direct_response": {"status": 200}}],
-        }]});
-        *at(&mut listener, &format!("{manager}/http_filters/0")) = json!({
-            "name": "lua",
-            "typed_config": {
-                "@type": "type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua",
-                "default_source_code": {"inline_string": lua},
-            },
-        });
-        at(&mut self.0, "/static_resources/listeners/0")["connection_balance_config"] =
-            json!({"exact_balance": {}});
-        let listeners = at(&mut self.0, "/static_resources/listeners").as_array_mut().expect("listeners");
-        listeners.truncate(1);
-        listeners.push(listener);
+    /// Has the first listener spread its connections evenly over the workers.
+    pub fn evenly(&mut self) {
+        let listener = at(&mut self.0, "/static_resources/listeners/0");
+        listener["connection_balance_config"] = json!({"exact_balance": {}});
     }
 
     /// Has the first listener on a port of its own choice: one that a hot restart finds again.

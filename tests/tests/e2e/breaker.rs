@@ -327,10 +327,12 @@ async fn probes_pass_a_breaker_that_is_told_so() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_stalls_for_five_seconds_keeps_its_permits() {
     let (app, tap) = (App::start().await, Tap::start(None).await);
-    let mut bootstrap = limited(&app, &tap, 2, 100);
+    let mut bootstrap = limited(&app, &tap, 3, 100);
     bootstrap.configure("reporting_period", "100ms".into());
-    bootstrap.stall(5);
+    bootstrap.stalls();
+    bootstrap.evenly();
     let envoy = Arc::new(Envoy::start(Version::Newest, &bootstrap, 2).await);
+    // Each of the two workers has one in the app.
     let open = [opened(&envoy, "/work?ms=60000").await, opened(&envoy, "/work?ms=60000").await];
     let in_flight = |wanted: f64| {
         let envoy = Arc::clone(&envoy);
@@ -340,10 +342,9 @@ async fn a_worker_that_stalls_for_five_seconds_keeps_its_permits() {
         }
     };
     in_flight(2.0).await;
-    let stall = tokio::spawn({
-        let to = envoy.exporter;
-        async move { http::get(to, "/").await }
-    });
+    // The third permit's request is what its worker stands still over.
+    let stall = Request::get("/work").header("host", "app").header("x-stall", "5");
+    let stall = tokio::spawn(http::ask(envoy.address, stall.body(Full::default()).expect("a request")));
     // It lost its seat, and what it has in flight with it.
     in_flight(1.0).await;
     let mut clients = JoinSet::new();
@@ -353,27 +354,26 @@ async fn a_worker_that_stalls_for_five_seconds_keeps_its_permits() {
         clients.spawn(async move { ask(&envoy, "/work").await.0 });
     }
     wait::until("some wait at the other worker", SETTLED, || async {
-        assert_eq!(app.counts.most(), 2, "the permit of the worker that stalls went to another request");
+        assert_eq!(app.counts.requests(), 2, "no permit of the worker that stalls goes to another request");
         let depth = envoy.stat("revision_queue_depth", &[]).await;
-        if depth > 2.0 { Ok(()) } else { Err(depth) }
+        if depth > 3.0 { Ok(()) } else { Err(depth) }
     })
     .await;
     assert!(!stall.is_finished(), "the stall was too short to show anything");
-    stall.await.expect("no panic").expect("an answer");
-    // It counts again, and who waits there, too.
-    in_flight(22.0).await;
-    assert_eq!(app.counts.most(), 2, "while it stalled");
+    assert_eq!(stall.await.expect("no panic").expect("an answer").0, 200);
+    assert_eq!(app.counts.most(), 3);
     drop(open);
     assert!(clients.join_all().await.iter().all(|status| *status == 200));
     empties(&envoy, &app).await;
-    // Both permits are there, and no third.
+    app.counts.forget_most();
+    // All permits are there, and no fourth.
     let mut clients = JoinSet::new();
-    for _ in 0..6 {
+    for _ in 0..9 {
         let envoy = Arc::clone(&envoy);
         clients.spawn(async move { ask(&envoy, "/work?ms=200").await.0 });
     }
-    wait::until_equal("in the app", SETTLED, 2, async || app.counts.now()).await;
+    wait::until_equal("in the app", SETTLED, 3, async || app.counts.now()).await;
     assert!(clients.join_all().await.iter().all(|status| *status == 200));
-    assert_eq!(app.counts.most(), 2);
+    assert_eq!(app.counts.most(), 3);
     empties(&envoy, &app).await;
 }
