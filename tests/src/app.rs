@@ -6,6 +6,7 @@
 //! | `/reset` | closes the connection without a word |
 //! | `/half?ms=N` | the head and a part of the body, then closes after N milliseconds |
 //! | `/hang` | the head and a part of the body, then nothing for a minute |
+//! | `/headers` | answers 200 with the names and values of the request's headers, a line each |
 //! | `/ws` | accepts a websocket and leaves it open until the client closes |
 //! | any, over HTTP/2 | sends back what it gets, and `grpc-status: 0` at the end |
 
@@ -199,10 +200,14 @@ async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Respo
         "/reset" => Err("as asked"),
         "/half" => Ok(Response::new(Answer { inside, left: Left::Half(delay) })),
         "/hang" => Ok(Response::new(Answer { inside, left: Left::Half(Duration::from_secs(60)) })),
+        "/headers" => {
+            let lines = request.headers().iter().map(|(name, value)| format!("{name}: {value:?}\n"));
+            Ok(Response::new(Answer { inside, left: Left::Text(lines.collect::<String>().into()) }))
+        }
         "/ws" => Ok(websocket(request, inside)),
         _ => {
             tokio::time::sleep(delay).await;
-            Ok(Response::new(Answer { inside, left: Left::All }))
+            Ok(Response::new(Answer { inside, left: Left::Text(Bytes::from_static(b"ok")) }))
         }
     }
 }
@@ -238,7 +243,7 @@ struct Answer {
 }
 
 enum Left {
-    All,
+    Text(Bytes),
     Half(Duration),
     /// Hyper writes out what it has while its body has no more, and nothing once it has failed: without this step,
     /// a delay that is over at once would cut before the head.
@@ -256,7 +261,7 @@ impl Body for Answer {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
         match std::mem::replace(&mut self.left, Left::Nothing) {
-            Left::All => Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"ok"))))),
+            Left::Text(text) => Poll::Ready(Some(Ok(Frame::data(text)))),
             Left::Half(delay) => {
                 self.left = Left::Flush(delay);
                 Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"half of")))))

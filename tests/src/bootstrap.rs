@@ -224,6 +224,12 @@ impl Bootstrap {
         at(&mut self.0, &format!("{MANAGER}/http_filters")).as_array_mut().expect("filters").remove(0);
     }
 
+    /// Has the first listener spread its connections evenly over the workers.
+    pub fn evenly(&mut self) {
+        let listener = at(&mut self.0, "/static_resources/listeners/0");
+        listener["connection_balance_config"] = json!({"exact_balance": {}});
+    }
+
     /// Has the first listener on a port of its own choice: one that a hot restart finds again.
     pub fn listen_on(&mut self, address: SocketAddr) {
         let (ip, port) = (address.ip().to_string(), address.port());

@@ -39,17 +39,26 @@ pub async fn ask_over(
     answer
 }
 
-/// Sends a request; the head of the answer.
+/// Sends a request; the headers of the answer.
 ///
 /// # Errors
 /// What went wrong, in words.
 pub async fn headers(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<HeaderMap, String> {
+    Ok(head(to, request).await?.1)
+}
+
+/// Sends a request; status and headers of the answer.
+///
+/// # Errors
+/// What went wrong, in words.
+pub async fn head(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<(StatusCode, HeaderMap), String> {
     let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
     let connection = tokio::spawn(connection);
     let answer = sender.send_request(request).await.map_err(|e| e.to_string());
     connection.abort();
-    Ok(answer?.headers().clone())
+    let answer = answer?;
+    Ok((answer.status(), answer.headers().clone()))
 }
 
 /// A connection for one request after another.

@@ -23,6 +23,7 @@ struct State {
     now_ns: u64,
     shared: HashMap<Vec<u8>, (Vec<u8>, u32)>,
     metrics: i32,
+    tick_ms: i64,
     calls: BTreeMap<String, u32>,
 }
 
@@ -116,6 +117,11 @@ impl Vm {
         self.cost(|vm| {
             vm.call("proxy_on_tick", &[1]);
         })
+    }
+
+    /// In how many milliseconds the module asked to tick next.
+    pub fn next_tick_ms(&self) -> i64 {
+        self.store.data().tick_ms
     }
 
     /// One request, from its headers to its end, with 200 as its code.
@@ -229,6 +235,10 @@ fn answer(caller: &mut Caller<'_, State>, name: &str, a: &[i64]) -> i32 {
             caller.data_mut().metrics += 1;
             let id = caller.data().metrics.to_le_bytes();
             write(caller, a[3], &id);
+            OK
+        }
+        "proxy_set_tick_period_milliseconds" => {
+            caller.data_mut().tick_ms = a[0];
             OK
         }
         "proxy_register_shared_queue" => {

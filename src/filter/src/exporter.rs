@@ -28,12 +28,7 @@ impl HttpContext for Scrape {
         let header = |name| host::header(Headers::Request, name);
         let (method, path) = (header(":method").unwrap_or_default(), header(":path").unwrap_or_default());
         let Exporter { config, pod } = &*self.0;
-        let stat = || {
-            let state = pod.state(&SharedData).ok();
-            let offset_ns = state.as_ref().map_or(0, |state| state.clock_offset_ns);
-            let now_ns = host::monotonic_ns().wrapping_add(offset_ns);
-            export::stat_of(&config.identity.pod, state.as_ref(), now_ns)
-        };
+        let stat = || export::stat_of(&config.identity.pod, pod.state(&SharedData).ok().as_ref());
         match route(&method, &path, header("accept").as_deref()) {
             Route::Protobuf => host::respond(200, &stat().encode_to_vec(), &[("content-type", PROTOBUF)]),
             Route::Text => {

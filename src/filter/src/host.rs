@@ -274,8 +274,8 @@ pub fn respond(status: u32, body: &[u8], headers: &[(&str, &str)]) {
 }
 
 /// Answers several paused requests. Called in the context `home`.
-pub fn respond_to(streams: &[u32], home: u32, status: u32, body: &[u8]) {
-    for_each_stream(streams, home, || respond(status, body, &[]));
+pub fn respond_to(streams: &[u32], home: u32, status: u32, body: &[u8], headers: &[(&str, &str)]) {
+    for_each_stream(streams, home, || respond(status, body, headers));
 }
 
 /// A header map as proxy-wasm writes it: the count, all lengths, then names and values, each with a zero.

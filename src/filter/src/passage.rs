@@ -7,7 +7,9 @@ use inflight_stats::config::KeySource;
 use inflight_stats::key_name::KeyName;
 use inflight_stats::key_totals;
 use inflight_stats::report::{Report, VERSION};
-use inflight_stats::request::PROXIED_VALUE;
+use inflight_stats::request::{
+    KUBELET_PROBE_HEADER, NETWORK_HASH_HEADER, NETWORK_PROBE_HEADER, PROXIED_VALUE, is_routing_probe,
+};
 use inflight_stats::{Config, KeyReport, Snapshot};
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
@@ -15,7 +17,6 @@ use proxy_wasm::types::Action;
 use crate::host::{self, Headers};
 use crate::keyed_worker::Counted;
 use crate::root::call;
-use crate::stream;
 use crate::worker::Worker;
 
 /// What all requests through one gateway share.
@@ -52,6 +53,19 @@ impl Passage {
                 KeyName::checked(&value(namespace)?, &value(name)?)
             }
         }
+    }
+
+    /// Counts a probe that is passed on.
+    fn count_probe(&self) {
+        if let Ok(mut worker) = self.gateway.worker.try_borrow_mut() {
+            worker.keyless();
+        }
+    }
+
+    /// Whether Knative's ingress controller asks for its routes, and the gateway is one that has them.
+    fn is_routing_probe(&self, network_probe: &[u8]) -> bool {
+        matches!(self.gateway.config.gateway.key, KeySource::Headers { .. })
+            && is_routing_probe(network_probe, host::header(Headers::Request, NETWORK_HASH_HEADER).is_some())
     }
 
     /// Counts the request; whether it is.
@@ -113,8 +127,23 @@ impl HttpContext for Passage {
         if self.counted.is_some() {
             return Action::Continue;
         }
-        // Only a request that is counted here may pass for one; whatever the client said of itself goes.
-        let counted = !stream::is_probe() && self.count_in(raw_ns);
+        // Whatever the client said of itself goes: a request is a probe to the sidecar by its headers, and proxied only if
+        // it is counted here. First the key, because Envoy looks for another route when a header changes.
+        let kubelet_probe = host::header(Headers::Request, KUBELET_PROBE_HEADER).is_some();
+        let network_probe = host::header(Headers::Request, NETWORK_PROBE_HEADER);
+        let routing_probe = network_probe.as_deref().is_some_and(|value| self.is_routing_probe(value));
+        let counted = if routing_probe {
+            self.count_probe();
+            false
+        } else {
+            self.count_in(raw_ns)
+        };
+        if kubelet_probe {
+            host::remove_header(Headers::Request, KUBELET_PROBE_HEADER);
+        }
+        if network_probe.is_some() && !routing_probe {
+            host::remove_header(Headers::Request, NETWORK_PROBE_HEADER);
+        }
         let Gateway { config, .. } = &*self.gateway;
         if counted && config.gateway.mark {
             host::set_header(Headers::Request, &config.proxied_header, PROXIED_VALUE);
@@ -129,7 +158,7 @@ impl HttpContext for Passage {
     }
 }
 
-/// As for [`stream::Stream`].
+/// As for [`crate::stream::Stream`].
 impl Drop for Passage {
     fn drop(&mut self) {
         self.count_out(|| 0);

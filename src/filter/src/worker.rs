@@ -276,12 +276,15 @@ impl Worker {
             Stock::Wait => wait_ns.min((self.recorder.grid().period_ns / 20).clamp(5_000_000, 50_000_000)),
             _ => wait_ns,
         };
-        let wait_ns =
-            self.gate.as_ref().and_then(|g| g.next_look_ns(raw_ns)).map_or(wait_ns, |look| wait_ns.min(look));
+        let look_ns = self.gate.as_ref().and_then(|gate| gate.next_look_ns(raw_ns));
+        let next_ms = look_ns.map_or(wait_ns, |look_ns| wait_ns.min(look_ns)).div_ceil(1_000_000);
+        if let Some(gate) = &mut self.gate {
+            gate.ticks_at(raw_ns.saturating_add(next_ms.saturating_mul(1_000_000)));
+        }
         Tick {
             reports,
             turn,
-            next_ms: wait_ns.div_ceil(1_000_000),
+            next_ms,
             #[cfg(feature = "fault-injection")]
             leads: stock != Stock::Follow,
         }
@@ -344,13 +347,13 @@ impl Worker {
         self.member.pod().state(&SharedData).map(|state| state.departed).unwrap_or_default()
     }
 
-    /// The leader gives back what workers that are gone held in the breaker.
+    /// The leader gives back what workers that are gone held in the breaker, when they have been gone for long enough.
     fn clear_up(&mut self, departed: Vec<u64>, raw_ns: u64) -> Vec<u32> {
         let mut resume = Vec::new();
         let mut done = Vec::new();
         for id in departed {
             let turn = match &mut self.gate {
-                Some(gate) => gate.forget(id, raw_ns),
+                Some(gate) => gate.forget_late(id, raw_ns),
                 None => Some(Turn::default()),
             };
             if let Some(turn) = turn {
@@ -422,6 +425,7 @@ impl Worker {
         if !self.roots.is_empty() {
             return Vec::new();
         }
+        self.close_gate();
         let Some(now_ns) = self.seal() else { return Vec::new() };
         let Ok((until, state)) = self.member.last_figure(&SharedData, now_ns) else { return Vec::new() };
         if let Some(keys) = &mut self.keys {
@@ -433,13 +437,15 @@ impl Worker {
         of_pod(config, state.incarnation, state.reported_since(), until).into_iter().collect()
     }
 
+    /// Gives what this worker holds of the breaker to the others, at once; its streams that wait.
+    fn close_gate(&mut self) -> Vec<u32> {
+        self.gate.as_mut().map(Gate::close).unwrap_or_default()
+    }
+
     /// Leaves everything counted up to now to the others.
     fn seal(&mut self) -> Option<u64> {
         let now_ns = self.advance();
         self.metrics.show_memory(0);
-        if let Some(gate) = &mut self.gate {
-            gate.close();
-        }
         if let Some(keys) = &mut self.keys {
             keys.end(now_ns);
         }
@@ -482,7 +488,7 @@ pub fn seal_on_panic() {
         WORKERS.with(|workers| {
             for (_, worker) in workers.try_borrow().iter().flat_map(|workers| workers.iter()) {
                 if let Ok(mut worker) = worker.try_borrow_mut() {
-                    let waiting = worker.gate.as_ref().map(Gate::waiting).unwrap_or_default();
+                    let waiting = worker.close_gate();
                     worker.seal();
                     drop(worker);
                     host::resume(&waiting, NO_CONTEXT);

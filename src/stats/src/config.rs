@@ -78,6 +78,8 @@ pub struct Config {
     pub limits: Option<Limits>,
     /// The longest wait in the breaker's queue.
     pub queue_timeout: Option<Duration>,
+    /// Whether probes pass by the breaker instead of through it; for the role `sidecar`.
+    pub probes_bypass_breaker: bool,
     /// Where reports go; without it, only Envoy stats are kept.
     pub statserver: Option<StatServer>,
 }
@@ -129,6 +131,7 @@ impl Config {
             proxied_header: fields.header("proxied_header")?.unwrap_or_else(|| "k-proxy-request".into()),
             limits: limits(&mut fields)?,
             queue_timeout: fields.duration("queue_timeout", Duration::from_millis(10), LONGEST_WAIT)?,
+            probes_bypass_breaker: fields.boolean("probes_bypass_breaker")?.unwrap_or(false),
             statserver: fields.object("statserver")?.map(StatServer::parse).transpose()?,
         };
         fields.finish()?;
@@ -229,7 +232,7 @@ mod tests {
         assert_eq!(config.role, Role::Sidecar);
         assert_eq!(config.reporting_period, Duration::from_secs(1));
         assert_eq!(config.proxied_header, "k-proxy-request");
-        assert_eq!(config.statserver, None);
+        assert_eq!((config.statserver, config.probes_bypass_breaker), (None, false));
         let config =
             parse(r#"{"namespace": "n", "revision": "r", "pod": "p", "statserver": {"cluster": "stats"}}"#)
                 .unwrap();
@@ -316,6 +319,10 @@ mod tests {
             (
                 r#""queue_timeout": "1ms""#,
                 r#"`queue_timeout` was "1ms", allowed is a duration from 10ms to 3600s"#,
+            ),
+            (
+                r#""probes_bypass_breaker": "no""#,
+                r#"`probes_bypass_breaker` was "no", allowed is true or false"#,
             ),
             (r#""role": ["sidecar"]"#, r#"`role` was ["sidecar"]"#),
             (

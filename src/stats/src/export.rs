@@ -12,8 +12,9 @@ pub const PROTOBUF: &str = "application/protobuf";
 /// The Prometheus text format's.
 pub const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// A pod's figures of the last period; all zero before the first one. The receiver sets the time.
-pub fn stat_of(pod_name: &str, state: Option<&State>, now_ns: u64) -> Stat {
+/// A pod's figures of the last period, its uptime included: whoever tells periods apart by it sees each one once,
+/// however often it asks. All zero before the first period. The receiver sets the time.
+pub fn stat_of(pod_name: &str, state: Option<&State>) -> Stat {
     let stat = Stat { pod_name: pod_name.as_bytes().to_vec().into(), ..Stat::default() };
     let Some(state) = state else { return stat };
     let [before, latest] = state.published;
@@ -26,7 +27,7 @@ pub fn stat_of(pod_name: &str, state: Option<&State>, now_ns: u64) -> Stat {
         average_proxied_concurrent_requests: period.proxied_average(),
         request_count: period.requests as f64 / seconds,
         proxied_request_count: period.proxied_requests as f64 / seconds,
-        process_uptime: now_ns.saturating_sub(state.started_ns) as f64 / 1e9,
+        process_uptime: latest.as_of_ns.saturating_sub(state.started_ns) as f64 / 1e9,
         ..stat
     }
 }
@@ -123,7 +124,7 @@ mod tests {
             timestamp: 0,
         };
         assert!(stat.encoded_len() <= READ_BYTES, "{} bytes", stat.encoded_len());
-        assert_eq!(stat_of("pod", None, 5).encode_to_vec(), b"\x0a\x03pod");
+        assert_eq!(stat_of("pod", None).encode_to_vec(), b"\x0a\x03pod");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! | [`clock`] | the pod's time: from a monotonic clock, never back, never far ahead at once |
 //! | [`shared`] | many workers, one pod figure: slots, the leader's lease, what was acknowledged |
 //! | [`breaker`] | at most so many requests in the app, and one queue over all workers |
+//! | [`desk`] | one worker's side of the breaker: what it holds, who waits |
 //! | [`key_name`] | what a gateway tells apart: by cluster, or by headers |
 //! | [`keyed_recorder`] | one gateway worker's counters per key |
 //! | [`key_totals`] | all workers' counters per key, which never begin again and never go down |
@@ -48,6 +49,7 @@ pub mod breaker;
 pub mod clock;
 pub mod config;
 pub mod decider;
+pub mod desk;
 pub mod export;
 mod fields;
 pub mod gob;

@@ -4,6 +4,8 @@
 pub const KUBELET_PROBE_HEADER: &str = "k-kubelet-probe";
 /// Header whose presence marks a probe of Knative's own network layer.
 pub const NETWORK_PROBE_HEADER: &str = "k-network-probe";
+/// Header of the probes by which Knative's ingress controller learns that a gateway has its latest routes.
+pub const NETWORK_HASH_HEADER: &str = "k-network-hash";
 /// How a kubelet's User-Agent begins.
 pub const KUBE_PROBE_AGENT_PREFIX: &[u8] = b"kube-probe/";
 /// The value of the proxied header that makes a request a proxied one.
@@ -17,6 +19,12 @@ pub fn is_kubelet_agent(user_agent: &[u8]) -> bool {
 /// Whether the value of the proxied header says that an activator or gateway counted the request.
 pub fn is_proxied(value: &[u8]) -> bool {
     value == PROXIED_VALUE
+}
+
+/// Whether a gateway in front of Knative's revisions passes a network probe on: only that of the ingress controller,
+/// which asks whether its routes are in force. What else a client calls a probe is a request as any other.
+pub fn is_routing_probe(network_probe: &[u8], has_hash: bool) -> bool {
+    network_probe == b"probe" && has_hash
 }
 
 /// The end of a stat's name for a response code; `envoy/` ships the `stats_tags` that turn it into
@@ -42,6 +50,15 @@ mod tests {
         assert!(is_proxied(b"activator"));
         assert!(!is_proxied(b"Activator"));
         assert!(!is_proxied(b""));
+    }
+
+    #[test]
+    fn a_routing_probe_has_its_value_and_a_hash() {
+        assert!(is_routing_probe(b"probe", true));
+        assert!(!is_routing_probe(b"probe", false));
+        assert!(!is_routing_probe(b"queue", true));
+        assert!(!is_routing_probe(b"Probe", true));
+        assert!(!is_routing_probe(b"", true));
     }
 
     #[test]

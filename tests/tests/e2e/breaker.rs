@@ -1,7 +1,7 @@
 //! The breaker on a real Envoy, against an app that counts its own concurrency.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -30,6 +30,19 @@ fn limited(app: &App, tap: &Tap, concurrency: u64, queue_depth: u64) -> Bootstra
 async fn ask(envoy: &Envoy, path: &str) -> (StatusCode, Bytes) {
     let request = Request::get(path).header("host", "app").body(Full::default()).expect("a request");
     http::ask(envoy.address, request).await.expect("an answer")
+}
+
+/// The status and the content type of the answer.
+async fn content_type(envoy: &Envoy, path: &str) -> String {
+    let request = Request::get(path).header("host", "app").body(Full::default()).expect("a request");
+    let (status, headers) = http::head(envoy.address, request).await.expect("an answer");
+    let value = headers.get("content-type").and_then(|value| value.to_str().ok());
+    format!("{}, {}", status.as_u16(), value.unwrap_or("none"))
+}
+
+/// Waits until so many requests and probes wait or are in the app.
+async fn depth(envoy: &Envoy, wanted: f64) {
+    wait::until_equal("queue depth", SETTLED, wanted, || envoy.stat("revision_queue_depth", &[])).await;
 }
 
 async fn empties(envoy: &Envoy, app: &App) {
@@ -95,7 +108,7 @@ async fn one_runs_ten_wait_thirty_nine_are_turned_away() {
     for (status, body) in clients.join_all().await {
         *answers.entry((status.as_u16(), body)).or_default() += 1;
     }
-    let expected = [((200, Bytes::from("ok")), 11), ((503, Bytes::from("pending request queue full")), 39)];
+    let expected = [((200, Bytes::from("ok")), 11), ((503, Bytes::from("pending request queue full\n")), 39)];
     assert_eq!(answers, BTreeMap::from(expected));
     assert_eq!((app.counts.requests(), app.counts.most()), (11, 1));
     empties(&envoy, &app).await;
@@ -131,12 +144,8 @@ async fn a_waiting_client_that_leaves_frees_its_place_at_once() {
     // With a body, which must wait as well.
     let request = b"POST /work HTTP/1.1\r\nhost: app\r\ncontent-length: 4\r\n\r\nbody";
     waiting.write_all(request).await.expect("a request");
-    wait::until("the queue is full", SETTLED, || async {
-        let depth = envoy.stat("revision_queue_depth", &[]).await;
-        if depth == 2.0 { Ok(()) } else { Err(depth) }
-    })
-    .await;
-    assert_eq!(ask(&envoy, "/work").await.0, 503);
+    depth(&envoy, 2.0).await;
+    assert_eq!(content_type(&envoy, "/work").await, "503, text/plain; charset=utf-8");
     drop(waiting);
     // Its place is free: the next one waits instead of being turned away, and gets the slot.
     let next = wait::until("the place is free", SETTLED, || async {
@@ -164,8 +173,9 @@ async fn who_waits_longer_than_the_timeout_gets_a_503() {
     wait::until_equal("in the app", SETTLED, 1, async || app.counts.now()).await;
     let began = Instant::now();
     let (status, body) = ask(&envoy, "/work").await;
-    assert_eq!((status.as_u16(), body), (503, Bytes::from("pending request queue timeout")));
+    assert_eq!((status.as_u16(), body), (503, Bytes::from("pending request queue timeout\n")));
     assert!(began.elapsed() >= Duration::from_millis(300), "{:?}", began.elapsed());
+    assert_eq!(content_type(&envoy, "/work").await, "503, text/plain; charset=utf-8");
     assert_eq!(first.await.expect("the first"), StatusCode::OK);
     empties(&envoy, &app).await;
     assert_eq!(ask(&envoy, "/work").await.0, 200);
@@ -239,4 +249,131 @@ async fn one_queue_for_all_workers_and_no_slot_lies_idle() {
     );
     assert!(longest <= 2 * ideal, "{longest:?}");
     assert_eq!((app.counts.requests(), app.counts.most()), (u64::from(requests), 1));
+}
+
+/// A kubelet's probe, and whoever calls themselves one.
+const PROBES: [(&str, &str); 4] = [
+    ("user-agent", "kube-probe/1.33"),
+    ("k-network-probe", "queue"),
+    ("k-kubelet-probe", "x"),
+    ("user-agent", "kube-probe/"),
+];
+
+fn probe(path: &str, (name, value): (&str, &str)) -> Request<Full<Bytes>> {
+    let request = Request::get(path).header("host", "app").header(name, value);
+    request.body(Full::default()).expect("a request")
+}
+
+async fn opened(envoy: &Envoy, path: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(envoy.address).await.expect("a connection");
+    let head = format!("GET {path} HTTP/1.1\r\nhost: app\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.expect("a request");
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn probes_take_permits_before_requests_and_a_fifth_that_waits_is_turned_away() {
+    let (app, tap) = (App::start().await, Tap::start(None).await);
+    let envoy = Arc::new(Envoy::start(Version::Newest, &limited(&app, &tap, 1, 1), 2).await);
+    let first = opened(&envoy, "/work?ms=60000").await;
+    wait::until_equal("in the app", SETTLED, 1, async || app.counts.now()).await;
+    let ended = Arc::new(Mutex::new(Vec::new()));
+    let mut clients = JoinSet::new();
+    let mut send = |what, request| {
+        let (envoy, ended) = (Arc::clone(&envoy), Arc::clone(&ended));
+        clients.spawn(async move {
+            let answer = http::ask(envoy.address, request).await.expect("an answer");
+            ended.lock().expect("no panic under this lock").push((what, answer.0.as_u16()));
+        });
+    };
+    let request = Request::get("/work?ms=200").header("host", "app").body(Full::default());
+    send("request", request.expect("a request"));
+    depth(&envoy, 2.0).await;
+    assert_eq!(ask(&envoy, "/work").await.0, 503, "the queue is full");
+    for mark in PROBES {
+        send("probe", probe("/work?ms=200", mark));
+    }
+    depth(&envoy, 6.0).await;
+    let fifth = http::ask(envoy.address, probe("/work", PROBES[0])).await.expect("an answer");
+    assert_eq!(fifth, (StatusCode::SERVICE_UNAVAILABLE, Bytes::from("pending request queue full\n")));
+    drop(first);
+    clients.join_all().await;
+    let expected = [("probe", 200), ("probe", 200), ("probe", 200), ("probe", 200), ("request", 200)];
+    assert_eq!(*ended.lock().expect("no panic under this lock"), expected);
+    assert_eq!(app.counts.most(), 1);
+    empties(&envoy, &app).await;
+    // Through the breaker, past the count.
+    assert_eq!(envoy.stat("queue_requests_total", &[]).await, 3.0);
+    assert_eq!(envoy.stat("revision_request_count", &[]).await, 3.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn probes_pass_a_breaker_that_is_told_so() {
+    let (app, tap) = (App::start().await, Tap::start(None).await);
+    let mut bootstrap = limited(&app, &tap, 1, 0);
+    bootstrap.configure("probes_bypass_breaker", true.into());
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;
+    let first = opened(&envoy, "/work?ms=60000").await;
+    wait::until_equal("in the app", SETTLED, 1, async || app.counts.now()).await;
+    for mark in PROBES {
+        assert_eq!(http::ask(envoy.address, probe("/work", mark)).await.expect("an answer").0, 200);
+    }
+    assert_eq!(ask(&envoy, "/work").await.0, 503);
+    assert_eq!(app.counts.requests(), 5);
+    drop(first);
+    empties(&envoy, &app).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_stalls_for_five_seconds_keeps_its_permits() {
+    let (app, tap) = (App::start().await, Tap::start(None).await);
+    let mut bootstrap = limited(&app, &tap, 3, 100);
+    bootstrap.configure("reporting_period", "100ms".into());
+    bootstrap.stalls();
+    bootstrap.evenly();
+    let envoy = Arc::new(Envoy::start(Version::Newest, &bootstrap, 2).await);
+    // Each of the two workers has one in the app.
+    let open = [opened(&envoy, "/work?ms=60000").await, opened(&envoy, "/work?ms=60000").await];
+    let in_flight = |wanted: f64| {
+        let envoy = Arc::clone(&envoy);
+        async move {
+            let stat = || envoy.stat("queue_in_flight_requests", &[]);
+            wait::until_equal("requests in flight", SETTLED, wanted, stat).await;
+        }
+    };
+    in_flight(2.0).await;
+    // The third permit's request is what its worker stands still over.
+    let stall = Request::get("/work").header("host", "app").header("x-stall", "5");
+    let stall = tokio::spawn(http::ask(envoy.address, stall.body(Full::default()).expect("a request")));
+    // It lost its seat, and what it has in flight with it.
+    in_flight(1.0).await;
+    let mut clients = JoinSet::new();
+    // Some of them come to it, too; the kernel and Envoy choose.
+    for _ in 0..20 {
+        let envoy = Arc::clone(&envoy);
+        clients.spawn(async move { ask(&envoy, "/work").await.0 });
+    }
+    wait::until("some wait at the other worker", SETTLED, || async {
+        assert_eq!(app.counts.requests(), 2, "no permit of the worker that stalls goes to another request");
+        let depth = envoy.stat("revision_queue_depth", &[]).await;
+        if depth > 3.0 { Ok(()) } else { Err(depth) }
+    })
+    .await;
+    assert!(!stall.is_finished(), "the stall was too short to show anything");
+    assert_eq!(stall.await.expect("no panic").expect("an answer").0, 200);
+    assert_eq!(app.counts.most(), 3);
+    drop(open);
+    assert!(clients.join_all().await.iter().all(|status| *status == 200));
+    empties(&envoy, &app).await;
+    app.counts.forget_most();
+    // All permits are there, and no fourth.
+    let mut clients = JoinSet::new();
+    for _ in 0..9 {
+        let envoy = Arc::clone(&envoy);
+        clients.spawn(async move { ask(&envoy, "/work?ms=200").await.0 });
+    }
+    wait::until_equal("in the app", SETTLED, 3, async || app.counts.now()).await;
+    assert!(clients.join_all().await.iter().all(|status| *status == 200));
+    assert_eq!(app.counts.most(), 3);
+    empties(&envoy, &app).await;
 }

@@ -9,6 +9,7 @@ mod disk;
 mod exporter;
 mod faults;
 mod gateway;
+mod headers;
 mod install;
 mod limits;
 mod page;

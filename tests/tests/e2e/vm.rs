@@ -1,5 +1,6 @@
 //! A worker's VM ends, by a panic or by a trap.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,13 +29,22 @@ fn faulty(app: &App, tap: &Tap) -> Bootstrap {
     bootstrap
 }
 
-/// Envoy's older key, which lets also those requests go on that are open in the VM when it ends; the newer one,
-/// `failure_policy: FAIL_OPEN`, answers these 503.
-fn fail_open(bootstrap: &mut Bootstrap) {
+/// Another failure policy; without one it is Envoy's default, and that of Istio's WasmPlugin and TrafficExtension and of
+/// Envoy Gateway.
+fn policy(bootstrap: &mut Bootstrap, policy: Option<&str>) {
     let config = bootstrap.filter()["typed_config"]["config"].as_object_mut().expect("a plugin");
     config.remove("failure_policy");
     config.remove("reload_config");
-    config.insert("fail_open".into(), true.into());
+    if let Some(policy) = policy {
+        config.insert("failure_policy".into(), policy.into());
+    }
+}
+
+/// Envoy's older key, which lets also those requests go on that are open in the VM when it ends; the newer one,
+/// `failure_policy: FAIL_OPEN`, answers these 503.
+fn fail_open(bootstrap: &mut Bootstrap) {
+    policy(bootstrap, None);
+    bootstrap.filter()["typed_config"]["config"]["fail_open"] = true.into();
 }
 
 async fn fault(envoy: &Envoy, kind: &str) {
@@ -123,13 +133,14 @@ async fn status(answer: JoinHandle<Result<(StatusCode, Bytes), String>>) -> u16 
 }
 
 /// One request is in the app, one waits for its slot, and the VM panics: what each of the two is answered.
-async fn open_and_waiting(version: Version, open_for_good: bool) -> (Envoy, App, Tap, [u16; 2]) {
+async fn open_and_waiting(
+    version: Version,
+    change: impl FnOnce(&mut Bootstrap),
+) -> (Envoy, App, Tap, [u16; 2]) {
     let (app, tap) = (App::start().await, Tap::start(None).await);
     let mut bootstrap = faulty(&app, &tap);
     bootstrap.configure("container_concurrency", 1.into());
-    if open_for_good {
-        fail_open(&mut bootstrap);
-    }
+    change(&mut bootstrap);
     let envoy = Envoy::start(version, &bootstrap, 1).await;
     let open = ask(&envoy, "/work?ms=2000");
     wait::until_equal("in the app", SETTLED, 1, async || app.counts.now()).await;
@@ -147,7 +158,7 @@ async fn open_and_waiting(version: Version, open_for_good: bool) -> (Envoy, App,
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_fail_open_a_panic_fails_no_request_and_no_count_is_lost() {
     for version in [Version::Oldest, Version::Newest] {
-        let (envoy, app, tap, answers) = open_and_waiting(version, true).await;
+        let (envoy, app, tap, answers) = open_and_waiting(version, fail_open).await;
         assert_eq!(answers, [200, 200], "the one in the app, the one that waited");
         // From now on this worker passes everything, uncounted: no VM is there to count.
         let plan = Plan { requests: 200, mixed: false, ..STEADY };
@@ -158,9 +169,45 @@ async fn with_fail_open_a_panic_fails_no_request_and_no_count_is_lost() {
     }
 }
 
+/// What 50 requests after the panic are answered, and how many of them the app has seen.
+async fn later(envoy: &Envoy, app: &App) -> (BTreeSet<u16>, u64) {
+    let before = app.counts.requests();
+    let mut answers = BTreeSet::new();
+    for _ in 0..50 {
+        answers.insert(status(ask(envoy, "/work")).await);
+    }
+    (answers, app.counts.requests() - before)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_fail_closed_which_is_the_default_a_worker_that_panicked_answers_nothing_but_503() {
+    for (version, chosen) in [
+        (Version::Oldest, None),
+        (Version::Newest, None),
+        (Version::Oldest, Some("FAIL_CLOSED")),
+        (Version::Newest, Some("FAIL_CLOSED")),
+    ] {
+        let (envoy, app, tap, answers) = open_and_waiting(version, |b| policy(b, chosen)).await;
+        assert_eq!(answers, [503, 503], "{chosen:?}: the one in the app, the one that waited");
+        assert_eq!(later(&envoy, &app).await, (BTreeSet::from([503]), 0), "{version:?}, {chosen:?}");
+        wait::until_equal("what was reported", SETTLED, 2, async || tap.requests()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_the_policy_fail_open_the_open_ones_fail_and_later_ones_pass_uncounted() {
+    for version in [Version::Oldest, Version::Newest] {
+        let (envoy, app, tap, answers) = open_and_waiting(version, |b| policy(b, Some("FAIL_OPEN"))).await;
+        assert_eq!(answers, [503, 503]);
+        assert_eq!(later(&envoy, &app).await, (BTreeSet::from([200]), 50), "{version:?}");
+        wait::until_equal("what was reported", SETTLED, 2, async || tap.requests()).await;
+        assert_eq!(envoy.stat("queue_requests_total", &[]).await, 2.0);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_fail_reload_a_panic_answers_at_once_who_waited() {
-    let (_envoy, app, _tap, answers) = open_and_waiting(Version::Newest, false).await;
+    let (_envoy, app, _tap, answers) = open_and_waiting(Version::Newest, |_| ()).await;
     // Envoy fails every stream of a VM that is gone, unless `fail_open` is set; but nobody is left hanging.
     assert_eq!(answers, [503, 503]);
     assert_eq!(app.counts.requests(), 2);
