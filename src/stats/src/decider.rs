@@ -149,6 +149,17 @@ fn excess(settings: &Settings, seen: &Observation) -> i64 {
 #[derive(Clone, Debug, Default)]
 struct Delay(VecDeque<(u32, u32)>);
 
+/// The most bytes that a delay takes: it grows by doubling.
+pub(crate) fn delay_bytes(delay_ns: u64) -> usize {
+    match usize::try_from(delay_ns.div_ceil(EVERY_NS)).unwrap_or(usize::MAX) {
+        0 => 0,
+        units => {
+            let bytes = units.saturating_add(1).saturating_mul(size_of::<(u32, u32)>());
+            bytes.checked_next_power_of_two().unwrap_or(usize::MAX)
+        }
+    }
+}
+
 impl Delay {
     fn highest(&mut self, pods: u32, now_ns: u64, delay_ns: u64) -> u32 {
         let in_units = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
