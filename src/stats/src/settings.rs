@@ -220,7 +220,7 @@ impl KeySettings {
 }
 
 /// What so many bytes take of the heap: an allocator adds a word and rounds up.
-pub(crate) fn heap_bytes(bytes: usize) -> usize {
+pub fn heap_bytes(bytes: usize) -> usize {
     if bytes == 0 { 0 } else { bytes.saturating_add(size_of::<usize>()).next_multiple_of(16).max(32) }
 }
 

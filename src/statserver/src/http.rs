@@ -277,10 +277,13 @@ struct KeyView {
     pods: u64,
     stable: AveragesView,
     panic: AveragesView,
-    desired_pods: u32,
+    /// `null` where it is not known yet.
+    desired_pods: Option<u32>,
     panic_mode: bool,
-    excess_burst_capacity: i64,
-    last_report_age_ms: u64,
+    /// `null` before the first decision.
+    excess_burst_capacity: Option<i64>,
+    /// `null` before the first report.
+    last_report_age_ms: Option<u64>,
     settings: Arc<KeySettings>,
 }
 
@@ -297,7 +300,7 @@ impl From<Averages> for AveragesView {
 }
 
 impl From<View> for KeyView {
-    fn from(View { name: (namespace, name), figures, decision, settings }: View) -> Self {
+    fn from(View { name: (namespace, name), figures, desired_pods, decision, settings }: View) -> Self {
         Self {
             namespace,
             name,
@@ -306,9 +309,9 @@ impl From<View> for KeyView {
             pods: figures.pods,
             stable: figures.stable.into(),
             panic: figures.panic.into(),
-            desired_pods: decision.desired_pods,
-            panic_mode: decision.panic_mode,
-            excess_burst_capacity: decision.excess_burst_capacity,
+            desired_pods,
+            panic_mode: decision.is_some_and(|decision| decision.panic_mode),
+            excess_burst_capacity: decision.map(|decision| decision.excess_burst_capacity),
             last_report_age_ms: figures.last_report_age_ms,
             settings,
         }
@@ -418,9 +421,12 @@ async fn untell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyN
     told(&app, name, None).await
 }
 
-async fn told(app: &App, name: KeyName, json: Option<serde_json::Value>) -> Response {
+async fn told(app: &Arc<App>, name: KeyName, json: Option<serde_json::Value>) -> Response {
     let removed = json.is_none();
-    match app.told.tell(&app.keys, name.clone(), json).await {
+    // Done also if the client goes meanwhile, or the file and the key would not agree.
+    let (telling, of) = (Arc::clone(app), name.clone());
+    let done = tokio::spawn(async move { telling.told.tell(&telling.keys, of, json).await }).await;
+    match done.unwrap_or_else(|error| Err(TellError::File(std::io::Error::other(error)))) {
         Ok(()) if removed => StatusCode::NO_CONTENT.into_response(),
         Ok(()) => {
             let settings = app.keys.of(&name.0, &name.1, |key| Arc::clone(key.settings()));
@@ -429,6 +435,10 @@ async fn told(app: &App, name: KeyName, json: Option<serde_json::Value>) -> Resp
         Err(TellError::Invalid(reason)) => (StatusCode::BAD_REQUEST, format!("{reason}\n")).into_response(),
         Err(TellError::TooMany) => {
             (StatusCode::INSUFFICIENT_STORAGE, "too many keys have settings of their own\n").into_response()
+        }
+        Err(TellError::Full(full)) => {
+            app.metrics.refused(full.limit);
+            (StatusCode::INSUFFICIENT_STORAGE, format!("nothing was changed: {full}\n")).into_response()
         }
         Err(TellError::File(error)) => {
             warn!(%error, "the settings file cannot be written");

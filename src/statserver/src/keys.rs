@@ -1,15 +1,16 @@
 //! Every key's figures, in memory. Keys lie in shards, so that reports of different keys seldom wait
 //! for each other; no lock is held across keys.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
 use inflight_stats::decider::Decision;
 use inflight_stats::ingest::{Figures, Implausible, Key, PerSecond, WentBack};
-use inflight_stats::settings::KeySettings;
+use inflight_stats::settings::{KeySettings, heap_bytes};
 use inflight_stats::wire::WireStatMessage;
 use inflight_stats::{KeyReport, Report};
 use serde::Serialize;
@@ -21,7 +22,7 @@ use crate::watch::Watch;
 const SHARDS: usize = 64;
 /// What a chart shows: ten minutes of decisions.
 pub const POINTS: usize = 300;
-/// The most keys whose past is kept: 5 KB each.
+/// The most keys whose past is kept: 4.8 KB each.
 const MOST_HISTORIES: usize = 2_000;
 
 /// A key of which nothing was heard for so long is forgotten.
@@ -46,8 +47,10 @@ pub struct View {
     pub name: KeyName,
     /// What its senders make it.
     pub figures: Figures,
-    /// How many pods it wants.
-    pub decision: Decision,
+    /// How many pods it wants; `None` where that is not known yet.
+    pub desired_pods: Option<u32>,
+    /// The last decision, if there is one.
+    pub decision: Option<Decision>,
     /// What it is scaled by.
     pub settings: Arc<KeySettings>,
 }
@@ -56,6 +59,9 @@ struct Entry {
     name: KeyName,
     key: Key,
     past: VecDeque<Point>,
+    /// What it was last said to take, without its senders and of these.
+    own_bytes: usize,
+    sender_bytes: usize,
 }
 
 impl Entry {
@@ -63,7 +69,8 @@ impl Entry {
         View {
             name: self.name.clone(),
             figures: self.key.figures(now_ns),
-            decision: self.key.decision(),
+            desired_pods: self.key.desired_pods(now_ns),
+            decision: self.key.is_decided().then(|| self.key.decision()),
             settings: Arc::clone(self.key.settings()),
         }
     }
@@ -73,7 +80,14 @@ impl Entry {
 #[derive(Default)]
 struct Shard {
     places: HashTable<usize>,
-    entries: Vec<Entry>,
+    entries: Vec<Box<Entry>>,
+}
+
+/// How many keys there are.
+#[derive(Default)]
+struct Counts {
+    all: usize,
+    of_namespace: HashMap<String, usize>,
 }
 
 /// Who is told of what a report or a stat added.
@@ -93,7 +107,10 @@ pub struct Full {
 
 impl fmt::Display for Full {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, all that --{} allows", self.reason, self.limit.flag())
+        match self.limit {
+            Limit::TableBytes => write!(f, "{} (--{})", self.reason, self.limit.flag()),
+            _ => write!(f, "{}, all that --{} allows", self.reason, self.limit.flag()),
+        }
     }
 }
 
@@ -118,10 +135,14 @@ pub enum NoStat {
 /// How much is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
+    /// Keys in all.
+    pub keys: usize,
     /// Keys of one namespace.
     pub keys_per_namespace: usize,
     /// Pods and gateways of one key.
     pub pods_per_key: usize,
+    /// Bytes that keys, their windows and their senders take, histories apart.
+    pub bytes: usize,
 }
 
 /// All keys.
@@ -130,19 +151,31 @@ pub struct Keys {
     hasher: RandomState,
     defaults: Arc<KeySettings>,
     room: Room,
-    /// How many keys each namespace has.
-    namespaces: Mutex<HashMap<String, usize>>,
+    started_ns: u64,
+    counts: Mutex<Counts>,
+    bytes: AtomicUsize,
+    histories: AtomicUsize,
     told: RwLock<HashMap<KeyName, Arc<KeySettings>>>,
     /// Who waits for a key's first traffic.
     pub watch: Watch,
 }
 
 impl Keys {
-    /// No keys yet; each is scaled by `defaults` unless it is told otherwise.
-    pub fn new(defaults: Arc<KeySettings>, room: Room) -> Self {
-        let shards = Box::new(std::array::from_fn(|_| Mutex::default()));
-        let (told, watch, namespaces) = (RwLock::default(), Watch::default(), Mutex::default());
-        Self { shards, hasher: RandomState::new(), defaults, room, namespaces, told, watch }
+    /// No keys yet; each is scaled by `defaults` unless it is told otherwise. Until all senders can have reported since the
+    /// unix time `started_ns` in nanoseconds, too little is known to decide by.
+    pub fn new(defaults: Arc<KeySettings>, room: Room, started_ns: u64) -> Self {
+        Self {
+            shards: Box::new(std::array::from_fn(|_| Mutex::default())),
+            hasher: RandomState::new(),
+            defaults,
+            room,
+            started_ns,
+            counts: Mutex::default(),
+            bytes: AtomicUsize::new(0),
+            histories: AtomicUsize::new(0),
+            told: RwLock::default(),
+            watch: Watch::default(),
+        }
     }
 
     /// What a key is scaled by that was told nothing.
@@ -165,7 +198,7 @@ impl Keys {
         let (mut full, mut went_back) = (None, None);
         for message in messages {
             let (namespace, name) = (&message.namespace, &message.name);
-            let recorded = self.with(namespace, name, Some(pod), |entry| {
+            let recorded = self.with(namespace, name, Some((pod, Some(*incarnation))), |entry| {
                 entry.key.record(pod, *incarnation, message, now_ns)
             });
             let recorded = match recorded {
@@ -208,8 +241,10 @@ impl Keys {
         if !grant.covers(namespace) {
             return Err(NoStat::Bad);
         }
+        // A stat that is dropped makes no key.
+        PerSecond::of(stat).map_err(|Implausible| NoStat::Bad)?;
         let recorded =
-            self.with(namespace, name, Some(pod), |entry| entry.key.record_stat(pod, stat, now_ns));
+            self.with(namespace, name, Some((pod, None)), |entry| entry.key.record_stat(pod, stat, now_ns));
         let recorded = recorded.map_err(NoStat::Full)?.map_err(|Implausible| NoStat::Bad)?;
         if recorded.woke {
             self.watch.woke(namespace, name);
@@ -235,30 +270,42 @@ impl Keys {
     /// The keys of the namespaces granted whose namespace and name, joined by a slash, contain `part`: the first `most`
     /// of them in alphabetical order, and how many there are.
     pub fn views(&self, grant: &Grant, part: &str, most: usize, now_ns: u64) -> (Vec<View>, usize) {
-        let mut names = Vec::new();
+        // No more names are kept than are asked for: the last of them goes when one comes before it.
+        let (mut names, mut found) = (BinaryHeap::<KeyName>::new(), 0_usize);
         self.each(|entry| {
             let (namespace, name) = &entry.name;
             let fits = part.is_empty() || format!("{namespace}/{name}").contains(part);
-            if fits && grant.covers(namespace) {
+            if !fits || !grant.covers(namespace) {
+                return;
+            }
+            found += 1;
+            if names.len() < most {
                 names.push(entry.name.clone());
+            } else if let Some(mut last) = names.peek_mut()
+                && entry.name < *last
+            {
+                last.clone_from(&entry.name);
             }
         });
-        let found = names.len();
-        names.sort_unstable();
-        let views =
-            names.iter().take(most).filter_map(|(namespace, name)| self.view(namespace, name, now_ns));
+        let names = names.into_sorted_vec();
+        let views = names.iter().filter_map(|(namespace, name)| self.view(namespace, name, now_ns));
         (views.collect(), found)
     }
 
     /// Decides for every key.
     pub fn decide(&self, now_ns: u64) {
-        let mut pasts = 0;
         self.each(|entry| {
             let figures = entry.key.decide(now_ns);
-            if pasts == MOST_HISTORIES && entry.past.is_empty() {
+            if !entry.key.is_decided() {
                 return;
             }
-            pasts += 1;
+            if entry.past.capacity() == 0 {
+                if self.histories.load(Ordering::Relaxed) >= MOST_HISTORIES {
+                    return;
+                }
+                self.histories.fetch_add(1, Ordering::Relaxed);
+                entry.past = VecDeque::with_capacity(POINTS);
+            }
             if entry.past.len() == POINTS {
                 entry.past.pop_front();
             }
@@ -274,38 +321,77 @@ impl Keys {
         });
     }
 
+    /// Makes room for a key and for what it takes by these settings; whether the key was not there.
+    ///
+    /// # Errors
+    /// [`Full`]; nothing was changed.
+    pub fn admit(&self, name: &KeyName, settings: &KeySettings) -> Result<bool, Full> {
+        let (namespace, key) = name;
+        let is_new = self.known(namespace, key, |_| ()).is_none();
+        let room = self.with(namespace, key, None, |entry| {
+            let more = self.own_bytes(name, settings).saturating_sub(entry.own_bytes);
+            if more == 0 { Ok(()) } else { self.room_for(more) }
+        })?;
+        if room.is_err() && is_new {
+            self.dismiss(name);
+        }
+        room.map(|()| is_new)
+    }
+
+    /// Takes a key away of which nothing is known after all.
+    pub fn dismiss(&self, (namespace, name): &KeyName) {
+        let (hash, mut shard) = self.shard(namespace, name);
+        let place = shard.places.find(hash, |place| is(&shard.entries, *place, namespace, name)).copied();
+        if let Some(place) = place
+            && shard.entries.get(place).is_some_and(|entry| entry.key.last_report_ns() == 0)
+        {
+            self.remove(&mut shard, place);
+        }
+    }
+
     /// Has a key scaled by other settings, or by the defaults again.
-    pub fn tell(&self, name: &KeyName, settings: Option<Arc<KeySettings>>) {
+    ///
+    /// # Errors
+    /// [`Full`]: the key is not there and there is no room for it; it will have its settings when there is.
+    pub fn tell(&self, name: &KeyName, settings: Option<Arc<KeySettings>>) -> Result<(), Full> {
         let mut told = self.told.write().unwrap_or_else(PoisonError::into_inner);
         match &settings {
             Some(settings) => told.insert(name.clone(), Arc::clone(settings)),
             None => told.remove(name),
         };
         drop(told);
-        let (namespace, name) = name;
+        let (namespace, key) = name;
         match settings {
-            // A key that is told something is there, also before its first report: if there is room.
-            Some(settings) => {
-                let _ = self.with(namespace, name, None, |entry| entry.key.apply(settings));
-            }
+            // A key that is told something is there, also before its first report.
+            Some(settings) => self.with(namespace, key, None, |entry| self.apply(entry, settings)),
             None => {
-                self.known_mut(namespace, name, |entry| entry.key.apply(Arc::clone(&self.defaults)));
+                self.known_mut(namespace, key, |entry| self.apply(entry, Arc::clone(&self.defaults)));
+                Ok(())
             }
         }
+    }
+
+    fn apply(&self, entry: &mut Entry, settings: Arc<KeySettings>) {
+        self.bytes.fetch_sub(entry.own_bytes, Ordering::Relaxed);
+        entry.own_bytes = self.own_bytes(&entry.name, &settings);
+        self.bytes.fetch_add(entry.own_bytes, Ordering::Relaxed);
+        entry.key.apply(settings);
     }
 
     /// Forgets senders that have long been silent, and keys that nobody has reported for a day, unless they were told
     /// something.
     pub fn forget(&self, now_ns: u64) {
-        self.each(|entry| entry.key.forget(now_ns));
-        let told: HashSet<KeyName> =
-            self.told.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+        self.each(|entry| {
+            entry.key.forget(now_ns);
+            self.account(entry);
+        });
+        let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > KEPT_NS;
         for shard in self.shards.iter() {
             let mut shard = lock(shard);
-            let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > KEPT_NS;
+            let told = self.told.read().unwrap_or_else(PoisonError::into_inner);
             for place in (0..shard.entries.len()).rev() {
-                if shard.entries.get(place).is_some_and(|entry| is_old(entry) && !told.contains(&entry.name))
-                {
+                let entry = shard.entries.get(place);
+                if entry.is_some_and(|entry| is_old(entry) && !told.contains_key(&entry.name)) {
                     self.remove(&mut shard, place);
                 }
             }
@@ -326,12 +412,49 @@ impl Keys {
                 *at = place;
             }
         }
-        let mut namespaces = lock(&self.namespaces);
-        if let Some(count) = namespaces.get_mut(namespace) {
+        self.bytes.fetch_sub(removed.own_bytes + removed.sender_bytes, Ordering::Relaxed);
+        if removed.past.capacity() > 0 {
+            self.histories.fetch_sub(1, Ordering::Relaxed);
+        }
+        let mut counts = lock(&self.counts);
+        counts.all = counts.all.saturating_sub(1);
+        if let Some(count) = counts.of_namespace.get_mut(namespace) {
             *count = count.saturating_sub(1);
             if *count == 0 {
-                namespaces.remove(namespace);
+                counts.of_namespace.remove(namespace);
             }
+        }
+    }
+
+    /// What a key takes by these settings, without its senders; at least what it takes by the defaults, so that these can
+    /// always be had again.
+    fn own_bytes(&self, (namespace, name): &KeyName, settings: &KeySettings) -> usize {
+        const ENTRY: usize = size_of::<Entry>() + 16;
+        // Places in the lists of keys and of namespaces, which are half full after they have grown.
+        const PLACES: usize =
+            2 * size_of::<Box<Entry>>() + (size_of::<usize>() + size_of::<(String, usize)>() + 2) * 16 / 7;
+        let names = 2 * heap_bytes(namespace.len()) + heap_bytes(name.len());
+        ENTRY + PLACES + names + settings.bytes().max(self.defaults.bytes())
+    }
+
+    /// Whether so many bytes more fit in. Whoever asks at the same time may get the same ones: too much by a key for each
+    /// thread at the most.
+    fn room_for(&self, more: usize) -> Result<(), Full> {
+        let taken = self.bytes.load(Ordering::Relaxed);
+        if taken.saturating_add(more) <= self.room.bytes {
+            return Ok(());
+        }
+        let reason = format!("keys and who reports them take {taken} bytes, and {more} more are too many");
+        Err(Full { limit: Limit::TableBytes, reason })
+    }
+
+    /// Notes what a key's senders take now.
+    fn account(&self, entry: &mut Entry) {
+        let now = entry.key.sender_bytes();
+        if now != entry.sender_bytes {
+            self.bytes.fetch_add(now, Ordering::Relaxed);
+            self.bytes.fetch_sub(entry.sender_bytes, Ordering::Relaxed);
+            entry.sender_bytes = now;
         }
     }
 
@@ -355,16 +478,16 @@ impl Keys {
         let (hash, mut shard) = self.shard(namespace, name);
         let Shard { places, entries } = &mut *shard;
         let place = *places.find(hash, |place| is(entries, *place, namespace, name))?;
-        entries.get_mut(place).map(f)
+        entries.get_mut(place).map(|entry| f(entry))
     }
 
-    /// An entry, which is made if it is not there and there is room: for it, and in it for `pod`. A key that is there
-    /// costs one hash and no allocation.
+    /// An entry, which is made if it is not there and there is room: for it, and in it for a pod's stat, or for a report of
+    /// an incarnation. A key that is there costs one hash and no allocation.
     fn with<T>(
         &self,
         namespace: &str,
         name: &str,
-        pod: Option<&str>,
+        sender: Option<(&str, Option<u64>)>,
         f: impl FnOnce(&mut Entry) -> T,
     ) -> Result<T, Full> {
         let (hash, mut shard) = self.shard(namespace, name);
@@ -372,11 +495,8 @@ impl Keys {
         let place = match places.find(hash, |place| is(entries, *place, namespace, name)) {
             Some(place) => *place,
             None => {
-                self.make_room(namespace)?;
-                let name = (namespace.to_owned(), name.to_owned());
-                let told = self.told.read().unwrap_or_else(PoisonError::into_inner);
-                let settings = Arc::clone(told.get(&name).unwrap_or(&self.defaults));
-                entries.push(Entry { name, key: Key::new(settings), past: VecDeque::new() });
+                let entry = self.make(namespace, name, sender.map(|(pod, _)| pod))?;
+                entries.push(entry);
                 let place = entries.len() - 1;
                 let rehash = |place: &usize| {
                     entries.get(*place).map_or(0, |entry| self.hash(&entry.name.0, &entry.name.1))
@@ -385,28 +505,51 @@ impl Keys {
                 place
             }
         };
-        let most = self.room.pods_per_key;
-        let full =
-            |entry: &Entry| pod.is_some_and(|pod| entry.key.senders() >= most && !entry.key.knows(pod));
-        match entries.get_mut(place) {
-            Some(entry) if !full(entry) => Ok(f(entry)),
-            _ => Err(Full {
-                limit: Limit::PodsPerKey,
-                reason: format!("key {namespace}/{name} has {most} pods and gateways"),
-            }),
+        #[allow(clippy::indexing_slicing, reason = "a place is that of an entry")]
+        let entry = &mut entries[place];
+        if let Some((pod, incarnation)) = sender {
+            let most = self.room.pods_per_key;
+            if entry.key.senders() >= most && !entry.key.knows(pod) {
+                let reason = format!("key {namespace}/{name} has {most} pods and gateways");
+                return Err(Full { limit: Limit::PodsPerKey, reason });
+            }
+            // Who is known needs nothing more, which only has to be looked for if there is little left.
+            if self.room_for(Key::most_missing_bytes(pod)).is_err() {
+                match entry.key.missing_bytes(pod, incarnation) {
+                    0 => {}
+                    missing => self.room_for(missing)?,
+                }
+            }
         }
+        let done = f(entry);
+        self.account(entry);
+        Ok(done)
     }
 
-    /// One more key in a namespace.
-    fn make_room(&self, namespace: &str) -> Result<(), Full> {
-        let mut namespaces = lock(&self.namespaces);
-        let count = namespaces.entry(namespace.to_owned()).or_default();
-        if *count >= self.room.keys_per_namespace {
-            let reason = format!("namespace {namespace} has {count} keys");
+    /// A new key, if there is room for it and for the one who reports it.
+    fn make(&self, namespace: &str, name: &str, pod: Option<&str>) -> Result<Box<Entry>, Full> {
+        let name = (namespace.to_owned(), name.to_owned());
+        let told = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        let settings = Arc::clone(told.get(&name).unwrap_or(&self.defaults));
+        drop(told);
+        let own_bytes = self.own_bytes(&name, &settings);
+        let mut counts = lock(&self.counts);
+        let most = self.room.keys;
+        if counts.all >= most {
+            return Err(Full { limit: Limit::Keys, reason: format!("there are {most} keys") });
+        }
+        let (most, of_namespace) = (self.room.keys_per_namespace, counts.of_namespace.get(namespace));
+        if of_namespace.is_some_and(|count| *count >= most) {
+            let reason = format!("namespace {namespace} has {most} keys");
             return Err(Full { limit: Limit::KeysPerNamespace, reason });
         }
-        *count += 1;
-        Ok(())
+        let key = Key::new(settings).after_start(self.started_ns);
+        let sender_bytes = key.sender_bytes();
+        self.room_for(own_bytes + sender_bytes + pod.map_or(0, Key::most_missing_bytes))?;
+        self.bytes.fetch_add(own_bytes + sender_bytes, Ordering::Relaxed);
+        counts.all += 1;
+        *counts.of_namespace.entry(namespace.to_owned()).or_default() += 1;
+        Ok(Box::new(Entry { name, key, past: VecDeque::new(), own_bytes, sender_bytes }))
     }
 
     fn hash(&self, namespace: &str, name: &str) -> u64 {
@@ -421,7 +564,7 @@ impl Keys {
     }
 }
 
-fn is(entries: &[Entry], place: usize, namespace: &str, name: &str) -> bool {
+fn is(entries: &[Box<Entry>], place: usize, namespace: &str, name: &str) -> bool {
     entries.get(place).is_some_and(|entry| entry.name.0 == namespace && entry.name.1 == name)
 }
 
@@ -440,7 +583,7 @@ mod tests {
     const NOW: u64 = 1_700_000_000 * SECOND;
 
     fn keys(keys_per_namespace: usize, pods_per_key: usize) -> Keys {
-        Keys::new(Arc::default(), Room { keys_per_namespace, pods_per_key })
+        Keys::new(Arc::default(), Room { keys: 100_000, keys_per_namespace, pods_per_key, bytes: 256 << 20 }, 0)
     }
 
     fn report(pod: &str, names: &[(&str, &str)]) -> Report {
@@ -505,7 +648,7 @@ mod tests {
         for name in &names {
             take(&keys, &report("pod", &[("ns", name)]), NOW).unwrap();
         }
-        keys.tell(&("ns".into(), "rev-7".into()), Some(Arc::default()));
+        keys.tell(&("ns".into(), "rev-7".into()), Some(Arc::default())).unwrap();
         let later = NOW + KEPT_NS;
         take(&keys, &report("pod", &[("ns", "rev-3"), ("ns", "rev-39")]), later).unwrap();
         keys.forget(later);

@@ -11,8 +11,8 @@ fn app() -> Arc<App> {
 }
 
 fn guarded(access: Access) -> Arc<App> {
-    let room = crate::keys::Room { keys_per_namespace: 100, pods_per_key: 100 };
-    let keys = Keys::new(Arc::default(), room);
+    let room = crate::keys::Room { keys: 100, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
+    let keys = Keys::new(Arc::default(), room, 0);
     Arc::new(App {
         told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
         keys,
@@ -88,7 +88,8 @@ async fn a_report_shows_up_under_its_key() {
     assert_eq!(value["pods"], 1);
     assert_eq!(value["stable"]["concurrency"], 3.0);
     assert_eq!(value["panic"]["requests_per_second"], 7.0);
-    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&0.into(), &false.into()), "not decided yet");
+    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&1.into(), &false.into()), "not decided yet");
+    assert_eq!(value["excess_burst_capacity"], serde_json::Value::Null);
     put(&app, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
     app.keys.decide(now_ns());
     let (_, body) = read(&app, "/v1/keys/ns/rev").await;
@@ -204,6 +205,7 @@ async fn a_key_is_told_its_settings_and_told_otherwise() {
     let (_, key) = read(&app, "/v1/keys/ns/rev").await;
     let key: serde_json::Value = serde_json::from_str(&key).unwrap();
     assert_eq!((&key["settings"]["target"], &key["desired_pods"]), (&7.0.into(), &2.into()));
+    assert_eq!(key["last_report_age_ms"], serde_json::Value::Null, "nobody has reported");
     let history: serde_json::Value =
         serde_json::from_str(&read(&app, "/v1/keys/ns/rev/history").await.1).unwrap();
     assert_eq!((&history["seconds_between"], &history["points"][0]["desired_pods"]), (&2.into(), &2.into()));
