@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{FromRequestParts, Path, Query, Request, State};
+use axum::extract::{FromRequestParts, Path, Query, RawPathParams, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -106,6 +106,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/keys/{namespace}/{name}", get(key))
         .route("/v1/keys/{namespace}/{name}/history", get(history))
         .route("/v1/keys/{namespace}/{name}/settings", get(settings).put(tell).delete(untell))
+        .route("/v1/key", get(key))
+        .route("/v1/key/history", get(history))
+        .route("/v1/key/settings", get(settings).put(tell).delete(untell))
         .route("/", get(|_: Grant| page("text/html; charset=utf-8", include_str!("page/index.html"))))
         .route("/page.css", get(|_: Grant| page("text/css", include_str!("page/page.css"))))
         .route("/page.js", get(|_: Grant| page("text/javascript", include_str!("page/page.js"))))
@@ -340,11 +343,39 @@ async fn keys(State(app): State<Arc<App>>, grant: Grant, Query(wanted): Query<Wa
     Json(KeysView { keys: views.into_iter().map(KeyView::from).collect(), found })
 }
 
+/// Which key a request is about: by its path, or by `?namespace=…&name=…`, because clients take `.` and `..` out of paths,
+/// also if they are percent-encoded.
+struct Named(KeyName);
+
+#[derive(Deserialize)]
+struct NamedByQuery {
+    namespace: String,
+    name: String,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        let in_path = RawPathParams::from_request_parts(parts, state).await;
+        if in_path.map_err(IntoResponse::into_response)?.iter().next().is_some() {
+            let name = Path::<KeyName>::from_request_parts(parts, state).await;
+            return name.map(|Path(name)| Self(name)).map_err(IntoResponse::into_response);
+        }
+        let query = Query::<NamedByQuery>::from_request_parts(parts, state).await;
+        let Query(NamedByQuery { namespace, name }) = query.map_err(|_| {
+            let reason = "the query was not of this kind, allowed is ?namespace=NAMESPACE&name=NAME\n";
+            (StatusCode::BAD_REQUEST, reason).into_response()
+        })?;
+        Ok(Self((namespace, name)))
+    }
+}
+
 fn unknown((namespace, name): &KeyName) -> Response {
     (StatusCode::NOT_FOUND, format!("no report of key {namespace}/{name}\n")).into_response()
 }
 
-async fn key(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn key(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if !grant.covers(&name.0) {
         return not_covered(&app, &name.0).into_response();
     }
@@ -358,7 +389,7 @@ struct HistoryView {
     points: Vec<Point>,
 }
 
-async fn history(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn history(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if !grant.covers(&name.0) {
         return not_covered(&app, &name.0).into_response();
     }
@@ -370,7 +401,7 @@ async fn history(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<Key
     )
 }
 
-async fn settings(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn settings(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if !grant.covers(&name.0) {
         return not_covered(&app, &name.0).into_response();
     }
@@ -387,7 +418,7 @@ fn may_tell(app: &App, grant: &Grant, name: &KeyName) -> Result<(), (StatusCode,
 }
 
 /// What a key is told replaces all that it was told before.
-async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>, body: Body) -> Response {
+async fn tell(State(app): State<Arc<App>>, grant: Grant, Named(name): Named, body: Body) -> Response {
     if let Err(refused) = may_tell(&app, &grant, &name) {
         return refused.into_response();
     }
@@ -414,7 +445,7 @@ async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyNam
     }
 }
 
-async fn untell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn untell(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if let Err(refused) = may_tell(&app, &grant, &name) {
         return refused.into_response();
     }

@@ -583,7 +583,15 @@ mod tests {
     const NOW: u64 = 1_700_000_000 * SECOND;
 
     fn keys(keys_per_namespace: usize, pods_per_key: usize) -> Keys {
-        Keys::new(Arc::default(), Room { keys: 100_000, keys_per_namespace, pods_per_key, bytes: 256 << 20 }, 0)
+        in_room(Room { keys: 100_000, keys_per_namespace, pods_per_key, bytes: 256 << 20 })
+    }
+
+    fn in_room(room: Room) -> Keys {
+        Keys::new(Arc::default(), room, 0)
+    }
+
+    fn taken(keys: &Keys) -> usize {
+        keys.bytes.load(Ordering::Relaxed)
     }
 
     fn report(pod: &str, names: &[(&str, &str)]) -> Report {
@@ -660,5 +668,122 @@ mod tests {
             take(&keys, &report("another", &[("ns", name)]), later).unwrap();
         }
         assert!(take(&keys, &report("pod", &[("ns", "one-more")]), later).is_err());
+    }
+
+    #[test]
+    fn all_keys_together_have_a_limit() {
+        let keys = in_room(Room { keys: 3, keys_per_namespace: 2, pods_per_key: 9, bytes: 1 << 20 });
+        take(&keys, &report("pod", &[("a", "1"), ("a", "2"), ("b", "1")]), NOW).unwrap();
+        assert_eq!(
+            take(&keys, &report("pod", &[("c", "1"), ("b", "1")]), NOW).unwrap_err(),
+            "there are 3 keys, all that --max-keys allows"
+        );
+        keys.forget(NOW + KEPT_NS + 1);
+        take(&keys, &report("pod", &[("c", "1")]), NOW).unwrap();
+    }
+
+    #[test]
+    fn what_keys_take_has_a_limit_and_comes_back() {
+        let room =
+            Room { keys: 1_000_000, keys_per_namespace: 1_000_000, pods_per_key: 1_000_000, bytes: 1 << 20 };
+        let keys = in_room(room);
+        let pods: Vec<String> = (0..10_000).map(|number| format!("pod-{number}")).collect();
+        let fits = |more: &str| {
+            pods.iter().take_while(|pod| take(&keys, &report(pod, &[("ns", more)]), NOW).is_ok()).count()
+        };
+        // Pods of one key, until they are too many; then a key finds no room either.
+        let senders = fits("rev");
+        assert!((2_000..4_000).contains(&senders), "{senders}");
+        let reason = take(&keys, &report("more", &[("ns", "rev")]), NOW).unwrap_err();
+        assert!(reason.contains("--max-table-bytes"), "{reason}");
+        assert!(
+            taken(&keys) <= room.bytes && take(&keys, &report("pod-0", &[("ns", "another")]), NOW).is_err()
+        );
+        // Who is known goes on.
+        take(&keys, &report("pod-0", &[("ns", "rev")]), NOW).unwrap();
+        keys.forget(NOW + 3600 * SECOND);
+        assert!(taken(&keys) < 4_000, "{}", taken(&keys));
+
+        // Keys, which go after a day.
+        let made =
+            (0..).take_while(|n| take(&keys, &report("pod", &[("ns", &n.to_string())]), NOW).is_ok()).count();
+        assert!((300..600).contains(&made), "{made}");
+        keys.forget(NOW + KEPT_NS + 1);
+        assert_eq!(taken(&keys), 0);
+
+        // Wide windows; the defaults can always be had again.
+        let told = |json| Arc::new(keys.defaults().with(json, 200.0).unwrap());
+        let widest = told(serde_json::json!({"stable_window": "60m", "panic_window_percentage": 100}));
+        let name = |number: usize| ("ns".to_owned(), number.to_string());
+        let wide = (0..).take_while(|n| {
+            let admitted = keys.admit(&name(*n), &widest);
+            admitted.is_ok_and(|is_new| is_new && keys.tell(&name(*n), Some(Arc::clone(&widest))).is_ok())
+        });
+        assert_eq!(wide.count(), (1 << 20) / (2 * (16 * 3600 + 16) + 1_000));
+        assert!(keys.view("ns", "9", NOW).is_none() && taken(&keys) <= room.bytes, "not made for nothing");
+        keys.tell(&name(0), None).unwrap();
+        keys.tell(&name(0), Some(Arc::clone(&widest))).unwrap();
+        (0..9).for_each(|number| keys.tell(&name(number), None).unwrap());
+        keys.forget(NOW);
+        assert_eq!((taken(&keys), keys.views(&all(), "", 9, NOW).1), (0, 0));
+    }
+
+    fn all() -> Grant {
+        crate::access::Access::load(None, false).unwrap().check(None, crate::link::Peer::default()).unwrap()
+    }
+
+    #[test]
+    fn no_more_keys_than_so_many_have_a_history() {
+        let keys = keys(100_000, 9);
+        let with_history = || {
+            let mut count = 0;
+            keys.each(|entry| count += usize::from(entry.past.capacity() > 0));
+            count
+        };
+        let decide_with = |names: std::ops::Range<usize>| {
+            for name in names {
+                take(&keys, &report("pod", &[("ns", &name.to_string())]), NOW).unwrap();
+            }
+            keys.decide(NOW);
+            keys.decide(NOW);
+            with_history()
+        };
+        assert_eq!(
+            [decide_with(0..1_990), decide_with(1_990..3_000), decide_with(3_000..3_020)],
+            [1_990, 2_000, 2_000]
+        );
+        keys.forget(NOW + KEPT_NS + 1);
+        assert_eq!((with_history(), keys.histories.load(Ordering::Relaxed)), (0, 0));
+    }
+
+    #[test]
+    fn a_stat_that_is_dropped_makes_no_key() {
+        let keys = keys(9, 9);
+        let mut stat = inflight_stats::wire::Stat {
+            pod_name: "pod".into(),
+            request_count: f64::NAN,
+            ..Default::default()
+        };
+        let mut record = |count: f64| {
+            stat.request_count = count;
+            let message =
+                WireStatMessage { namespace: "ns".into(), name: "ghost".into(), stat: Some(stat.clone()) };
+            (keys.record_stat(&all(), &message, NOW).is_ok(), total(&keys, "ns", "ghost"))
+        };
+        assert_eq!(
+            [record(f64::NAN), record(-2.0), record(-1.0)],
+            [(false, None), (false, None), (true, Some(0))]
+        );
+    }
+
+    #[test]
+    fn a_listing_is_of_the_first_names() {
+        let keys = keys(1_000, 9);
+        for number in (0..500).rev() {
+            take(&keys, &report("pod", &[("ns", &format!("{number:03}"))]), NOW).unwrap();
+        }
+        let (views, found) = keys.views(&all(), "ns/", 3, NOW);
+        let names: Vec<String> = views.into_iter().map(|view| view.name.1).collect();
+        assert_eq!((names.join(" "), found), ("000 001 002".into(), 500));
     }
 }

@@ -307,13 +307,17 @@ mod tests {
         let key = |n: usize| ("ns".to_owned(), format!("rev-{n}"));
         let error = told.tell(&keys, key(MOST + 1), Some(json!({}))).await.unwrap_err();
         assert!(matches!(error, TellError::TooMany), "{error:?}");
-        told.tell(&keys, key(0), Some(json!({"scale_down_delay": format!("{}1s", "0".repeat(4_000))}))).await.unwrap();
+        told.tell(&keys, key(0), Some(json!({"scale_down_delay": format!("{}1s", "0".repeat(4_000))})))
+            .await
+            .unwrap();
         told.tell(&keys, key(1), None).await.unwrap();
         let bytes = std::fs::metadata(&file).unwrap().len();
         assert!(bytes < 200 * MOST as u64, "{bytes}");
         let again = room_for(MOST + 2);
         Told::load(Some(&file), 200.0, &again).unwrap();
-        let told = |n: usize| again.view("ns", &format!("rev-{n}"), 0).map(|view| view.settings.scale_down_delay.as_secs());
+        let told = |n: usize| {
+            again.view("ns", &format!("rev-{n}"), 0).map(|view| view.settings.scale_down_delay.as_secs())
+        };
         assert_eq!((told(0), told(1), told(MOST)), (Some(1), None, Some(0)));
     }
 

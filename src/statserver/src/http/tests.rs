@@ -110,6 +110,49 @@ async fn names_in_paths_are_percent_encoded() {
 }
 
 #[tokio::test]
+async fn names_that_no_path_can_have_are_in_the_query() {
+    let app = app();
+    send(&app, sample("..", 1).encode().unwrap()).await;
+    let (status, key) = read(&app, "/v1/key?namespace=ns&name=..").await;
+    assert!(status == StatusCode::OK && key.contains(r#""name":"..""#), "{key}");
+    assert_eq!(read(&app, "/v1/key/history?name=%2E%2E&namespace=ns").await.0, StatusCode::OK);
+    let path = "/v1/key/settings?namespace=ns&name=a%2F%26b";
+    assert_eq!(put(&app, path, r#"{"target": 7}"#).await.0, StatusCode::OK);
+    assert!(read(&app, "/v1/keys/ns/a%2F&b").await.1.contains(r#""target":7.0"#));
+    assert_eq!(read(&app, "/v1/key?namespace=ns").await.0, StatusCode::BAD_REQUEST);
+    assert_eq!(read(&app, "/v1/key?namespace=ns&name=none").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn settings_for_which_there_is_no_room_change_nothing() {
+    let app = app();
+    for number in 0..100 {
+        send(&app, sample(&number.to_string(), 1).encode().unwrap()).await;
+    }
+    let (status, text) = put(&app, "/v1/keys/ns/more/settings", r#"{"target": 7}"#).await;
+    assert_eq!(status, StatusCode::INSUFFICIENT_STORAGE, "{text}");
+    assert!(text.contains("nothing was changed: ") && text.contains("100 keys"), "{text}");
+    assert_eq!(read(&app, "/v1/keys/ns/more/settings").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(put(&app, "/v1/keys/ns/7/settings", r#"{"target": 7}"#).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants() {
+    let mut app = app();
+    let room = crate::keys::Room { keys: 9, keys_per_namespace: 9, pods_per_key: 9, bytes: 1 << 20 };
+    // As if it had not quite started: however slow this machine is.
+    Arc::get_mut(&mut app).unwrap().keys = Keys::new(Arc::default(), room, now_ns() + 3_600_000_000_000);
+    send(&app, sample("rev", 7).encode().unwrap()).await;
+    app.keys.decide(now_ns());
+    let value: serde_json::Value = serde_json::from_str(&read(&app, "/v1/keys/ns/rev").await.1).unwrap();
+    let null = serde_json::Value::Null;
+    assert_eq!((&value["desired_pods"], &value["excess_burst_capacity"]), (&null, &null));
+    let (_, text) = read(&app, "/metrics").await;
+    assert!(text.contains("key_pods{") && !text.contains("key_desired_pods{"), "{text}");
+    assert_eq!(app.keys.of("ns", "rev", |key| key.is_active(now_ns())), Some(true));
+}
+
+#[tokio::test]
 async fn what_is_refused_says_why_and_changes_nothing() {
     let app = app();
     let mut unknown_version = sample("rev", 7).encode().unwrap();
