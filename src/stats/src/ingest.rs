@@ -23,7 +23,8 @@ pub const MEMORY_NS: u64 = 15 * 60 * SECOND_NS;
 /// A sender of stats says nothing of its period; Knative's is a second.
 const STAT_PERIOD_NS: u64 = SECOND_NS;
 const SHORTEST_PERIOD_NS: u64 = SECOND_NS / 10;
-const LONGEST_PERIOD_NS: u64 = 60 * SECOND_NS;
+/// The longest time between two reports of a sender.
+pub const LONGEST_PERIOD_NS: u64 = 60 * SECOND_NS;
 /// The incarnations of a pod that are kept: one that ends, one that comes, and as many again.
 const MOST_INCARNATIONS: usize = 4;
 /// After a start it takes so long, or a second more than the longest period of a key's senders, until all of them can have
@@ -328,7 +329,7 @@ pub struct Key {
     pods: Pods,
     last_report_ns: u64,
     last_traffic_second: Option<u64>,
-    started_ns: u64,
+    started_ns: Option<u64>,
     decided: Option<Decided>,
 }
 
@@ -353,16 +354,16 @@ impl Key {
             pods: Pods::default(),
             last_report_ns: 0,
             last_traffic_second: None,
-            started_ns: 0,
+            started_ns: None,
             decided: None,
         }
     }
 
-    /// The same key with a receiver that started at its unix time `started_ns`, in nanoseconds: until all senders can have
-    /// reported, what is known is too little to decide by.
+    /// The same key with a receiver that has just started, at its unix time `started_ns` in nanoseconds: until all senders can
+    /// have reported, what is known is too little to decide by.
     #[must_use]
     pub fn after_start(self, started_ns: u64) -> Self {
-        Self { started_ns, ..self }
+        Self { started_ns: Some(started_ns), ..self }
     }
 
     /// What the key is scaled by.
@@ -528,8 +529,9 @@ impl Key {
     /// Whether the receiver has just started, and senders may be missing of which it will yet hear: then less than there is
     /// must not be said.
     pub fn is_starting(&self, now_ns: u64) -> bool {
-        let since_start = now_ns.saturating_sub(self.started_ns);
-        if self.decided.is_some() || since_start > LONGEST_PERIOD_NS + SECOND_NS {
+        let Some(started_ns) = self.started_ns.filter(|_| self.decided.is_none()) else { return false };
+        let since_start = now_ns.saturating_sub(started_ns);
+        if since_start > LONGEST_PERIOD_NS + SECOND_NS {
             return false;
         }
         let reported = self.pods.by_name.values().flat_map(|pod| &pod.reported);
@@ -549,7 +551,7 @@ impl Key {
         match &self.decided {
             Some(Decided { decision, .. }) if woke => Some(decision.desired_pods.max(at_once())),
             Some(Decided { decision, .. }) => Some(decision.desired_pods),
-            None if woke && (!self.is_starting(now_ns) || self.is_one_enough(now_ns)) => Some(at_once()),
+            None if woke && (self.started_ns.is_none() || self.is_one_enough(now_ns)) => Some(at_once()),
             None => None,
         }
     }
@@ -931,6 +933,7 @@ mod tests {
             assert!(key.is_starting(now) && key.is_active(now), "active with the first");
             assert_eq!((key.desired_pods(now), key.is_decided()), (None, false));
         }
+        assert_eq!(key.desired_pods(NOW + 3 * S), None, "until it is decided");
         key.decide(NOW + 3 * S);
         assert_eq!((key.desired_pods(NOW + 3 * S), key.is_starting(NOW)), (Some(100), false));
     }

@@ -4,12 +4,12 @@
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
 use inflight_stats::decider::Decision;
-use inflight_stats::ingest::{Figures, Implausible, Key, PerSecond, WentBack};
+use inflight_stats::ingest::{Figures, Implausible, Key, LONGEST_PERIOD_NS, PerSecond, WentBack};
 use inflight_stats::settings::{KeySettings, heap_bytes};
 use inflight_stats::wire::WireStatMessage;
 use inflight_stats::{KeyReport, Report};
@@ -152,6 +152,8 @@ pub struct Keys {
     defaults: Arc<KeySettings>,
     room: Room,
     started_ns: u64,
+    /// Whether senders of a new key may have reported it to the server before this one.
+    has_just_started: AtomicBool,
     counts: Mutex<Counts>,
     bytes: AtomicUsize,
     histories: AtomicUsize,
@@ -170,6 +172,7 @@ impl Keys {
             defaults,
             room,
             started_ns,
+            has_just_started: AtomicBool::new(true),
             counts: Mutex::default(),
             bytes: AtomicUsize::new(0),
             histories: AtomicUsize::new(0),
@@ -294,6 +297,9 @@ impl Keys {
 
     /// Decides for every key.
     pub fn decide(&self, now_ns: u64) {
+        if now_ns.saturating_sub(self.started_ns) > LONGEST_PERIOD_NS {
+            self.has_just_started.store(false, Ordering::Relaxed);
+        }
         self.each(|entry| {
             let figures = entry.key.decide(now_ns);
             if !entry.key.is_decided() {
@@ -543,7 +549,10 @@ impl Keys {
             let reason = format!("namespace {namespace} has {most} keys");
             return Err(Full { limit: Limit::KeysPerNamespace, reason });
         }
-        let key = Key::new(settings).after_start(self.started_ns);
+        let mut key = Key::new(settings);
+        if self.has_just_started.load(Ordering::Relaxed) {
+            key = key.after_start(self.started_ns);
+        }
         let sender_bytes = key.sender_bytes();
         self.room_for(own_bytes + sender_bytes + pod.map_or(0, Key::most_missing_bytes))?;
         self.bytes.fetch_add(own_bytes + sender_bytes, Ordering::Relaxed);
