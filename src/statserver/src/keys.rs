@@ -80,6 +80,7 @@ impl Entry {
 #[derive(Default)]
 struct Shard {
     places: HashTable<usize>,
+    #[allow(clippy::vec_box, reason = "a vector that has grown is half empty: of pointers that is little")]
     entries: Vec<Box<Entry>>,
 }
 
