@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
+use inflight_stats::Report;
 use inflight_stats::decider::Decision;
 use inflight_stats::ingest::{Figures, Implausible, Key, LONGEST_PERIOD_NS, PerSecond, WentBack};
 use inflight_stats::settings::{KeySettings, heap_bytes};
 use inflight_stats::wire::WireStatMessage;
-use inflight_stats::{KeyReport, Report};
 use serde::Serialize;
 
 use crate::access::Grant;
@@ -585,7 +585,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use inflight_stats::Snapshot;
+    use inflight_stats::{KeyReport, Snapshot};
 
     use super::*;
 
