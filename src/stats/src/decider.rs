@@ -25,7 +25,7 @@ pub struct Settings {
     pub stable_window_ns: u64,
     /// Fewer pods only after they were enough for so long, in nanoseconds.
     pub scale_down_delay_ns: u64,
-    /// A count above zero is at least this, if this is above one.
+    /// If any pod is needed, so many are, if this is above one.
     pub activation_scale: u32,
 }
 
@@ -96,8 +96,14 @@ impl Decider {
         let most = (settings.max_scale_up_rate * ready).ceil();
         let least = (ready / settings.max_scale_down_rate).floor();
         let wanted = |value: f64| {
-            let pods = (value / settings.target).ceil().max(least).min(most) as u32;
-            if pods > 0 && settings.activation_scale > 1 { pods.max(settings.activation_scale) } else { pods }
+            let needed = (value / settings.target).ceil();
+            let pods = needed.max(least).min(most) as u32;
+            // What is needed counts, and not what may not go at once: else idle pods would stay for ever.
+            if needed > 0.0 && settings.activation_scale > 1 {
+                pods.max(settings.activation_scale)
+            } else {
+                pods
+            }
         };
         let (stable_pods, panic_pods) = (wanted(seen.stable), wanted(seen.panic));
 
@@ -141,11 +147,23 @@ fn excess(settings: &Settings, seen: &Observation) -> i64 {
 /// The counts wanted within the scale-down delay, by units of [`EVERY_NS`]: only those that no later one
 /// exceeds, so the first is the highest.
 #[derive(Clone, Debug, Default)]
-struct Delay(VecDeque<(u64, u32)>);
+struct Delay(VecDeque<(u32, u32)>);
+
+/// The most bytes that a delay takes: it grows by doubling.
+pub(crate) fn delay_bytes(delay_ns: u64) -> usize {
+    match usize::try_from(delay_ns.div_ceil(EVERY_NS)).unwrap_or(usize::MAX) {
+        0 => 0,
+        units => {
+            let bytes = units.saturating_add(1).saturating_mul(size_of::<(u32, u32)>());
+            bytes.checked_next_power_of_two().unwrap_or(usize::MAX)
+        }
+    }
+}
 
 impl Delay {
     fn highest(&mut self, pods: u32, now_ns: u64, delay_ns: u64) -> u32 {
-        let (unit, units) = (now_ns / EVERY_NS, delay_ns.div_ceil(EVERY_NS));
+        let in_units = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        let (unit, units) = (in_units(now_ns / EVERY_NS), in_units(delay_ns.div_ceil(EVERY_NS)));
         while self.0.back().is_some_and(|(_, earlier)| *earlier <= pods) {
             self.0.pop_back();
         }
@@ -182,6 +200,19 @@ mod tests {
         assert_eq!(decider.decide(&settings, &seen(62, 5, 0.0)).desired_pods, 5);
         let over = decider.decide(&settings, &seen(63, 5, 0.0));
         assert_eq!((over.desired_pods, over.panic_mode), (2, false));
+    }
+
+    #[test]
+    fn idle_pods_go_whatever_the_activation_scale() {
+        let settings = Settings { activation_scale: 4, ..Settings::default() };
+        let mut decider = Decider::new(0, 1);
+        assert_eq!(decider.decide(&settings, &seen(2, 1, 1.0)).desired_pods, 4);
+        let mut ready = 4;
+        let counts = [100, 102, 104].map(|second| {
+            ready = decider.decide(&settings, &seen(second, ready, 0.0)).desired_pods;
+            ready
+        });
+        assert_eq!(counts, [2, 1, 0]);
     }
 
     #[test]

@@ -7,9 +7,10 @@ use std::hash::RandomState;
 use std::sync::Arc;
 
 use hashbrown::HashMap;
+use hashbrown::hash_map::EntryRef;
 
 use crate::decider::{Decider, Decision, Observation};
-use crate::settings::{KeySettings, Metric};
+use crate::settings::{KeySettings, Metric, heap_bytes};
 use crate::wire::Stat;
 use crate::{KeyReport, Period, Snapshot, window::Window};
 
@@ -22,7 +23,13 @@ pub const MEMORY_NS: u64 = 15 * 60 * SECOND_NS;
 /// A sender of stats says nothing of its period; Knative's is a second.
 const STAT_PERIOD_NS: u64 = SECOND_NS;
 const SHORTEST_PERIOD_NS: u64 = SECOND_NS / 10;
-const LONGEST_PERIOD_NS: u64 = 60 * SECOND_NS;
+/// The longest time between two reports of a sender.
+pub const LONGEST_PERIOD_NS: u64 = 60 * SECOND_NS;
+/// The incarnations of a pod that are kept: one that ends, one that comes, and as many again.
+const MOST_INCARNATIONS: usize = 4;
+/// After a start it takes so long, or a second more than the longest period of a key's senders, until all of them can have
+/// reported.
+const START_NS: u64 = 3 * SECOND_NS;
 
 /// A report whose counters went back although its incarnation is the one already known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,8 +120,8 @@ pub struct Figures {
     pub stable: Averages,
     /// Over the panic window.
     pub panic: Averages,
-    /// Since the last report of any sender, in milliseconds.
-    pub last_report_age_ms: u64,
+    /// Since the last report of any sender, in milliseconds; `None` before the first.
+    pub last_report_age_ms: Option<u64>,
 }
 
 /// What a sender added, a second; what its bucket in the windows gets.
@@ -131,6 +138,26 @@ pub struct PerSecond {
 }
 
 impl PerSecond {
+    /// What a stat says.
+    ///
+    /// # Errors
+    /// [`Implausible`].
+    pub fn of(stat: &Stat) -> Result<Self, Implausible> {
+        let per_second = Self {
+            concurrency: stat.average_concurrent_requests,
+            proxied_concurrency: stat.average_proxied_concurrent_requests,
+            requests: stat.request_count,
+            proxied_requests: stat.proxied_request_count,
+        };
+        let Self { concurrency, proxied_concurrency, requests, proxied_requests } = per_second;
+        let fits = |value: f64| (0.0..=MOST).contains(&value);
+        let plausible = fits(concurrency)
+            && fits(proxied_concurrency)
+            && (-MOST_TAKEN_BACK..=MOST).contains(&requests)
+            && fits(proxied_requests);
+        if plausible { Ok(per_second) } else { Err(Implausible) }
+    }
+
     /// What counts for the key: what no gateway has counted already.
     fn own(&self) -> [f64; 2] {
         [self.concurrency - self.proxied_concurrency, self.requests - self.proxied_requests]
@@ -152,11 +179,14 @@ pub struct Implausible;
 
 /// No pod has so many requests in a second.
 const MOST: f64 = 1e9;
+/// A count below zero takes back what was said too early: Knative's activator says 1 for a key's first request at once, and
+/// one less at its next tick, of which the request may already have been the last.
+const MOST_TAKEN_BACK: f64 = 1.0;
 
-/// One pod, or one gateway, by its name.
+/// One pod, or one gateway.
 #[derive(Clone, Debug, Default)]
 struct Pod {
-    /// By incarnation: seldom more than one.
+    /// By incarnation: seldom more than one, never more than [`MOST_INCARNATIONS`].
     reported: Vec<(u64, Sender)>,
     streamed: Option<Streamed>,
 }
@@ -175,10 +205,6 @@ impl Streamed {
 }
 
 impl Pod {
-    fn sender(&self, incarnation: u64) -> Option<&Sender> {
-        self.reported.iter().find(|(i, _)| *i == incarnation).map(|(_, sender)| sender)
-    }
-
     /// What is in flight in it, and whether it counts as a pod; `None` if it is silent.
     fn live(&self, now_ns: u64) -> Option<(f64, bool)> {
         let mut live = None;
@@ -197,6 +223,94 @@ impl Pod {
     }
 }
 
+/// A key's pods and gateways by their names, and what memory they take.
+#[derive(Clone, Debug, Default)]
+struct Pods {
+    by_name: HashMap<Box<str>, Pod, RandomState>,
+    bytes: usize,
+}
+
+impl Pods {
+    /// A place in the map, which is at least 7/16 full once it has grown, and a byte beside it.
+    const PLACE_BYTES: usize = (size_of::<(Box<str>, Pod)>() + 1) * 16 / 7;
+    /// What the smallest map takes beyond its first place.
+    const EMPTY_BYTES: usize = 4 * size_of::<(Box<str>, Pod)>();
+    const INCARNATION_BYTES: usize = size_of::<(u64, Sender)>() + 16;
+
+    fn pod_bytes(name: &str) -> usize {
+        Self::PLACE_BYTES + heap_bytes(name.len())
+    }
+
+    /// What a report, or (without an incarnation) a stat would take that is not there yet.
+    fn missing_bytes(&self, name: &str, incarnation: Option<u64>) -> usize {
+        let pod = self.by_name.get(name);
+        let reported = pod.map_or(&[][..], |pod| &pod.reported);
+        let is_new = incarnation.is_some_and(|incarnation| {
+            reported.len() < MOST_INCARNATIONS && !reported.iter().any(|(i, _)| *i == incarnation)
+        });
+        let of_pod = if pod.is_none() { Self::pod_bytes(name) } else { 0 };
+        of_pod + if is_new { Self::INCARNATION_BYTES } else { 0 }
+    }
+
+    fn sender(&self, name: &str, incarnation: u64) -> Option<&Sender> {
+        let reported = &self.by_name.get(name)?.reported;
+        reported.iter().find(|(i, _)| *i == incarnation).map(|(_, sender)| sender)
+    }
+
+    /// Has a sender say something else; the one that was silent for longest makes room for an incarnation too many.
+    fn put(&mut self, name: &str, incarnation: u64, now: Sender) {
+        let reported = &mut self.pod(name).reported;
+        if let Some((_, sender)) = reported.iter_mut().find(|(i, _)| *i == incarnation) {
+            *sender = now;
+        } else if reported.len() < MOST_INCARNATIONS {
+            reported.reserve_exact(1);
+            reported.push((incarnation, now));
+            self.bytes += Self::INCARNATION_BYTES;
+        } else if let Some(oldest) = reported.iter_mut().min_by_key(|(_, sender)| sender.seen_ns) {
+            *oldest = (incarnation, now);
+        }
+    }
+
+    /// A sender was heard, and said nothing new.
+    fn heard(&mut self, name: &str, incarnation: u64, now_ns: u64) {
+        let reported = self.by_name.get_mut(name).map_or(&mut [][..], |pod| &mut pod.reported);
+        if let Some((_, sender)) = reported.iter_mut().find(|(i, _)| *i == incarnation) {
+            sender.seen_ns = now_ns;
+        }
+    }
+
+    /// A pod by its name, which is copied only the first time.
+    fn pod(&mut self, name: &str) -> &mut Pod {
+        let Self { by_name, bytes } = self;
+        match by_name.entry_ref(name) {
+            EntryRef::Occupied(pod) => pod.into_mut(),
+            EntryRef::Vacant(place) => {
+                *bytes += Self::pod_bytes(name);
+                place.insert_with_key(name.into(), Pod::default())
+            }
+        }
+    }
+
+    fn forget(&mut self, now_ns: u64) {
+        let mut bytes = 0;
+        self.by_name.retain(|name, pod| {
+            pod.reported.retain(|(_, sender)| now_ns.saturating_sub(sender.seen_ns) < MEMORY_NS);
+            pod.reported.shrink_to_fit();
+            pod.streamed = pod.streamed.filter(|streamed| streamed.is_live(now_ns));
+            let is_kept = !pod.reported.is_empty() || pod.streamed.is_some();
+            if is_kept {
+                bytes += Self::pod_bytes(name) + pod.reported.len() * Self::INCARNATION_BYTES;
+            }
+            is_kept
+        });
+        self.bytes = bytes;
+        // A map keeps its places; half of them stay free, or one pod more or less would copy it each time.
+        if self.by_name.capacity() > self.by_name.len() * 4 {
+            self.by_name.shrink_to(self.by_name.len());
+        }
+    }
+}
+
 /// Whether a sender of stats is an activator and no pod: a stat does not say, its pod's name does (as in older Knative's
 /// `pkg/autoscaler`, which told them apart by this prefix).
 pub fn is_activator(pod_name: &str) -> bool {
@@ -212,11 +326,19 @@ pub struct Key {
     streamed_total: f64,
     stable: Window<2>,
     panic: Window<2>,
-    pods: HashMap<String, Pod, RandomState>,
+    pods: Pods,
     last_report_ns: u64,
     last_traffic_second: Option<u64>,
-    decider: Option<Decider>,
+    started_ns: Option<u64>,
+    decided: Option<Decided>,
+}
+
+/// What a key wants, and since when.
+#[derive(Clone, Debug)]
+struct Decided {
+    decider: Decider,
     decision: Decision,
+    at_ns: u64,
 }
 
 impl Key {
@@ -229,12 +351,19 @@ impl Key {
             streamed_total: 0.0,
             stable: Window::new(sizes.stable_seconds),
             panic: Window::new(sizes.panic_seconds),
-            pods: HashMap::default(),
+            pods: Pods::default(),
             last_report_ns: 0,
             last_traffic_second: None,
-            decider: None,
-            decision: Decision::default(),
+            started_ns: None,
+            decided: None,
         }
+    }
+
+    /// The same key with a receiver that has just started, at its unix time `started_ns` in nanoseconds: until all senders can
+    /// have reported, what is known is too little to decide by.
+    #[must_use]
+    pub fn after_start(self, started_ns: u64) -> Self {
+        Self { started_ns: Some(started_ns), ..self }
     }
 
     /// What the key is scaled by.
@@ -254,12 +383,27 @@ impl Key {
 
     /// Whether this pod or gateway is one of the senders remembered.
     pub fn knows(&self, pod: &str) -> bool {
-        self.pods.contains_key(pod)
+        self.pods.by_name.contains_key(pod)
+    }
+
+    /// The memory that the senders take, in bytes.
+    pub fn sender_bytes(&self) -> usize {
+        Pods::EMPTY_BYTES + self.pods.bytes
+    }
+
+    /// The memory that a report of an incarnation, or a stat, of this pod would take that is not taken yet.
+    pub fn missing_bytes(&self, pod: &str, incarnation: Option<u64>) -> usize {
+        self.pods.missing_bytes(pod, incarnation)
+    }
+
+    /// The most that [`Key::missing_bytes`] can be.
+    pub fn most_missing_bytes(pod: &str) -> usize {
+        Pods::pod_bytes(pod) + Pods::INCARNATION_BYTES
     }
 
     /// How many pods and gateways are remembered, those that have been silent for less than [`MEMORY_NS`] among them.
     pub fn senders(&self) -> usize {
-        self.pods.len()
+        self.pods.by_name.len()
     }
 
     /// The receiver's unix time at the last report, in nanoseconds; 0 before the first.
@@ -279,7 +423,7 @@ impl Key {
         now_ns: u64,
     ) -> Result<Recorded, WentBack> {
         let KeyReport { since, until, from_gateway, .. } = report;
-        let known = self.pods.get(pod).and_then(|pod| pod.sender(incarnation));
+        let known = self.pods.sender(pod, incarnation);
         let period = addition(known.map(|sender| &sender.last), since, until)?;
         let last = known.map(|sender| sender.last);
         let is_latest =
@@ -297,12 +441,8 @@ impl Key {
             length_ns => length_ns,
         };
         self.last_report_ns = self.last_report_ns.max(now_ns);
-        let senders = &mut self.pod(pod).reported;
-        let sender = senders.iter_mut().find(|(i, _)| *i == incarnation).map(|(_, sender)| sender);
         if !is_latest && period.is_empty() {
-            if let Some(sender) = sender {
-                sender.seen_ns = now_ns;
-            }
+            self.pods.heard(pod, incarnation, now_ns);
             return Ok(Recorded::default());
         }
         let highest = last.map_or(*until, |last| last.ceiling(until));
@@ -315,10 +455,7 @@ impl Key {
             period_ns: length_ns.clamp(SHORTEST_PERIOD_NS, LONGEST_PERIOD_NS),
             seen_ns: now_ns,
         };
-        match sender {
-            Some(sender) => *sender = now,
-            None => senders.push((incarnation, now)),
-        }
+        self.pods.put(pod, incarnation, now);
         // A gateway is in front of all; what it passed on comes to the pods as proxied.
         let (proxied, proxied_ns) =
             if *from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
@@ -351,31 +488,14 @@ impl Key {
     /// # Errors
     /// [`Implausible`]; nothing was changed.
     pub fn record_stat(&mut self, pod: &str, stat: &Stat, now_ns: u64) -> Result<Recorded, Implausible> {
-        let added = PerSecond {
-            concurrency: stat.average_concurrent_requests,
-            proxied_concurrency: stat.average_proxied_concurrent_requests,
-            requests: stat.request_count,
-            proxied_requests: stat.proxied_request_count,
-        };
-        let plausible = |value: f64| (0.0..=MOST).contains(&value);
-        if ![added.concurrency, added.proxied_concurrency, added.requests, added.proxied_requests]
-            .into_iter()
-            .all(plausible)
-        {
-            return Err(Implausible);
-        }
+        let added = PerSecond::of(stat)?;
         let own @ [concurrency, requests] = added.own();
         self.last_report_ns = self.last_report_ns.max(now_ns);
         let from_gateway = is_activator(pod);
-        self.pod(pod).streamed = Some(Streamed { concurrency, seen_ns: now_ns, from_gateway });
+        self.pods.pod(pod).streamed = Some(Streamed { concurrency, seen_ns: now_ns, from_gateway });
         self.streamed_total += requests;
         let woke = self.add(own, 1, false, now_ns);
         Ok(Recorded { added: Some(added), woke })
-    }
-
-    /// A pod by its name, which is copied only the first time.
-    fn pod(&mut self, name: &str) -> &mut Pod {
-        self.pods.entry_ref(name).or_default()
     }
 
     /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the key woke: whether there is
@@ -403,21 +523,61 @@ impl Key {
 
     /// Whether the key should have any pod: it has traffic, or its decider wants one still.
     pub fn is_active(&self, now_ns: u64) -> bool {
-        self.has_traffic(now_ns) || self.decision.desired_pods > 0 || self.settings.min_scale > 0
+        self.has_traffic(now_ns) || self.decision().desired_pods > 0 || self.settings.min_scale > 0
+    }
+
+    /// Whether the receiver has just started, and senders may be missing of which it will yet hear: then less than there is
+    /// must not be said.
+    pub fn is_starting(&self, now_ns: u64) -> bool {
+        let Some(started_ns) = self.started_ns.filter(|_| self.decided.is_none()) else { return false };
+        let since_start = now_ns.saturating_sub(started_ns);
+        if since_start > LONGEST_PERIOD_NS + SECOND_NS {
+            return false;
+        }
+        let reported = self.pods.by_name.values().flat_map(|pod| &pod.reported);
+        let live = reported.filter(|(_, sender)| sender.is_live(now_ns));
+        let longest = live.map(|(_, sender)| sender.period_ns).max().unwrap_or(0);
+        since_start < START_NS.max(longest + SECOND_NS)
+    }
+
+    /// How many pods the key wants, as of the last decision; `None` where that is not known.
+    ///
+    /// Traffic that came after it wants one at once. Before the first decision that is all that can be said, and only
+    /// where one pod is not less than there may be: after a start, where no pod has reported and one is enough.
+    pub fn desired_pods(&self, now_ns: u64) -> Option<u32> {
+        let decided_second = self.decided.as_ref().map_or(0, |decided| decided.at_ns / SECOND_NS);
+        let woke = self.has_traffic(now_ns) && self.last_traffic_second >= Some(decided_second);
+        let at_once = || self.settings.bounded(1);
+        match &self.decided {
+            Some(Decided { decision, .. }) if woke => Some(decision.desired_pods.max(at_once())),
+            Some(Decided { decision, .. }) => Some(decision.desired_pods),
+            None if woke && (self.started_ns.is_none() || self.is_one_enough(now_ns)) => Some(at_once()),
+            None => None,
+        }
+    }
+
+    /// Whether gateways alone report, and no more than one pod takes.
+    fn is_one_enough(&self, now_ns: u64) -> bool {
+        let figures = self.figures(now_ns);
+        let load = match self.settings.metric {
+            Metric::Concurrency => figures.stable.concurrency.max(figures.in_flight as f64),
+            Metric::Rps => figures.stable.requests_per_second,
+        };
+        figures.pods == 0 && load <= self.settings.decider().target
     }
 
     /// The metric to scale by, all pods together: the stable average, or the panic one where that is larger in panic.
     pub fn metric(&self, metric: Metric, now_ns: u64) -> f64 {
         let Figures { stable, panic, .. } = self.figures(now_ns);
         let (stable, panic) = (stable.of(metric), panic.of(metric));
-        if self.decision.panic_mode { stable.max(panic) } else { stable }
+        if self.decision().panic_mode { stable.max(panic) } else { stable }
     }
 
     /// The figures at the receiver's unix time `now_ns`.
     pub fn figures(&self, now_ns: u64) -> Figures {
         let second = now_ns / SECOND_NS;
         let (mut in_flight, mut pods) = (0.0, 0);
-        for (live, is_pod) in self.pods.values().filter_map(|pod| pod.live(now_ns)) {
+        for (live, is_pod) in self.pods.by_name.values().filter_map(|pod| pod.live(now_ns)) {
             in_flight += live;
             pods += u64::from(is_pod);
         }
@@ -432,35 +592,54 @@ impl Key {
             pods,
             stable: averages(&self.stable),
             panic: averages(&self.panic),
-            last_report_age_ms: now_ns.saturating_sub(self.last_report_ns) / 1_000_000,
+            last_report_age_ms: (self.last_report_ns > 0)
+                .then(|| now_ns.saturating_sub(self.last_report_ns) / 1_000_000),
         }
     }
 
-    /// Decides how many pods the key wants at the receiver's unix time `now_ns`; the figures that it decided by.
+    /// Decides how many pods the key wants at the receiver's unix time `now_ns`, unless it [is
+    /// starting](Self::is_starting); the figures to decide by.
+    ///
+    /// Ready are the pods that report. Where none does, because a gateway alone tells of the key, the last decision is
+    /// taken as done: were it always one pod, panic would never end, and nothing would ever be scaled down. (Knative asks
+    /// the endpoints, which nobody has to be for the stats server.)
     pub fn decide(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
-        let reporting = u32::try_from(figures.pods).unwrap_or(u32::MAX);
-        let ready = self.settings.ready_pods.unwrap_or(reporting);
+        if self.is_starting(now_ns) {
+            return figures;
+        }
+        let assumed = match figures.pods {
+            0 => self.decision().desired_pods,
+            reporting => u32::try_from(reporting).unwrap_or(u32::MAX),
+        };
+        let ready = self.settings.ready_pods.unwrap_or(assumed);
         let metric = self.settings.metric;
         let (stable, panic) = (figures.stable.of(metric), figures.panic.of(metric));
-        let decider = self.decider.get_or_insert_with(|| Decider::new(now_ns, ready));
-        let wanted = decider.decide(&self.settings.decider(), &Observation { now_ns, ready, stable, panic });
-        self.decision = Decision { desired_pods: self.settings.bounded(wanted.desired_pods), ..wanted };
+        let decided = self.decided.get_or_insert_with(|| Decided {
+            decider: Decider::new(now_ns, ready),
+            decision: Decision::default(),
+            at_ns: now_ns,
+        });
+        let seen = Observation { now_ns, ready, stable, panic };
+        let wanted = decided.decider.decide(&self.settings.decider(), &seen);
+        decided.decision = Decision { desired_pods: self.settings.bounded(wanted.desired_pods), ..wanted };
+        decided.at_ns = now_ns;
         figures
     }
 
-    /// The last decision.
+    /// The last decision; before the first, none is wanted.
     pub fn decision(&self) -> Decision {
-        self.decision
+        self.decided.as_ref().map(|decided| decided.decision).unwrap_or_default()
+    }
+
+    /// Whether there is a decision.
+    pub fn is_decided(&self) -> bool {
+        self.decided.is_some()
     }
 
     /// Forgets senders that have been silent for [`MEMORY_NS`]; of a stat nothing needs to be remembered.
     pub fn forget(&mut self, now_ns: u64) {
-        self.pods.retain(|_, pod| {
-            pod.reported.retain(|(_, sender)| now_ns.saturating_sub(sender.seen_ns) < MEMORY_NS);
-            pod.streamed = pod.streamed.filter(|streamed| streamed.is_live(now_ns));
-            !pod.reported.is_empty() || pod.streamed.is_some()
-        });
+        self.pods.forget(now_ns);
     }
 }
 
@@ -671,6 +850,149 @@ mod tests {
         assert_eq!((figures.pods, figures.requests_total, figures.in_flight), (1, 6, 2));
     }
 
+    #[test]
+    fn of_a_pod_the_last_four_incarnations_are_kept() {
+        let mut key = Key::new(Arc::default());
+        for incarnation in 1..=20_000 {
+            let at_ns = NOW + incarnation * 1_000;
+            assert!(key.missing_bytes("pod", Some(incarnation)) <= Key::most_missing_bytes("pod"));
+            key.record("pod", incarnation, &report(at(1, 0, 0, 0), at(2, 3, 1, 7)), at_ns).unwrap();
+        }
+        let figures = key.figures(NOW + S);
+        assert_eq!((figures.pods, figures.requests_total, figures.in_flight), (1, 60_000, 28));
+        // Those of which nobody will hear again went; the last are still known.
+        key.record("pod", 19_997, &report(at(1, 0, 0, 0), at(2, 3, 1, 7)), NOW + S).unwrap();
+        assert_eq!(key.figures(NOW + S).requests_total, 60_000);
+        assert_eq!(key.missing_bytes("pod", Some(19_997)), 0);
+        assert_eq!(key.pods.by_name["pod"].reported.capacity(), 4);
+        let four = Pods::pod_bytes("pod") + 4 * Pods::INCARNATION_BYTES;
+        assert_eq!((key.pods.bytes, key.sender_bytes()), (four, four + Pods::EMPTY_BYTES));
+    }
+
+    #[test]
+    fn pods_that_are_forgotten_leave_no_memory_behind() {
+        let mut key = Key::new(Arc::default());
+        for pod in 0..10_000 {
+            let name = format!("pod-{pod}");
+            let missing = key.missing_bytes(&name, Some(1));
+            assert_eq!(missing, Key::most_missing_bytes(&name));
+            let before = key.sender_bytes();
+            key.record(&name, 1, &report(at(1, 0, 0, 0), at(2, 1, 1, 1)), NOW).unwrap();
+            key.record_stat(&name, &stat("", 1.0, 1.0), NOW).unwrap();
+            assert_eq!((key.sender_bytes() - before, key.missing_bytes(&name, None)), (missing, 0));
+        }
+        assert!(key.pods.by_name.allocation_size() <= key.sender_bytes());
+        key.forget(NOW + MEMORY_NS);
+        assert_eq!((key.senders(), key.sender_bytes()), (0, Pods::EMPTY_BYTES));
+        assert!(key.pods.by_name.allocation_size() <= Pods::EMPTY_BYTES + Pods::PLACE_BYTES);
+    }
+
+    /// What a gateway says each second: the totals, and what is in flight.
+    fn gateway(second: u64, total: &mut u64, concurrency: u32) -> KeyReport {
+        let since = at(second, 0, *total, concurrency);
+        *total += u64::from(concurrency);
+        KeyReport { from_gateway: true, ..report(since, at(second + 1, 0, *total, concurrency)) }
+    }
+
+    #[test]
+    fn behind_a_gateway_alone_panic_ends_and_pods_go_in_the_end_all_of_them() {
+        let told = serde_json::json!({"stable_window": "6s"});
+        let mut key = Key::new(Arc::new(KeySettings::default().with(told, 200.0).unwrap()));
+        let (mut total, mut counts) = (0, Vec::new());
+        for second in 0..60 {
+            let concurrency = match second {
+                0..9 => 700,
+                9..34 => 210,
+                _ => 0,
+            };
+            let now = NOW + second * S;
+            key.record("gateway", 1, &gateway(second + 1, &mut total, concurrency), now).unwrap();
+            if second % 2 == 0 {
+                key.decide(now);
+                let Decision { desired_pods, panic_mode, .. } = key.decision();
+                counts.push((desired_pods, panic_mode));
+            }
+        }
+        let at = |second: usize| counts[second / 2];
+        assert_eq!(at(4), (10, true));
+        assert_eq!(at(32), (3, false), "{counts:?}");
+        assert_eq!(at(58), (0, false), "{counts:?}");
+    }
+
+    #[test]
+    fn after_a_start_nothing_is_decided_by_the_pods_that_happen_to_report_first() {
+        let mut key = Key::new(Arc::default()).after_start(NOW);
+        assert_eq!(key.desired_pods(NOW), None);
+        let of_pod =
+            |second: u64| report(at(second, 0, 70 * second, 70), at(second + 1, 0, 70 * (second + 1), 70));
+        // A hundred pods, spread over each second.
+        for tick in 0..300 {
+            let (second, pod, now) = (tick / 100 + 1, tick % 100, NOW + tick * S / 100);
+            key.record(&format!("pod-{pod}"), 1, &of_pod(second), now).unwrap();
+            key.decide(now);
+            assert!(key.is_starting(now) && key.is_active(now), "active with the first");
+            assert_eq!((key.desired_pods(now), key.is_decided()), (None, false));
+        }
+        assert_eq!(key.desired_pods(NOW + 3 * S), None, "until it is decided");
+        key.decide(NOW + 3 * S);
+        assert_eq!((key.desired_pods(NOW + 3 * S), key.is_starting(NOW)), (Some(100), false));
+    }
+
+    #[test]
+    fn after_a_start_pods_with_a_long_period_are_waited_for() {
+        let mut key = Key::new(Arc::default()).after_start(NOW);
+        key.record("pod", 1, &report(at(1, 0, 0, 0), at(21, 9, 9, 1)), NOW + S).unwrap();
+        assert!(key.is_starting(NOW + 21 * S - 1) && !key.is_starting(NOW + 21 * S));
+        // The next report says that it only had been away.
+        key.record("pod", 1, &report(at(21, 9, 9, 1), at(22, 9, 9, 1)), NOW + 2 * S).unwrap();
+        assert!(!key.is_starting(NOW + 3 * S));
+    }
+
+    #[test]
+    fn after_a_start_the_first_request_of_an_idle_key_wants_a_pod_at_once() {
+        let told = |json| Arc::new(KeySettings::default().with(json, 200.0).unwrap());
+        let said = |key: &Key| (key.desired_pods(NOW), key.is_active(NOW));
+        let of_gateway = |concurrency| gateway(1, &mut 0, concurrency);
+        for (concurrency, json, desired) in [
+            (1, serde_json::json!({}), Some(1)),
+            (1, serde_json::json!({"min_scale": 3}), Some(3)),
+            // More than one pod takes: as if one were enough, that must not be said.
+            (71, serde_json::json!({}), None),
+        ] {
+            let mut key = Key::new(told(json)).after_start(NOW);
+            key.record("gateway", 1, &of_gateway(concurrency), NOW).unwrap();
+            assert_eq!(said(&key), (desired, true), "{concurrency}");
+        }
+        // Where the server was there, whoever reports is all that there is; and no decision is waited for.
+        let mut key = Key::new(Arc::default());
+        key.record("pod", 1, &report(at(1, 0, 0, 0), at(2, 0, 0, 0)), NOW - 60 * S).unwrap();
+        key.decide(NOW - 60 * S);
+        assert_eq!(said(&key), (Some(0), false));
+        key.record("pod", 1, &report(at(2, 0, 0, 0), at(3, 1, 1, 1)), NOW).unwrap();
+        assert_eq!(said(&key), (Some(1), true));
+    }
+
+    #[test]
+    fn no_key_wants_more_than_a_million_pods() {
+        let told =
+            serde_json::json!({"target": 0.01, "max_scale_up_rate": 1e30, "activation_scale": 1_000_000});
+        let mut key = Key::new(Arc::new(KeySettings::default().with(told, 200.0).unwrap()));
+        key.record_stat("p", &stat("p", 1e9, 1e9), NOW).unwrap();
+        key.decide(NOW);
+        assert_eq!(key.desired_pods(NOW), Some(1_000_000));
+    }
+
+    #[test]
+    fn a_stat_takes_back_one_request_and_nothing_is_shown_below_zero() {
+        let mut key = Key::new(Arc::default());
+        key.record_stat("activator", &stat("", 0.0, -1.0), NOW).unwrap();
+        let figures = key.figures(NOW);
+        assert_eq!((figures.requests_total, figures.stable, figures.in_flight), (0, Averages::default(), 0));
+        key.record_stat("activator", &stat("", 1.0, 3.0), NOW).unwrap();
+        assert_eq!(key.figures(NOW).requests_total, 2);
+        assert_eq!(key.record_stat("activator", &stat("", 0.0, -1.01), NOW), Err(Implausible));
+    }
+
     fn stat(pod_name: &'static str, concurrency: f64, requests: f64) -> Stat {
         Stat {
             pod_name: pod_name.into(),
@@ -696,17 +1018,17 @@ mod tests {
         assert_eq!(figures.stable, Averages { concurrency: 3.5, requests_per_second: 11.0 });
         assert_eq!(key.figures(NOW + 11 * S).in_flight, 0, "silent for more than ten seconds");
         key.forget(NOW + 11 * S);
-        assert!(key.pods.is_empty());
+        assert_eq!((key.senders(), key.pods.bytes), (0, 0));
     }
 
     #[test]
     fn a_stat_that_nobody_can_have_measured_changes_nothing() {
         let mut key = Key::new(Arc::default());
-        for wrong in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+        for wrong in [f64::NAN, f64::INFINITY, -2.0, 1e300] {
             assert_eq!(key.record_stat("p", &stat("p", wrong, 0.0), NOW), Err(Implausible));
             assert_eq!(key.record_stat("p", &stat("p", 0.0, wrong), NOW), Err(Implausible));
         }
-        assert_eq!((key.figures(NOW).pods, key.last_report_ns), (0, 0));
+        assert_eq!((key.figures(NOW).pods, key.figures(NOW).last_report_age_ms), (0, None));
     }
 
     #[test]

@@ -29,7 +29,8 @@ pub const DEFAULT_RPS_TARGET: f64 = 200.0;
 pub const STABLE_WINDOW: [Duration; 2] = [Duration::from_secs(6), Duration::from_secs(3600)];
 /// The longest scale-down delay.
 pub const LONGEST_DELAY: Duration = Duration::from_secs(3600);
-const MOST_PODS: u32 = 1_000_000;
+/// The most pods that anything can be told, or that a key can want.
+pub const MOST_PODS: u32 = 1_000_000;
 
 /// All that a key is scaled by. Serialized, it is what can be told it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -188,9 +189,39 @@ impl KeySettings {
 
     /// A count of pods within the bounds.
     pub fn bounded(&self, pods: u32) -> u32 {
-        let most = if self.max_scale == 0 { u32::MAX } else { self.max_scale };
+        let most = if self.max_scale == 0 { MOST_PODS } else { self.max_scale };
         pods.max(self.min_scale).min(most)
     }
+
+    /// The memory that a key takes by these settings, in bytes: its windows, and what its decider remembers of the
+    /// scale-down delay at the most.
+    pub fn bytes(&self) -> usize {
+        let WindowSizes { stable_seconds, panic_seconds } = self.windows();
+        let seconds = |seconds| heap_bytes(size_of::<[f64; 2]>().saturating_mul(seconds));
+        let delay = decider::delay_bytes(in_nanoseconds(self.scale_down_delay));
+        seconds(stable_seconds).saturating_add(seconds(panic_seconds)).saturating_add(heap_bytes(delay))
+    }
+
+    /// `json`, of which these settings were made, as short as it can be said: a duration may be written in any length.
+    pub fn shortened(&self, json: Value) -> Value {
+        let (Value::Object(mut told), Ok(Value::Object(mut shown))) = (json, serde_json::to_value(self))
+        else {
+            return Value::Null;
+        };
+        for (key, value) in &mut told {
+            if value.is_string()
+                && let Some(short) = shown.remove(key)
+            {
+                *value = short;
+            }
+        }
+        Value::Object(told)
+    }
+}
+
+/// What so many bytes take of the heap: an allocator adds a word and rounds up.
+pub fn heap_bytes(bytes: usize) -> usize {
+    if bytes == 0 { 0 } else { bytes.saturating_add(size_of::<usize>()).next_multiple_of(16).max(32) }
 }
 
 fn in_nanoseconds(duration: Duration) -> u64 {
@@ -231,6 +262,28 @@ mod tests {
         // Found by fuzzing: what was not told is not shown, or it could not be told.
         let shown = serde_json::to_value(KeySettings::default()).unwrap();
         assert_eq!(with(shown).unwrap(), KeySettings::default());
+    }
+
+    #[test]
+    fn what_was_told_at_length_is_kept_short() {
+        let zeros = "0".repeat(1_000);
+        let told = json!({"stable_window": format!("{zeros}60s"), "scale_down_delay": format!("1500.{zeros}ms"), "target": 7,
+            "metric": "rps"});
+        let settings = with(told.clone()).unwrap();
+        let short = settings.shortened(told);
+        assert_eq!(
+            short,
+            json!({"stable_window": "60s", "scale_down_delay": "1.5s", "target": 7, "metric": "rps"})
+        );
+        assert_eq!(with(short).unwrap(), settings);
+    }
+
+    #[test]
+    fn settings_say_what_their_windows_and_their_delay_take() {
+        let bytes = |json| with(json).unwrap().bytes();
+        let widest = json!({"stable_window": "60m", "panic_window_percentage": 100});
+        assert_eq!((bytes(json!({})), bytes(widest)), (16 * 60 + 16 + 16 * 6 + 16, 2 * (16 * 3600 + 16)));
+        assert_eq!(bytes(json!({"scale_down_delay": "60m"})) - bytes(json!({})), 8 * 2048 + 16);
     }
 
     #[test]

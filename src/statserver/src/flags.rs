@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use inflight_stats::settings::{
-    BURST, Bound, DEFAULT_RPS_TARGET, KeySettings, LONGEST_DELAY, PERCENTAGE, RATE, STABLE_WINDOW, TARGET,
-    THRESHOLD,
+    BURST, Bound, DEFAULT_RPS_TARGET, KeySettings, LONGEST_DELAY, MOST_PODS, PERCENTAGE, RATE, STABLE_WINDOW,
+    TARGET, THRESHOLD,
 };
 use tokio_tungstenite::tungstenite::http::Uri;
 use tracing::level_filters::LevelFilter;
@@ -102,8 +102,8 @@ pub struct Flags {
     #[arg(long, env = "INFLIGHT_SCALE_DOWN_DELAY", default_value = "0s", value_parser = duration)]
     pub scale_down_delay: Duration,
 
-    /// A count above zero is at least this.
-    #[arg(long, env = "INFLIGHT_ACTIVATION_SCALE", default_value_t = 1)]
+    /// If any pod is needed, so many are.
+    #[arg(long, env = "INFLIGHT_ACTIVATION_SCALE", default_value_t = 1, value_parser = pods)]
     pub activation_scale: u32,
 
     /// How much is taken from a network.
@@ -175,6 +175,11 @@ fn percentage(text: &str) -> Result<f64, String> {
     number(text, PERCENTAGE)
 }
 
+fn pods(text: &str) -> Result<u32, String> {
+    let pods = text.parse().ok().filter(|pods| *pods <= MOST_PODS);
+    pods.ok_or_else(|| format!("allowed is a whole number from 0 to {MOST_PODS}"))
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let duration = inflight_stats::config::parse_duration(text);
     duration.filter(|d| *d <= LONGEST_DELAY).ok_or_else(|| "allowed is 0s to 60m".into())
@@ -241,6 +246,7 @@ mod tests {
             ["--max-report-bytes", "1048577"],
             ["--body-timeout", "0s"],
             ["--max-depth", "65"],
+            ["--activation-scale", "1000001"],
         ] {
             let error = Flags::try_parse_from(["inflight-statserver", wrong[0], wrong[1]]).unwrap_err();
             assert!(error.to_string().contains("allowed is"), "{error}");

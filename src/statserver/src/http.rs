@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{FromRequestParts, Path, Query, Request, State};
+use axum::extract::{FromRequestParts, Path, Query, RawPathParams, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -106,6 +106,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/keys/{namespace}/{name}", get(key))
         .route("/v1/keys/{namespace}/{name}/history", get(history))
         .route("/v1/keys/{namespace}/{name}/settings", get(settings).put(tell).delete(untell))
+        .route("/v1/key", get(key))
+        .route("/v1/key/history", get(history))
+        .route("/v1/key/settings", get(settings).put(tell).delete(untell))
         .route("/", get(|_: Grant| page("text/html; charset=utf-8", include_str!("page/index.html"))))
         .route("/page.css", get(|_: Grant| page("text/css", include_str!("page/page.css"))))
         .route("/page.js", get(|_: Grant| page("text/javascript", include_str!("page/page.js"))))
@@ -277,10 +280,13 @@ struct KeyView {
     pods: u64,
     stable: AveragesView,
     panic: AveragesView,
-    desired_pods: u32,
+    /// `null` where it is not known yet.
+    desired_pods: Option<u32>,
     panic_mode: bool,
-    excess_burst_capacity: i64,
-    last_report_age_ms: u64,
+    /// `null` before the first decision.
+    excess_burst_capacity: Option<i64>,
+    /// `null` before the first report.
+    last_report_age_ms: Option<u64>,
     settings: Arc<KeySettings>,
 }
 
@@ -297,7 +303,7 @@ impl From<Averages> for AveragesView {
 }
 
 impl From<View> for KeyView {
-    fn from(View { name: (namespace, name), figures, decision, settings }: View) -> Self {
+    fn from(View { name: (namespace, name), figures, desired_pods, decision, settings }: View) -> Self {
         Self {
             namespace,
             name,
@@ -306,9 +312,9 @@ impl From<View> for KeyView {
             pods: figures.pods,
             stable: figures.stable.into(),
             panic: figures.panic.into(),
-            desired_pods: decision.desired_pods,
-            panic_mode: decision.panic_mode,
-            excess_burst_capacity: decision.excess_burst_capacity,
+            desired_pods,
+            panic_mode: decision.is_some_and(|decision| decision.panic_mode),
+            excess_burst_capacity: decision.map(|decision| decision.excess_burst_capacity),
             last_report_age_ms: figures.last_report_age_ms,
             settings,
         }
@@ -337,11 +343,39 @@ async fn keys(State(app): State<Arc<App>>, grant: Grant, Query(wanted): Query<Wa
     Json(KeysView { keys: views.into_iter().map(KeyView::from).collect(), found })
 }
 
+/// Which key a request is about: by its path, or by `?namespace=…&name=…`, because clients take `.` and `..` out of paths,
+/// also if they are percent-encoded.
+struct Named(KeyName);
+
+#[derive(Deserialize)]
+struct NamedByQuery {
+    namespace: String,
+    name: String,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        let in_path = RawPathParams::from_request_parts(parts, state).await;
+        if in_path.map_err(IntoResponse::into_response)?.iter().next().is_some() {
+            let name = Path::<KeyName>::from_request_parts(parts, state).await;
+            return name.map(|Path(name)| Self(name)).map_err(IntoResponse::into_response);
+        }
+        let query = Query::<NamedByQuery>::from_request_parts(parts, state).await;
+        let Query(NamedByQuery { namespace, name }) = query.map_err(|_| {
+            let reason = "the query was not of this kind, allowed is ?namespace=NAMESPACE&name=NAME\n";
+            (StatusCode::BAD_REQUEST, reason).into_response()
+        })?;
+        Ok(Self((namespace, name)))
+    }
+}
+
 fn unknown((namespace, name): &KeyName) -> Response {
     (StatusCode::NOT_FOUND, format!("no report of key {namespace}/{name}\n")).into_response()
 }
 
-async fn key(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn key(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if !grant.covers(&name.0) {
         return not_covered(&app, &name.0).into_response();
     }
@@ -355,7 +389,7 @@ struct HistoryView {
     points: Vec<Point>,
 }
 
-async fn history(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn history(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if !grant.covers(&name.0) {
         return not_covered(&app, &name.0).into_response();
     }
@@ -367,7 +401,7 @@ async fn history(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<Key
     )
 }
 
-async fn settings(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn settings(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if !grant.covers(&name.0) {
         return not_covered(&app, &name.0).into_response();
     }
@@ -384,7 +418,7 @@ fn may_tell(app: &App, grant: &Grant, name: &KeyName) -> Result<(), (StatusCode,
 }
 
 /// What a key is told replaces all that it was told before.
-async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>, body: Body) -> Response {
+async fn tell(State(app): State<Arc<App>>, grant: Grant, Named(name): Named, body: Body) -> Response {
     if let Err(refused) = may_tell(&app, &grant, &name) {
         return refused.into_response();
     }
@@ -411,16 +445,19 @@ async fn tell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyNam
     }
 }
 
-async fn untell(State(app): State<Arc<App>>, grant: Grant, Path(name): Path<KeyName>) -> Response {
+async fn untell(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) -> Response {
     if let Err(refused) = may_tell(&app, &grant, &name) {
         return refused.into_response();
     }
     told(&app, name, None).await
 }
 
-async fn told(app: &App, name: KeyName, json: Option<serde_json::Value>) -> Response {
+async fn told(app: &Arc<App>, name: KeyName, json: Option<serde_json::Value>) -> Response {
     let removed = json.is_none();
-    match app.told.tell(&app.keys, name.clone(), json).await {
+    // Done also if the client goes meanwhile, or the file and the key would not agree.
+    let (telling, of) = (Arc::clone(app), name.clone());
+    let done = tokio::spawn(async move { telling.told.tell(&telling.keys, of, json).await }).await;
+    match done.unwrap_or_else(|error| Err(TellError::File(std::io::Error::other(error)))) {
         Ok(()) if removed => StatusCode::NO_CONTENT.into_response(),
         Ok(()) => {
             let settings = app.keys.of(&name.0, &name.1, |key| Arc::clone(key.settings()));
@@ -429,6 +466,10 @@ async fn told(app: &App, name: KeyName, json: Option<serde_json::Value>) -> Resp
         Err(TellError::Invalid(reason)) => (StatusCode::BAD_REQUEST, format!("{reason}\n")).into_response(),
         Err(TellError::TooMany) => {
             (StatusCode::INSUFFICIENT_STORAGE, "too many keys have settings of their own\n").into_response()
+        }
+        Err(TellError::Full(full)) => {
+            app.metrics.refused(full.limit);
+            (StatusCode::INSUFFICIENT_STORAGE, format!("nothing was changed: {full}\n")).into_response()
         }
         Err(TellError::File(error)) => {
             warn!(%error, "the settings file cannot be written");

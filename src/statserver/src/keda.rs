@@ -105,6 +105,16 @@ impl Asked {
         app.keys.of(namespace, name, |key| key.is_active(now_ns())).unwrap_or(false)
     }
 
+    /// Right after a start some senders of a key have not reported yet: it is active with the first that has traffic, but
+    /// what they make together is not known.
+    fn may_say_less(&self, app: &App) -> Result<(), Status> {
+        let (namespace, name) = &self.key;
+        if app.keys.of(namespace, name, |key| key.is_starting(now_ns())).unwrap_or(false) {
+            return Err(Status::unavailable("the stats server has just started: not all have reported yet"));
+        }
+        Ok(())
+    }
+
     fn spec(&self, app: &App) -> GetMetricSpecResponse {
         let settings = self.settings(app);
         let metric = self.metric(&settings);
@@ -168,7 +178,11 @@ impl ExternalScaler for Scaler {
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<IsActiveResponse>, Status> {
         let asked = self.asked(request)?;
-        Ok(Response::new(IsActiveResponse { result: asked.is_active(&self.0) }))
+        let result = asked.is_active(&self.0);
+        if !result {
+            asked.may_say_less(&self.0)?;
+        }
+        Ok(Response::new(IsActiveResponse { result }))
     }
 
     async fn stream_is_active(
@@ -196,6 +210,7 @@ impl ExternalScaler for Scaler {
             request.into_parts();
         let object = scaled_object_ref.unwrap_or_default();
         let asked = Asked::granted(&self.0, &metadata, &extensions, object)?;
+        asked.may_say_less(&self.0)?;
         let metric = asked.metric(&asked.settings(&self.0));
         let (namespace, name) = &asked.key;
         let value = self.0.keys.of(namespace, name, |key| key.metric(metric, now_ns())).unwrap_or(0.0);

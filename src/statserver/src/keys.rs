@@ -1,17 +1,18 @@
 //! Every key's figures, in memory. Keys lie in shards, so that reports of different keys seldom wait
 //! for each other; no lock is held across keys.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
+use inflight_stats::Report;
 use inflight_stats::decider::Decision;
-use inflight_stats::ingest::{Figures, Implausible, Key, PerSecond, WentBack};
-use inflight_stats::settings::KeySettings;
+use inflight_stats::ingest::{Figures, Implausible, Key, LONGEST_PERIOD_NS, PerSecond, WentBack};
+use inflight_stats::settings::{KeySettings, heap_bytes};
 use inflight_stats::wire::WireStatMessage;
-use inflight_stats::{KeyReport, Report};
 use serde::Serialize;
 
 use crate::access::Grant;
@@ -21,7 +22,7 @@ use crate::watch::Watch;
 const SHARDS: usize = 64;
 /// What a chart shows: ten minutes of decisions.
 pub const POINTS: usize = 300;
-/// The most keys whose past is kept: 5 KB each.
+/// The most keys whose past is kept: 4.8 KB each.
 const MOST_HISTORIES: usize = 2_000;
 
 /// A key of which nothing was heard for so long is forgotten.
@@ -46,8 +47,10 @@ pub struct View {
     pub name: KeyName,
     /// What its senders make it.
     pub figures: Figures,
-    /// How many pods it wants.
-    pub decision: Decision,
+    /// How many pods it wants; `None` where that is not known yet.
+    pub desired_pods: Option<u32>,
+    /// The last decision, if there is one.
+    pub decision: Option<Decision>,
     /// What it is scaled by.
     pub settings: Arc<KeySettings>,
 }
@@ -56,6 +59,9 @@ struct Entry {
     name: KeyName,
     key: Key,
     past: VecDeque<Point>,
+    /// What it was last said to take, without its senders and of these.
+    own_bytes: usize,
+    sender_bytes: usize,
 }
 
 impl Entry {
@@ -63,7 +69,8 @@ impl Entry {
         View {
             name: self.name.clone(),
             figures: self.key.figures(now_ns),
-            decision: self.key.decision(),
+            desired_pods: self.key.desired_pods(now_ns),
+            decision: self.key.is_decided().then(|| self.key.decision()),
             settings: Arc::clone(self.key.settings()),
         }
     }
@@ -73,7 +80,15 @@ impl Entry {
 #[derive(Default)]
 struct Shard {
     places: HashTable<usize>,
-    entries: Vec<Entry>,
+    #[allow(clippy::vec_box, reason = "a vector that has grown is half empty: of pointers that is little")]
+    entries: Vec<Box<Entry>>,
+}
+
+/// How many keys there are.
+#[derive(Default)]
+struct Counts {
+    all: usize,
+    of_namespace: HashMap<String, usize>,
 }
 
 /// Who is told of what a report or a stat added.
@@ -93,7 +108,10 @@ pub struct Full {
 
 impl fmt::Display for Full {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, all that --{} allows", self.reason, self.limit.flag())
+        match self.limit {
+            Limit::TableBytes => write!(f, "{} (--{})", self.reason, self.limit.flag()),
+            _ => write!(f, "{}, all that --{} allows", self.reason, self.limit.flag()),
+        }
     }
 }
 
@@ -118,10 +136,14 @@ pub enum NoStat {
 /// How much is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
+    /// Keys in all.
+    pub keys: usize,
     /// Keys of one namespace.
     pub keys_per_namespace: usize,
     /// Pods and gateways of one key.
     pub pods_per_key: usize,
+    /// Bytes that keys, their windows and their senders take, histories apart.
+    pub bytes: usize,
 }
 
 /// All keys.
@@ -130,19 +152,34 @@ pub struct Keys {
     hasher: RandomState,
     defaults: Arc<KeySettings>,
     room: Room,
-    /// How many keys each namespace has.
-    namespaces: Mutex<HashMap<String, usize>>,
+    started_ns: u64,
+    /// Whether senders of a new key may have reported it to the server before this one.
+    has_just_started: AtomicBool,
+    counts: Mutex<Counts>,
+    bytes: AtomicUsize,
+    histories: AtomicUsize,
     told: RwLock<HashMap<KeyName, Arc<KeySettings>>>,
     /// Who waits for a key's first traffic.
     pub watch: Watch,
 }
 
 impl Keys {
-    /// No keys yet; each is scaled by `defaults` unless it is told otherwise.
-    pub fn new(defaults: Arc<KeySettings>, room: Room) -> Self {
-        let shards = Box::new(std::array::from_fn(|_| Mutex::default()));
-        let (told, watch, namespaces) = (RwLock::default(), Watch::default(), Mutex::default());
-        Self { shards, hasher: RandomState::new(), defaults, room, namespaces, told, watch }
+    /// No keys yet; each is scaled by `defaults` unless it is told otherwise. Until all senders can have reported since the
+    /// unix time `started_ns` in nanoseconds, too little is known to decide by.
+    pub fn new(defaults: Arc<KeySettings>, room: Room, started_ns: u64) -> Self {
+        Self {
+            shards: Box::new(std::array::from_fn(|_| Mutex::default())),
+            hasher: RandomState::new(),
+            defaults,
+            room,
+            started_ns,
+            has_just_started: AtomicBool::new(true),
+            counts: Mutex::default(),
+            bytes: AtomicUsize::new(0),
+            histories: AtomicUsize::new(0),
+            told: RwLock::default(),
+            watch: Watch::default(),
+        }
     }
 
     /// What a key is scaled by that was told nothing.
@@ -165,7 +202,7 @@ impl Keys {
         let (mut full, mut went_back) = (None, None);
         for message in messages {
             let (namespace, name) = (&message.namespace, &message.name);
-            let recorded = self.with(namespace, name, Some(pod), |entry| {
+            let recorded = self.with(namespace, name, Some((pod, Some(*incarnation))), |entry| {
                 entry.key.record(pod, *incarnation, message, now_ns)
             });
             let recorded = match recorded {
@@ -208,8 +245,10 @@ impl Keys {
         if !grant.covers(namespace) {
             return Err(NoStat::Bad);
         }
+        // A stat that is dropped makes no key.
+        PerSecond::of(stat).map_err(|Implausible| NoStat::Bad)?;
         let recorded =
-            self.with(namespace, name, Some(pod), |entry| entry.key.record_stat(pod, stat, now_ns));
+            self.with(namespace, name, Some((pod, None)), |entry| entry.key.record_stat(pod, stat, now_ns));
         let recorded = recorded.map_err(NoStat::Full)?.map_err(|Implausible| NoStat::Bad)?;
         if recorded.woke {
             self.watch.woke(namespace, name);
@@ -235,30 +274,45 @@ impl Keys {
     /// The keys of the namespaces granted whose namespace and name, joined by a slash, contain `part`: the first `most`
     /// of them in alphabetical order, and how many there are.
     pub fn views(&self, grant: &Grant, part: &str, most: usize, now_ns: u64) -> (Vec<View>, usize) {
-        let mut names = Vec::new();
+        // No more names are kept than are asked for: the last of them goes when one comes before it.
+        let (mut names, mut found) = (BinaryHeap::<KeyName>::new(), 0_usize);
         self.each(|entry| {
             let (namespace, name) = &entry.name;
             let fits = part.is_empty() || format!("{namespace}/{name}").contains(part);
-            if fits && grant.covers(namespace) {
+            if !fits || !grant.covers(namespace) {
+                return;
+            }
+            found += 1;
+            if names.len() < most {
                 names.push(entry.name.clone());
+            } else if let Some(mut last) = names.peek_mut()
+                && entry.name < *last
+            {
+                last.clone_from(&entry.name);
             }
         });
-        let found = names.len();
-        names.sort_unstable();
-        let views =
-            names.iter().take(most).filter_map(|(namespace, name)| self.view(namespace, name, now_ns));
+        let names = names.into_sorted_vec();
+        let views = names.iter().filter_map(|(namespace, name)| self.view(namespace, name, now_ns));
         (views.collect(), found)
     }
 
     /// Decides for every key.
     pub fn decide(&self, now_ns: u64) {
-        let mut pasts = 0;
+        if now_ns.saturating_sub(self.started_ns) > LONGEST_PERIOD_NS {
+            self.has_just_started.store(false, Ordering::Relaxed);
+        }
         self.each(|entry| {
             let figures = entry.key.decide(now_ns);
-            if pasts == MOST_HISTORIES && entry.past.is_empty() {
+            if !entry.key.is_decided() {
                 return;
             }
-            pasts += 1;
+            if entry.past.capacity() == 0 {
+                if self.histories.load(Ordering::Relaxed) >= MOST_HISTORIES {
+                    return;
+                }
+                self.histories.fetch_add(1, Ordering::Relaxed);
+                entry.past = VecDeque::with_capacity(POINTS);
+            }
             if entry.past.len() == POINTS {
                 entry.past.pop_front();
             }
@@ -274,38 +328,77 @@ impl Keys {
         });
     }
 
+    /// Makes room for a key and for what it takes by these settings; whether the key was not there.
+    ///
+    /// # Errors
+    /// [`Full`]; nothing was changed.
+    pub fn admit(&self, name: &KeyName, settings: &KeySettings) -> Result<bool, Full> {
+        let (namespace, key) = name;
+        let is_new = self.known(namespace, key, |_| ()).is_none();
+        let room = self.with(namespace, key, None, |entry| {
+            let more = self.own_bytes(name, settings).saturating_sub(entry.own_bytes);
+            if more == 0 { Ok(()) } else { self.room_for(more) }
+        })?;
+        if room.is_err() && is_new {
+            self.dismiss(name);
+        }
+        room.map(|()| is_new)
+    }
+
+    /// Takes a key away of which nothing is known after all.
+    pub fn dismiss(&self, (namespace, name): &KeyName) {
+        let (hash, mut shard) = self.shard(namespace, name);
+        let place = shard.places.find(hash, |place| is(&shard.entries, *place, namespace, name)).copied();
+        if let Some(place) = place
+            && shard.entries.get(place).is_some_and(|entry| entry.key.last_report_ns() == 0)
+        {
+            self.remove(&mut shard, place);
+        }
+    }
+
     /// Has a key scaled by other settings, or by the defaults again.
-    pub fn tell(&self, name: &KeyName, settings: Option<Arc<KeySettings>>) {
+    ///
+    /// # Errors
+    /// [`Full`]: the key is not there and there is no room for it; it will have its settings when there is.
+    pub fn tell(&self, name: &KeyName, settings: Option<Arc<KeySettings>>) -> Result<(), Full> {
         let mut told = self.told.write().unwrap_or_else(PoisonError::into_inner);
         match &settings {
             Some(settings) => told.insert(name.clone(), Arc::clone(settings)),
             None => told.remove(name),
         };
         drop(told);
-        let (namespace, name) = name;
+        let (namespace, key) = name;
         match settings {
-            // A key that is told something is there, also before its first report: if there is room.
-            Some(settings) => {
-                let _ = self.with(namespace, name, None, |entry| entry.key.apply(settings));
-            }
+            // A key that is told something is there, also before its first report.
+            Some(settings) => self.with(namespace, key, None, |entry| self.apply(entry, settings)),
             None => {
-                self.known_mut(namespace, name, |entry| entry.key.apply(Arc::clone(&self.defaults)));
+                self.known_mut(namespace, key, |entry| self.apply(entry, Arc::clone(&self.defaults)));
+                Ok(())
             }
         }
+    }
+
+    fn apply(&self, entry: &mut Entry, settings: Arc<KeySettings>) {
+        self.bytes.fetch_sub(entry.own_bytes, Ordering::Relaxed);
+        entry.own_bytes = self.own_bytes(&entry.name, &settings);
+        self.bytes.fetch_add(entry.own_bytes, Ordering::Relaxed);
+        entry.key.apply(settings);
     }
 
     /// Forgets senders that have long been silent, and keys that nobody has reported for a day, unless they were told
     /// something.
     pub fn forget(&self, now_ns: u64) {
-        self.each(|entry| entry.key.forget(now_ns));
-        let told: HashSet<KeyName> =
-            self.told.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+        self.each(|entry| {
+            entry.key.forget(now_ns);
+            self.account(entry);
+        });
+        let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > KEPT_NS;
         for shard in self.shards.iter() {
             let mut shard = lock(shard);
-            let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > KEPT_NS;
+            let told = self.told.read().unwrap_or_else(PoisonError::into_inner);
             for place in (0..shard.entries.len()).rev() {
-                if shard.entries.get(place).is_some_and(|entry| is_old(entry) && !told.contains(&entry.name))
-                {
+                let entry = shard.entries.get(place);
+                if entry.is_some_and(|entry| is_old(entry) && !told.contains_key(&entry.name)) {
                     self.remove(&mut shard, place);
                 }
             }
@@ -326,12 +419,49 @@ impl Keys {
                 *at = place;
             }
         }
-        let mut namespaces = lock(&self.namespaces);
-        if let Some(count) = namespaces.get_mut(namespace) {
+        self.bytes.fetch_sub(removed.own_bytes + removed.sender_bytes, Ordering::Relaxed);
+        if removed.past.capacity() > 0 {
+            self.histories.fetch_sub(1, Ordering::Relaxed);
+        }
+        let mut counts = lock(&self.counts);
+        counts.all = counts.all.saturating_sub(1);
+        if let Some(count) = counts.of_namespace.get_mut(namespace) {
             *count = count.saturating_sub(1);
             if *count == 0 {
-                namespaces.remove(namespace);
+                counts.of_namespace.remove(namespace);
             }
+        }
+    }
+
+    /// What a key takes by these settings, without its senders; at least what it takes by the defaults, so that these can
+    /// always be had again.
+    fn own_bytes(&self, (namespace, name): &KeyName, settings: &KeySettings) -> usize {
+        const ENTRY: usize = size_of::<Entry>() + 16;
+        // Places in the lists of keys and of namespaces, which are half full after they have grown.
+        const PLACES: usize =
+            2 * size_of::<Box<Entry>>() + (size_of::<usize>() + size_of::<(String, usize)>() + 2) * 16 / 7;
+        let names = 2 * heap_bytes(namespace.len()) + heap_bytes(name.len());
+        ENTRY + PLACES + names + settings.bytes().max(self.defaults.bytes())
+    }
+
+    /// Whether so many bytes more fit in. Whoever asks at the same time may get the same ones: too much by a key for each
+    /// thread at the most.
+    fn room_for(&self, more: usize) -> Result<(), Full> {
+        let taken = self.bytes.load(Ordering::Relaxed);
+        if taken.saturating_add(more) <= self.room.bytes {
+            return Ok(());
+        }
+        let reason = format!("keys and who reports them take {taken} bytes, and {more} more are too many");
+        Err(Full { limit: Limit::TableBytes, reason })
+    }
+
+    /// Notes what a key's senders take now.
+    fn account(&self, entry: &mut Entry) {
+        let now = entry.key.sender_bytes();
+        if now != entry.sender_bytes {
+            self.bytes.fetch_add(now, Ordering::Relaxed);
+            self.bytes.fetch_sub(entry.sender_bytes, Ordering::Relaxed);
+            entry.sender_bytes = now;
         }
     }
 
@@ -355,16 +485,16 @@ impl Keys {
         let (hash, mut shard) = self.shard(namespace, name);
         let Shard { places, entries } = &mut *shard;
         let place = *places.find(hash, |place| is(entries, *place, namespace, name))?;
-        entries.get_mut(place).map(f)
+        entries.get_mut(place).map(|entry| f(entry))
     }
 
-    /// An entry, which is made if it is not there and there is room: for it, and in it for `pod`. A key that is there
-    /// costs one hash and no allocation.
+    /// An entry, which is made if it is not there and there is room: for it, and in it for a pod's stat, or for a report of
+    /// an incarnation. A key that is there costs one hash and no allocation.
     fn with<T>(
         &self,
         namespace: &str,
         name: &str,
-        pod: Option<&str>,
+        sender: Option<(&str, Option<u64>)>,
         f: impl FnOnce(&mut Entry) -> T,
     ) -> Result<T, Full> {
         let (hash, mut shard) = self.shard(namespace, name);
@@ -372,11 +502,8 @@ impl Keys {
         let place = match places.find(hash, |place| is(entries, *place, namespace, name)) {
             Some(place) => *place,
             None => {
-                self.make_room(namespace)?;
-                let name = (namespace.to_owned(), name.to_owned());
-                let told = self.told.read().unwrap_or_else(PoisonError::into_inner);
-                let settings = Arc::clone(told.get(&name).unwrap_or(&self.defaults));
-                entries.push(Entry { name, key: Key::new(settings), past: VecDeque::new() });
+                let entry = self.make(namespace, name, sender.map(|(pod, _)| pod))?;
+                entries.push(entry);
                 let place = entries.len() - 1;
                 let rehash = |place: &usize| {
                     entries.get(*place).map_or(0, |entry| self.hash(&entry.name.0, &entry.name.1))
@@ -385,28 +512,54 @@ impl Keys {
                 place
             }
         };
-        let most = self.room.pods_per_key;
-        let full =
-            |entry: &Entry| pod.is_some_and(|pod| entry.key.senders() >= most && !entry.key.knows(pod));
-        match entries.get_mut(place) {
-            Some(entry) if !full(entry) => Ok(f(entry)),
-            _ => Err(Full {
-                limit: Limit::PodsPerKey,
-                reason: format!("key {namespace}/{name} has {most} pods and gateways"),
-            }),
+        #[allow(clippy::indexing_slicing, reason = "a place is that of an entry")]
+        let entry = &mut entries[place];
+        if let Some((pod, incarnation)) = sender {
+            let most = self.room.pods_per_key;
+            if entry.key.senders() >= most && !entry.key.knows(pod) {
+                let reason = format!("key {namespace}/{name} has {most} pods and gateways");
+                return Err(Full { limit: Limit::PodsPerKey, reason });
+            }
+            // Who is known needs nothing more, which only has to be looked for if there is little left.
+            if self.room_for(Key::most_missing_bytes(pod)).is_err() {
+                match entry.key.missing_bytes(pod, incarnation) {
+                    0 => {}
+                    missing => self.room_for(missing)?,
+                }
+            }
         }
+        let done = f(entry);
+        self.account(entry);
+        Ok(done)
     }
 
-    /// One more key in a namespace.
-    fn make_room(&self, namespace: &str) -> Result<(), Full> {
-        let mut namespaces = lock(&self.namespaces);
-        let count = namespaces.entry(namespace.to_owned()).or_default();
-        if *count >= self.room.keys_per_namespace {
-            let reason = format!("namespace {namespace} has {count} keys");
+    /// A new key, if there is room for it and for the one who reports it.
+    fn make(&self, namespace: &str, name: &str, pod: Option<&str>) -> Result<Box<Entry>, Full> {
+        let name = (namespace.to_owned(), name.to_owned());
+        let told = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        let settings = Arc::clone(told.get(&name).unwrap_or(&self.defaults));
+        drop(told);
+        let own_bytes = self.own_bytes(&name, &settings);
+        let mut counts = lock(&self.counts);
+        let most = self.room.keys;
+        if counts.all >= most {
+            return Err(Full { limit: Limit::Keys, reason: format!("there are {most} keys") });
+        }
+        let (most, of_namespace) = (self.room.keys_per_namespace, counts.of_namespace.get(namespace));
+        if of_namespace.is_some_and(|count| *count >= most) {
+            let reason = format!("namespace {namespace} has {most} keys");
             return Err(Full { limit: Limit::KeysPerNamespace, reason });
         }
-        *count += 1;
-        Ok(())
+        let mut key = Key::new(settings);
+        if self.has_just_started.load(Ordering::Relaxed) {
+            key = key.after_start(self.started_ns);
+        }
+        let sender_bytes = key.sender_bytes();
+        self.room_for(own_bytes + sender_bytes + pod.map_or(0, Key::most_missing_bytes))?;
+        self.bytes.fetch_add(own_bytes + sender_bytes, Ordering::Relaxed);
+        counts.all += 1;
+        *counts.of_namespace.entry(namespace.to_owned()).or_default() += 1;
+        Ok(Box::new(Entry { name, key, past: VecDeque::new(), own_bytes, sender_bytes }))
     }
 
     fn hash(&self, namespace: &str, name: &str) -> u64 {
@@ -421,7 +574,7 @@ impl Keys {
     }
 }
 
-fn is(entries: &[Entry], place: usize, namespace: &str, name: &str) -> bool {
+fn is(entries: &[Box<Entry>], place: usize, namespace: &str, name: &str) -> bool {
     entries.get(place).is_some_and(|entry| entry.name.0 == namespace && entry.name.1 == name)
 }
 
@@ -432,7 +585,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use inflight_stats::Snapshot;
+    use inflight_stats::{KeyReport, Snapshot};
 
     use super::*;
 
@@ -440,7 +593,15 @@ mod tests {
     const NOW: u64 = 1_700_000_000 * SECOND;
 
     fn keys(keys_per_namespace: usize, pods_per_key: usize) -> Keys {
-        Keys::new(Arc::default(), Room { keys_per_namespace, pods_per_key })
+        in_room(Room { keys: 100_000, keys_per_namespace, pods_per_key, bytes: 256 << 20 })
+    }
+
+    fn in_room(room: Room) -> Keys {
+        Keys::new(Arc::default(), room, 0)
+    }
+
+    fn taken(keys: &Keys) -> usize {
+        keys.bytes.load(Ordering::Relaxed)
     }
 
     fn report(pod: &str, names: &[(&str, &str)]) -> Report {
@@ -505,7 +666,7 @@ mod tests {
         for name in &names {
             take(&keys, &report("pod", &[("ns", name)]), NOW).unwrap();
         }
-        keys.tell(&("ns".into(), "rev-7".into()), Some(Arc::default()));
+        keys.tell(&("ns".into(), "rev-7".into()), Some(Arc::default())).unwrap();
         let later = NOW + KEPT_NS;
         take(&keys, &report("pod", &[("ns", "rev-3"), ("ns", "rev-39")]), later).unwrap();
         keys.forget(later);
@@ -517,5 +678,122 @@ mod tests {
             take(&keys, &report("another", &[("ns", name)]), later).unwrap();
         }
         assert!(take(&keys, &report("pod", &[("ns", "one-more")]), later).is_err());
+    }
+
+    #[test]
+    fn all_keys_together_have_a_limit() {
+        let keys = in_room(Room { keys: 3, keys_per_namespace: 2, pods_per_key: 9, bytes: 1 << 20 });
+        take(&keys, &report("pod", &[("a", "1"), ("a", "2"), ("b", "1")]), NOW).unwrap();
+        assert_eq!(
+            take(&keys, &report("pod", &[("c", "1"), ("b", "1")]), NOW).unwrap_err(),
+            "there are 3 keys, all that --max-keys allows"
+        );
+        keys.forget(NOW + KEPT_NS + 1);
+        take(&keys, &report("pod", &[("c", "1")]), NOW).unwrap();
+    }
+
+    #[test]
+    fn what_keys_take_has_a_limit_and_comes_back() {
+        let room =
+            Room { keys: 1_000_000, keys_per_namespace: 1_000_000, pods_per_key: 1_000_000, bytes: 1 << 20 };
+        let keys = in_room(room);
+        let pods: Vec<String> = (0..10_000).map(|number| format!("pod-{number}")).collect();
+        let fits = |more: &str| {
+            pods.iter().take_while(|pod| take(&keys, &report(pod, &[("ns", more)]), NOW).is_ok()).count()
+        };
+        // Pods of one key, until they are too many; then a key finds no room either.
+        let senders = fits("rev");
+        assert!((2_000..4_000).contains(&senders), "{senders}");
+        let reason = take(&keys, &report("more", &[("ns", "rev")]), NOW).unwrap_err();
+        assert!(reason.contains("--max-table-bytes"), "{reason}");
+        assert!(
+            taken(&keys) <= room.bytes && take(&keys, &report("pod-0", &[("ns", "another")]), NOW).is_err()
+        );
+        // Who is known goes on.
+        take(&keys, &report("pod-0", &[("ns", "rev")]), NOW).unwrap();
+        keys.forget(NOW + 3600 * SECOND);
+        assert!(taken(&keys) < 4_000, "{}", taken(&keys));
+
+        // Keys, which go after a day.
+        let made =
+            (0..).take_while(|n| take(&keys, &report("pod", &[("ns", &n.to_string())]), NOW).is_ok()).count();
+        assert!((300..600).contains(&made), "{made}");
+        keys.forget(NOW + KEPT_NS + 1);
+        assert_eq!(taken(&keys), 0);
+
+        // Wide windows; the defaults can always be had again.
+        let told = |json| Arc::new(keys.defaults().with(json, 200.0).unwrap());
+        let widest = told(serde_json::json!({"stable_window": "60m", "panic_window_percentage": 100}));
+        let name = |number: usize| ("ns".to_owned(), number.to_string());
+        let wide = (0..).take_while(|n| {
+            let admitted = keys.admit(&name(*n), &widest);
+            admitted.is_ok_and(|is_new| is_new && keys.tell(&name(*n), Some(Arc::clone(&widest))).is_ok())
+        });
+        assert_eq!(wide.count(), (1 << 20) / (2 * (16 * 3600 + 16) + 1_000));
+        assert!(keys.view("ns", "9", NOW).is_none() && taken(&keys) <= room.bytes, "not made for nothing");
+        keys.tell(&name(0), None).unwrap();
+        keys.tell(&name(0), Some(Arc::clone(&widest))).unwrap();
+        (0..9).for_each(|number| keys.tell(&name(number), None).unwrap());
+        keys.forget(NOW);
+        assert_eq!((taken(&keys), keys.views(&all(), "", 9, NOW).1), (0, 0));
+    }
+
+    fn all() -> Grant {
+        crate::access::Access::load(None, false).unwrap().check(None, crate::link::Peer::default()).unwrap()
+    }
+
+    #[test]
+    fn no_more_keys_than_so_many_have_a_history() {
+        let keys = keys(100_000, 9);
+        let with_history = || {
+            let mut count = 0;
+            keys.each(|entry| count += usize::from(entry.past.capacity() > 0));
+            count
+        };
+        let decide_with = |names: std::ops::Range<usize>| {
+            for name in names {
+                take(&keys, &report("pod", &[("ns", &name.to_string())]), NOW).unwrap();
+            }
+            keys.decide(NOW);
+            keys.decide(NOW);
+            with_history()
+        };
+        assert_eq!(
+            [decide_with(0..1_990), decide_with(1_990..3_000), decide_with(3_000..3_020)],
+            [1_990, 2_000, 2_000]
+        );
+        keys.forget(NOW + KEPT_NS + 1);
+        assert_eq!((with_history(), keys.histories.load(Ordering::Relaxed)), (0, 0));
+    }
+
+    #[test]
+    fn a_stat_that_is_dropped_makes_no_key() {
+        let keys = keys(9, 9);
+        let mut stat = inflight_stats::wire::Stat {
+            pod_name: "pod".into(),
+            request_count: f64::NAN,
+            ..Default::default()
+        };
+        let mut record = |count: f64| {
+            stat.request_count = count;
+            let message =
+                WireStatMessage { namespace: "ns".into(), name: "ghost".into(), stat: Some(stat.clone()) };
+            (keys.record_stat(&all(), &message, NOW).is_ok(), total(&keys, "ns", "ghost"))
+        };
+        assert_eq!(
+            [record(f64::NAN), record(-2.0), record(-1.0)],
+            [(false, None), (false, None), (true, Some(0))]
+        );
+    }
+
+    #[test]
+    fn a_listing_is_of_the_first_names() {
+        let keys = keys(1_000, 9);
+        for number in (0..500).rev() {
+            take(&keys, &report("pod", &[("ns", &format!("{number:03}"))]), NOW).unwrap();
+        }
+        let (views, found) = keys.views(&all(), "ns/", 3, NOW);
+        let names: Vec<String> = views.into_iter().map(|view| view.name.1).collect();
+        assert_eq!((names.join(" "), found), ("000 001 002".into(), 500));
     }
 }

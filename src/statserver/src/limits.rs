@@ -55,6 +55,10 @@ pub struct Limits {
     #[arg(long, env = "INFLIGHT_MAX_DEPTH", default_value_t = 16, value_parser = up_to::<1, 64>)]
     pub max_depth: usize,
 
+    /// The most keys in all.
+    #[arg(long, env = "INFLIGHT_MAX_KEYS", default_value_t = 100_000, value_parser = up_to::<1, 10_000_000>)]
+    pub max_keys: usize,
+
     /// The most keys of one namespace.
     #[arg(long, env = "INFLIGHT_MAX_KEYS_PER_NAMESPACE", default_value_t = 10_000, value_parser = up_to::<1, 1_000_000>)]
     pub max_keys_per_namespace: usize,
@@ -62,6 +66,10 @@ pub struct Limits {
     /// The most pods and gateways that report one key.
     #[arg(long, env = "INFLIGHT_MAX_PODS_PER_KEY", default_value_t = 20_000, value_parser = up_to::<1, 1_000_000>)]
     pub max_pods_per_key: usize,
+
+    /// The most bytes that all keys, their windows and those who report them take.
+    #[arg(long, env = "INFLIGHT_MAX_TABLE_BYTES", default_value_t = 256 << 20, value_parser = up_to::<{ 1 << 20 }, { 1 << 40 }>)]
+    pub max_table_bytes: usize,
 }
 
 impl Limits {
@@ -86,13 +94,15 @@ pub enum Limit {
     GrpcStreams,
     Messages,
     Depth,
+    Keys,
     KeysPerNamespace,
     PodsPerKey,
+    TableBytes,
 }
 
 impl Limit {
     /// All that are counted.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Connections,
         Self::HeadBytes,
         Self::HeadTimeout,
@@ -104,8 +114,10 @@ impl Limit {
         Self::GrpcStreams,
         Self::Messages,
         Self::Depth,
+        Self::Keys,
         Self::KeysPerNamespace,
         Self::PodsPerKey,
+        Self::TableBytes,
     ];
 
     /// The flag, without its dashes.
@@ -122,8 +134,10 @@ impl Limit {
             Self::GrpcStreams => "max-grpc-streams",
             Self::Messages => "max-messages",
             Self::Depth => "max-depth",
+            Self::Keys => "max-keys",
             Self::KeysPerNamespace => "max-keys-per-namespace",
             Self::PodsPerKey => "max-pods-per-key",
+            Self::TableBytes => "max-table-bytes",
         }
     }
 }

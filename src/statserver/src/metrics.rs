@@ -51,8 +51,8 @@ struct OfKey {
 
 type KeyGauge = Family<OfKey, Gauge<f64, AtomicU64>>;
 
-/// A figure of each key, and how it is taken from one.
-type OfKeys = (fn(&View) -> f64, KeyGauge);
+/// A figure of each key, and how it is taken from one; a key of which it is not known has none.
+type OfKeys = (fn(&View) -> Option<f64>, KeyGauge);
 
 /// The server's metrics.
 pub struct Metrics {
@@ -120,20 +120,24 @@ impl Default for Metrics {
             "Whether the autoscaler is connected",
             forward_connected.clone(),
         );
-        let mut of_key = |name: &str, help: &str, value: fn(&View) -> f64| {
+        let mut of_key = |name: &str, help: &str, value: fn(&View) -> Option<f64>| {
             let family = KeyGauge::default();
             registry.register(format!("key_{name}"), help, family.clone());
             (value, family)
         };
         let of_keys = [
-            of_key("stable_concurrency", "Average over the stable window", |v| v.figures.stable.concurrency),
-            of_key("panic_concurrency", "Average over the panic window", |v| v.figures.panic.concurrency),
-            of_key("requests_per_second", "Average over the stable window", |v| {
-                v.figures.stable.requests_per_second
+            of_key("stable_concurrency", "Average over the stable window", |v| {
+                Some(v.figures.stable.concurrency)
             }),
-            of_key("in_flight", "Requests in flight", |v| v.figures.in_flight as f64),
-            of_key("pods", "Pods that report", |v| v.figures.pods as f64),
-            of_key("desired_pods", "Pods that the key wants", |v| v.decision.desired_pods.into()),
+            of_key("panic_concurrency", "Average over the panic window", |v| {
+                Some(v.figures.panic.concurrency)
+            }),
+            of_key("requests_per_second", "Average over the stable window", |v| {
+                Some(v.figures.stable.requests_per_second)
+            }),
+            of_key("in_flight", "Requests in flight", |v| Some(v.figures.in_flight as f64)),
+            of_key("pods", "Pods that report", |v| Some(v.figures.pods as f64)),
+            of_key("desired_pods", "Pods that the key wants", |v| v.desired_pods.map(f64::from)),
         ];
         // Shown from the beginning, so that an alert has something to compare with.
         for limit in Limit::ALL {
@@ -186,8 +190,9 @@ impl Metrics {
         for (value, family) in &self.of_keys {
             family.clear();
             for view in views {
+                let Some(value) = value(view) else { continue };
                 let (namespace, name) = view.name.clone();
-                family.get_or_create(&OfKey { namespace, name }).set(value(view));
+                family.get_or_create(&OfKey { namespace, name }).set(value);
             }
         }
         let mut text = String::new();

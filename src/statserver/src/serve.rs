@@ -68,9 +68,14 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     flags.check_access().map_err(io::Error::other)?;
     let access =
         Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some()).map_err(io::Error::other)?;
-    let Limits { max_keys_per_namespace, max_pods_per_key, .. } = flags.limits;
-    let room = Room { keys_per_namespace: max_keys_per_namespace, pods_per_key: max_pods_per_key };
-    let keys = Keys::new(Arc::new(flags.key_settings()), room);
+    let Limits { max_keys, max_keys_per_namespace, max_pods_per_key, max_table_bytes, .. } = flags.limits;
+    let room = Room {
+        keys: max_keys,
+        keys_per_namespace: max_keys_per_namespace,
+        pods_per_key: max_pods_per_key,
+        bytes: max_table_bytes,
+    };
+    let keys = Keys::new(Arc::new(flags.key_settings()), room, now_ns());
     let told = Told::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
     let tls = Tls::load(flags).map_err(io::Error::other)?.map(Arc::new);
     let metrics = Arc::new(Metrics::default());

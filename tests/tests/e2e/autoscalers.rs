@@ -50,9 +50,19 @@ async fn keda(server: &StatServer) -> ExternalScalerClient<Channel> {
     ExternalScalerClient::connect(format!("http://{}", server.grpc)).await.expect("a connection")
 }
 
+/// A key's metric, as soon as the server has been there for long enough to say it.
 async fn value(client: &mut ExternalScalerClient<Channel>, object: ScaledObjectRef) -> f64 {
-    let request = GetMetricsRequest { scaled_object_ref: Some(object), metric_name: String::new() };
-    client.get_metrics(request).await.expect("metrics").into_inner().metric_values[0].metric_value_float
+    let asked = || GetMetricsRequest { scaled_object_ref: Some(object.clone()), metric_name: String::new() };
+    let metrics = wait::until("metrics", SETTLED, || {
+        let mut client = client.clone();
+        async move {
+            match client.get_metrics(asked()).await {
+                Err(status) if status.code() != Code::Unavailable => panic!("{status:?}"),
+                answer => answer.map_err(|status| status.message().to_owned()),
+            }
+        }
+    });
+    metrics.await.into_inner().metric_values[0].metric_value_float
 }
 
 #[tokio::test]
@@ -152,6 +162,34 @@ async fn the_spec_follows_what_a_key_is_told_and_streams_end_with_the_server() {
     assert_eq!(target().await, Some(json!(100.0)));
 }
 
+#[tokio::test]
+async fn after_a_start_traffic_is_told_at_once_and_less_when_all_can_have_reported() {
+    let server = StatServer::start(None).await;
+    let mut client = keda(&server).await;
+    let mut said = Vec::new();
+    for pod in 0..10 {
+        let since = Snapshot::starting_at(SECOND);
+        let load = Snapshot { requests: 70, request_ns: u128::from(70 * SECOND), in_flight: 70, ..since };
+        let until = Snapshot { as_of_ns: 2 * SECOND, ..load };
+        let (namespace, name) = ("ns".into(), "rev".into());
+        let messages = vec![KeyReport { namespace, name, from_gateway: false, since, until }];
+        let report = Report { version: 1, pod: format!("pod-{pod}"), incarnation: 1, messages };
+        let body = report.encode().expect("a report").into();
+        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
+        assert_eq!(answer.expect("an answer").0, 202);
+        let active = client.is_active(object("rev", &[])).await.expect("an answer").into_inner();
+        assert!(active.result, "with the first report");
+        said.push(server.key("ns", "rev").await.expect("the key")["desired_pods"].clone());
+    }
+    let desired = wait::until("a decision", SETTLED, || async {
+        let key = server.key("ns", "rev").await.ok_or("no key")?;
+        key["desired_pods"].as_u64().ok_or("none")
+    })
+    .await;
+    assert!(said.iter().all(|desired| desired.is_null()) && desired == 10, "{said:?}, then {desired}");
+    assert!(value(&mut client, object("rev", &[])).await > 0.0);
+}
+
 /// What a tool of the repository prints.
 fn printed(command: &mut Command) -> String {
     let output = command.current_dir(root()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
@@ -164,6 +202,7 @@ fn printed(command: &mut Command) -> String {
 async fn pythons_grpcio_drives_all_five_methods() {
     let server = StatServer::start(None).await;
     report(server.address, "rev", 1, 30).await;
+    assert_eq!(value(&mut keda(&server).await, object("rev", &[])).await, 30.0, "no longer starting");
     let python = printed(&mut Command::new("tools/python.sh"));
     let proto = "src/statserver/proto/externalscaler.proto";
     let answers = printed(Command::new(python).args(["tests/keda.py", &server.grpc.to_string(), proto]));

@@ -190,5 +190,41 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     assert!(once("max-grpc-streams") >= Some(1), "{counts:?}");
     assert!(once("head-timeout") >= Some(2), "{counts:?}");
     assert!(once("max-connections") >= Some(1), "{counts:?}");
-    assert_eq!(counts.len(), 13, "{counts:?}");
+    assert_eq!(counts.len(), 15, "{counts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_and_their_pods_take_no_more_memory_than_they_may() {
+    const MIB: u64 = 1 << 20;
+    let flags = ["--max-keys=5000", "--max-table-bytes=33554432"];
+    let server = StatServer::with(None, &flags).await;
+    let before = server.process.resident_bytes();
+    let mut connection = http::Connection::open(server.address).await.expect("a connection");
+    let mut post = async |pod: &str, keys: std::ops::Range<usize>| {
+        let names: Vec<String> = keys.map(|number| format!("service-{number:06}-00001")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let body = report(pod, &names);
+        let request =
+            Request::post("/v1/reports").header("host", "test").header("content-type", CONTENT_TYPE);
+        connection.ask(request.body(Full::new(body)).expect("a request")).await.expect("an answer")
+    };
+    // As many keys as there may be, then pods of them.
+    for thousand in 0..5 {
+        assert_eq!(post("pod", thousand * 1_000..(thousand + 1) * 1_000).await, 202);
+    }
+    assert_eq!(post("pod", 5_000..5_001).await, 507);
+    let mut pods = 0;
+    while post(&format!("pod-{pods}"), 0..1_000).await == 202 {
+        pods += 1;
+    }
+    let grown = server.process.resident_bytes().saturating_sub(before);
+    println!("5,000 keys and {pods},000 pods: {} MiB more, of 32 allowed", grown / MIB);
+    assert!((20..200).contains(&pods), "{pods}");
+    // Histories of 2,000 keys take 10 MiB beside it; what reports are read into, some.
+    assert!(grown < (32 + 10 + 8) * MIB, "{grown}");
+    let metrics = http::get(server.address, "/metrics").await.expect("metrics");
+    let counts = refused(&metrics);
+    assert_eq!((counts["max-keys"], counts["max-table-bytes"]), (1, 1), "{counts:?}");
+    // Who is known goes on.
+    assert_eq!(post("pod-0", 0..1_000).await, 202);
 }

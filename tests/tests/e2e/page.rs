@@ -8,6 +8,10 @@ use serde_json::json;
 
 /// So many requests at once, all through a second.
 async fn report(server: &StatServer, name: &str, concurrency: u64) {
+    report_in(server, "ns", name, concurrency).await;
+}
+
+async fn report_in(server: &StatServer, namespace: &str, name: &str, concurrency: u64) {
     let since = Snapshot::starting_at(1);
     let until = Snapshot {
         as_of_ns: 1_000_000_001,
@@ -16,7 +20,8 @@ async fn report(server: &StatServer, name: &str, concurrency: u64) {
         in_flight: u32::try_from(concurrency).expect("a small number"),
         ..Snapshot::default()
     };
-    let message = KeyReport { namespace: "ns".into(), name: name.into(), from_gateway: false, since, until };
+    let message =
+        KeyReport { namespace: namespace.into(), name: name.into(), from_gateway: false, since, until };
     let report = Report { version: 1, pod: name.into(), incarnation: concurrency, messages: vec![message] };
     let body = report.encode().expect("a report").into();
     let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
@@ -79,4 +84,30 @@ async fn the_page_shows_what_the_server_knows_each_second() {
     drop(server);
     let lost = "document.getElementById('state').className";
     browser.until(lost, json!("lost")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_takes_any_name_and_any_address() {
+    let server = StatServer::start(None).await;
+    for (namespace, name) in [("..", ".."), ("a/b", "c"), ("a", "b/c"), ("%", "#?&")] {
+        report_in(&server, namespace, name, 1).await;
+    }
+    let mut browser = Browser::start(1100, 700).await;
+    browser.open(&format!("http://{}/#%", server.address)).await;
+    let state = "document.getElementById('state').textContent.split(',')[0]";
+    browser.until(state, json!("4 keys")).await;
+    let title = "document.getElementById('chart-title').textContent";
+    let drawn = "document.querySelector('svg path.stable')?.getAttribute('d').includes('M')";
+    for number in 0..4 {
+        let button = format!("document.querySelectorAll('#keys button')[{number}]");
+        let label = browser.value(&format!("{button}.click(); {button}.textContent")).await;
+        browser.until(title, label).await;
+        browser.until(drawn, json!(true)).await;
+        browser.until("document.querySelectorAll('tr.chosen').length", json!(1)).await;
+    }
+    browser.until(state, json!("4 keys")).await;
+    // An address of its own for each, also where the labels are the same.
+    browser.open("about:blank").await;
+    browser.open(&format!("http://{}/#a/b%2Fc", server.address)).await;
+    browser.until("document.querySelector('tr.chosen button')?.title", json!("namespace a, name b/c")).await;
 }

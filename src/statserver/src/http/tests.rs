@@ -11,8 +11,8 @@ fn app() -> Arc<App> {
 }
 
 fn guarded(access: Access) -> Arc<App> {
-    let room = crate::keys::Room { keys_per_namespace: 100, pods_per_key: 100 };
-    let keys = Keys::new(Arc::default(), room);
+    let room = crate::keys::Room { keys: 100, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
+    let keys = Keys::new(Arc::default(), room, 0);
     Arc::new(App {
         told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
         keys,
@@ -88,7 +88,9 @@ async fn a_report_shows_up_under_its_key() {
     assert_eq!(value["pods"], 1);
     assert_eq!(value["stable"]["concurrency"], 3.0);
     assert_eq!(value["panic"]["requests_per_second"], 7.0);
-    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&0.into(), &false.into()), "not decided yet");
+    let null = serde_json::Value::Null;
+    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&null, &false.into()), "not decided yet");
+    assert_eq!(value["excess_burst_capacity"], serde_json::Value::Null);
     put(&app, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
     app.keys.decide(now_ns());
     let (_, body) = read(&app, "/v1/keys/ns/rev").await;
@@ -106,6 +108,49 @@ async fn names_in_paths_are_percent_encoded() {
     send(&app, sample("outbound|80||a/b", 1).encode().unwrap()).await;
     assert_eq!(read(&app, "/v1/keys/ns/outbound%7C80%7C%7Ca%2Fb").await.0, StatusCode::OK);
     assert_eq!(read(&app, "/v1/keys/ns/none").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn names_that_no_path_can_have_are_in_the_query() {
+    let app = app();
+    send(&app, sample("..", 1).encode().unwrap()).await;
+    let (status, key) = read(&app, "/v1/key?namespace=ns&name=..").await;
+    assert!(status == StatusCode::OK && key.contains(r#""name":"..""#), "{key}");
+    assert_eq!(read(&app, "/v1/key/history?name=%2E%2E&namespace=ns").await.0, StatusCode::OK);
+    let path = "/v1/key/settings?namespace=ns&name=a%2F%26b";
+    assert_eq!(put(&app, path, r#"{"target": 7}"#).await.0, StatusCode::OK);
+    assert!(read(&app, "/v1/keys/ns/a%2F&b").await.1.contains(r#""target":7.0"#));
+    assert_eq!(read(&app, "/v1/key?namespace=ns").await.0, StatusCode::BAD_REQUEST);
+    assert_eq!(read(&app, "/v1/key?namespace=ns&name=none").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn settings_for_which_there_is_no_room_change_nothing() {
+    let app = app();
+    for number in 0..100 {
+        send(&app, sample(&number.to_string(), 1).encode().unwrap()).await;
+    }
+    let (status, text) = put(&app, "/v1/keys/ns/more/settings", r#"{"target": 7}"#).await;
+    assert_eq!(status, StatusCode::INSUFFICIENT_STORAGE, "{text}");
+    assert!(text.contains("nothing was changed: ") && text.contains("100 keys"), "{text}");
+    assert_eq!(read(&app, "/v1/keys/ns/more/settings").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(put(&app, "/v1/keys/ns/7/settings", r#"{"target": 7}"#).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants() {
+    let mut app = app();
+    let room = crate::keys::Room { keys: 9, keys_per_namespace: 9, pods_per_key: 9, bytes: 1 << 20 };
+    // As if it had not quite started: however slow this machine is.
+    Arc::get_mut(&mut app).unwrap().keys = Keys::new(Arc::default(), room, now_ns() + 3_600_000_000_000);
+    send(&app, sample("rev", 7).encode().unwrap()).await;
+    app.keys.decide(now_ns());
+    let value: serde_json::Value = serde_json::from_str(&read(&app, "/v1/keys/ns/rev").await.1).unwrap();
+    let null = serde_json::Value::Null;
+    assert_eq!((&value["desired_pods"], &value["excess_burst_capacity"]), (&null, &null));
+    let (_, text) = read(&app, "/metrics").await;
+    assert!(text.contains("key_pods{") && !text.contains("key_desired_pods{"), "{text}");
+    assert_eq!(app.keys.of("ns", "rev", |key| key.is_active(now_ns())), Some(true));
 }
 
 #[tokio::test]
@@ -204,6 +249,7 @@ async fn a_key_is_told_its_settings_and_told_otherwise() {
     let (_, key) = read(&app, "/v1/keys/ns/rev").await;
     let key: serde_json::Value = serde_json::from_str(&key).unwrap();
     assert_eq!((&key["settings"]["target"], &key["desired_pods"]), (&7.0.into(), &2.into()));
+    assert_eq!(key["last_report_age_ms"], serde_json::Value::Null, "nobody has reported");
     let history: serde_json::Value =
         serde_json::from_str(&read(&app, "/v1/keys/ns/rev/history").await.1).unwrap();
     assert_eq!((&history["seconds_between"], &history["points"][0]["desired_pods"]), (&2.into(), &2.into()));

@@ -7,9 +7,13 @@ const SVG = "http://www.w3.org/2000/svg";
 const LINES = [["flight", "in_flight"], ["stable", "stable"], ["panic", "panic"]];
 
 const at = (id) => document.getElementById(id);
-const path = (key) => `/v1/keys/${encodeURIComponent(key.namespace)}/${encodeURIComponent(key.name)}`;
+// Not in the path: a browser takes a name like ".." for the folder above.
+const path = ({ namespace, name }) => `/v1/key/history?${new URLSearchParams({ namespace, name })}`;
 const label = (key) => `${key.namespace}/${key.name}`;
-const rounded = (number) => number.toLocaleString("en", { maximumFractionDigits: number < 100 ? 2 : 0 });
+// Names may have slashes, so that two keys can have the same label.
+const fragment = (key) => `#${encodeURIComponent(key.namespace)}/${encodeURIComponent(key.name)}`;
+const UNKNOWN = "–";
+const rounded = (number) => number === null ? UNKNOWN : number.toLocaleString("en", { maximumFractionDigits: number < 100 ? 2 : 0 });
 
 let chosen = null;
 const rows = new Map();
@@ -22,8 +26,8 @@ async function get(url) {
 
 function choose(key) {
   chosen = { namespace: key.namespace, name: key.name };
-  location.replace(`#${encodeURIComponent(label(key))}`);
-  for (const [name, row] of rows) mark(row, name === label(key));
+  location.replace(fragment(key));
+  for (const [name, row] of rows) mark(row, name === fragment(key));
   chart().catch(() => {});
 }
 
@@ -40,6 +44,7 @@ function rowOf(key) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = label(key);
+  button.title = `namespace ${key.namespace}, name ${key.name}`;
   button.addEventListener("click", () => choose(key));
   const panics = document.createElement("span");
   panics.className = "panics";
@@ -60,16 +65,16 @@ function fill(row, key) {
 }
 
 function list(keys, found) {
-  const shown = new Set(keys.map(label));
+  const shown = new Set(keys.map(fragment));
   for (const [name, row] of rows) {
     if (!shown.has(name)) { row.line.remove(); rows.delete(name); }
   }
   keys.forEach((key, place) => {
-    const name = label(key);
+    const name = fragment(key);
     if (!rows.has(name)) rows.set(name, rowOf(key));
     const row = rows.get(name);
     fill(row, key);
-    mark(row, chosen !== null && label(chosen) === name);
+    mark(row, chosen !== null && fragment(chosen) === name);
     if (at("keys").children[place] !== row.line) at("keys").insertBefore(row.line, at("keys").children[place] ?? null);
   });
   at("more").textContent = found > keys.length ? `and ${found - keys.length} more: use Find` : "";
@@ -116,7 +121,7 @@ function draw(points, between) {
 
 async function chart() {
   if (chosen === null) return;
-  const past = await get(`${path(chosen)}/history`);
+  const past = await get(path(chosen));
   at("chart-title").textContent = label(chosen);
   draw(past.points, past.seconds_between);
 }
@@ -126,8 +131,7 @@ async function tick() {
     const search = encodeURIComponent(at("search").value.trim());
     const { keys, found } = await get(`/v1/keys?limit=${MOST_ROWS}&search=${search}`);
     if (chosen === null && keys.length) {
-      const wanted = decodeURIComponent(location.hash.slice(1));
-      choose(keys.find((key) => label(key) === wanted) ?? keys[0]);
+      choose(keys.find((key) => fragment(key) === location.hash) ?? keys[0]);
     }
     list(keys, found);
     await chart();
