@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `access` | who may do what: tokens, certificates |
 //! | `limits` | how much of everything is taken from a network |
+//! | `guard` | what a connection may hold, and how long it may take |
 //! | `link` | a connection, plain or within TLS |
 //! | `tls` | the server's certificates |
 //! | `files` | reading a file that may be too large |
@@ -24,6 +25,7 @@ mod access;
 mod files;
 mod flags;
 mod forward;
+mod guard;
 mod http;
 mod keda;
 mod keys;

@@ -7,7 +7,7 @@ use tower::ServiceExt;
 use super::*;
 
 fn app() -> Arc<App> {
-    guarded(Access::load(None, false).unwrap())
+    guarded(Access::load(None, false, crate::access::Without::Loopback).unwrap())
 }
 
 fn guarded(access: Access) -> Arc<App> {
@@ -18,6 +18,10 @@ fn guarded(access: Access) -> Arc<App> {
         keys,
         access,
         limits: crate::flags::Flags::parse_from(["inflight-statserver"]).limits,
+        budget: Budget::new(1 << 20),
+        answers: Budget::new(1 << 20),
+        calls: Arc::new(Semaphore::new(9)),
+        listing: tokio::sync::Mutex::default(),
         metrics: Arc::default(),
         forward: None,
         rps_target: DEFAULT_RPS_TARGET,
@@ -266,7 +270,7 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
         "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
     )
     .unwrap();
-    let app = guarded(Access::load(Some(&file), false).unwrap());
+    let app = guarded(Access::load(Some(&file), false, crate::access::Without::Loopback).unwrap());
     let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {
