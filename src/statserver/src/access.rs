@@ -58,14 +58,14 @@ impl Grant {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unknown;
 
-/// What lets somebody in.
-#[derive(Clone, Copy, Debug)]
+/// What somebody may do who shows neither a token nor a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Without {
-    /// Whoever shows neither a token nor a certificate gets nothing.
+    /// Nothing: there are tokens, or a client CA.
     Nothing,
-    /// There are neither, and only this machine can connect.
+    /// Everything: only this machine can connect.
     Loopback,
-    /// There are neither, and others can connect: `--insecure`.
+    /// Report and ask, of every namespace: others can connect, by `--insecure`.
     Insecure,
 }
 

@@ -12,7 +12,7 @@ use inflight_stats::wire::FrameLimits;
 #[command(next_help_heading = "Limits")]
 pub struct Limits {
     /// The most connections at once over HTTP, websockets among them.
-    #[arg(long, env = "INFLIGHT_MAX_CONNECTIONS", default_value_t = 5_000, value_parser = up_to::<1, 1_000_000>)]
+    #[arg(long, env = "INFLIGHT_MAX_CONNECTIONS", default_value_t = 3_000, value_parser = up_to::<1, 1_000_000>)]
     pub max_connections: usize,
 
     /// The most connections at once over gRPC; KEDA has one for each address that it is told.
@@ -25,11 +25,11 @@ pub struct Limits {
 
     /// The most bytes of bodies, frames and messages that are being received at once, over all connections; the first 4 KiB of
     /// each count nothing.
-    #[arg(long, env = "INFLIGHT_MAX_BYTES_IN_FLIGHT", default_value_t = 33_554_432, value_parser = up_to::<1_048_576, 4_294_967_295>)]
+    #[arg(long, env = "INFLIGHT_MAX_BYTES_IN_FLIGHT", default_value_t = 16 << 20, value_parser = up_to::<{ 1 << 20 }, 4_294_967_295>)]
     pub max_bytes_in_flight: usize,
 
     /// The most bytes of answers that clients have yet to read, over all connections; the first 4 KiB of each count nothing.
-    #[arg(long, env = "INFLIGHT_MAX_ANSWER_BYTES", default_value_t = 33_554_432, value_parser = up_to::<1_048_576, 4_294_967_295>)]
+    #[arg(long, env = "INFLIGHT_MAX_ANSWER_BYTES", default_value_t = 12 << 20, value_parser = up_to::<{ 1 << 20 }, 4_294_967_295>)]
     pub max_answer_bytes: usize,
 
     /// The largest head of a request in bytes.
@@ -69,7 +69,7 @@ pub struct Limits {
     pub max_grpc_bytes: usize,
 
     /// The most gRPC calls at once, over all connections; KEDA has two open for each ScaledObject.
-    #[arg(long, env = "INFLIGHT_MAX_GRPC_STREAMS", default_value_t = 10_000, value_parser = up_to::<1, 1_000_000>)]
+    #[arg(long, env = "INFLIGHT_MAX_GRPC_STREAMS", default_value_t = 4_000, value_parser = up_to::<1, 1_000_000>)]
     pub max_grpc_streams: usize,
 
     /// The most keys in a report, and stats in a frame of the stream.

@@ -16,6 +16,7 @@
 //! | `keys` | every key's figures, in memory, sharded |
 //! | `told` | what single keys were told, in a file |
 //! | `watch` | who waits for a key to become active |
+//! | `memory` | what was freed, back to the system |
 //! | `metrics` | what the server says of itself and of its keys |
 //! | `serve` | the listeners, and their orderly end |
 #![deny(missing_docs)]
@@ -31,6 +32,7 @@ mod keda;
 mod keys;
 mod limits;
 mod link;
+mod memory;
 mod metrics;
 mod serve;
 mod stream;

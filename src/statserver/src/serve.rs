@@ -32,7 +32,7 @@ use tonic::service::Routes;
 use tower::ServiceExt;
 use tracing::{debug, info, warn};
 
-use crate::access::{Access, Grant, Unknown, Without};
+use crate::access::{Access, Grant, Unknown};
 use crate::flags::Flags;
 use crate::forward::Forward;
 use crate::guard::{Budget, FREE_BYTES, Guard, Share, Strangers, Unread};
@@ -41,6 +41,7 @@ use crate::keda::{ExternalScalerServer, Scaler};
 use crate::keys::{Keys, Room};
 use crate::limits::{Limit, Limits};
 use crate::link::{Door, House, Knock, Link, Peer};
+use crate::memory;
 use crate::stream::Seldom;
 use crate::tls::{Protocol, Tls};
 use crate::told::Told;
@@ -59,6 +60,7 @@ const GRPC_WINDOW_BYTES: u32 = 65_535;
 /// How often files that may change are read again.
 const RELOAD_EVERY: Duration = Duration::from_secs(2);
 const FORGET_EVERY: Duration = Duration::from_secs(60);
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(15);
 
 /// Serves until `terminated` resolves and everything is drained.
 ///
@@ -69,9 +71,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
         move |error: io::Error| io::Error::new(error.kind(), format!("{what} {address}: {error}"))
     };
     flags.check_access().map_err(io::Error::other)?;
-    let is_loopback = flags.listen.ip().is_loopback();
-    let without = if is_loopback { Without::Loopback } else { Without::Insecure };
-    let access = Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some(), without)
+    let access = Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some(), flags.without())
         .map_err(io::Error::other)?;
     let limits = flags.limits;
     let Limits { max_keys_per_namespace, max_pods_per_key, .. } = limits;
@@ -113,6 +113,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     });
     let mut tasks = JoinSet::new();
     tasks.spawn(forget(Arc::clone(&app)));
+    tasks.spawn(give_back());
     tasks.spawn(decide(Arc::clone(&app)));
     tasks.spawn(reload(Arc::clone(&app), tls));
     if let Some(forward) = &app.forward {
@@ -359,6 +360,15 @@ async fn reload(app: Arc<App>, tls: Option<Arc<Tls>>) {
         };
         // A file system may hang.
         let _ = tokio::task::spawn_blocking(read).await;
+    }
+}
+
+/// The allocator keeps what was freed for what may come. After many connections or large bodies that would be much, for ever.
+async fn give_back() {
+    let mut ticks = tokio::time::interval(GIVE_BACK_EVERY);
+    loop {
+        ticks.tick().await;
+        let _ = tokio::task::spawn_blocking(memory::give_back).await;
     }
 }
 

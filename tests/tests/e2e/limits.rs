@@ -190,5 +190,5 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     assert!(once("max-grpc-streams") >= Some(1), "{counts:?}");
     assert!(once("head-timeout") >= Some(2), "{counts:?}");
     assert!(once("max-connections") >= Some(1), "{counts:?}");
-    assert_eq!(counts.len(), 13, "{counts:?}");
+    assert_eq!(counts.len(), 18, "{counts:?}");
 }
