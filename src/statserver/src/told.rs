@@ -115,7 +115,15 @@ fn read(path: &Path) -> io::Result<Vec<Line>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         bytes => bytes?,
     };
-    Ok(serde_json::from_slice(&bytes)?)
+    serde_json::from_slice(&bytes).map_err(|error| {
+        let reason = format!(
+            "not a list of {{\"namespace\": …, \"name\": …, \"settings\": {{…}}}} in JSON, which the server wrote here; put back a copy \
+             of it, or take the file away and tell the keys again (line {}, column {}: {error})",
+            error.line(),
+            error.column()
+        );
+        io::Error::other(reason)
+    })
 }
 
 /// Whole or not at all, whenever the power fails: a new file beside the old one, on disk before it takes its name.

@@ -244,7 +244,7 @@ async fn with_a_token_nobody_takes_more_memory_than_the_limits_add_up_to() {
     report_keys(&server, 10_000).await;
     // What SECURITY.md says of a connection, and of what is received and answered over all of them.
     let of = |connections: u64| connections * 30 / 1024 + 1;
-    let (received, answered) = (2 * 16, 12 + 24);
+    let (received, answered) = (2 * 16 + 8, 12 + 24);
 
     let body = format!(
         "POST /v1/reports HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-length: 1000000\r\n\r\n"
