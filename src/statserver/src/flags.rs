@@ -234,8 +234,7 @@ mod tests {
 
     #[test]
     fn insecure_gives_no_settings_to_other_machines() {
-        let without =
-            |more: &[&str]| Flags::parse_from(["inflight-statserver"].iter().chain(more)).without();
+        let without = |more: &[&str]| Flags::parse_from(["inflight-statserver"].iter().chain(more)).without();
         assert_eq!(without(&[]), Without::Loopback);
         assert_eq!(without(&["--insecure", "--listen", "[::1]:0"]), Without::Loopback);
         assert_eq!(without(&["--insecure", "--grpc-listen", "0.0.0.0:0"]), Without::Loopback);

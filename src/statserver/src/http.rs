@@ -303,8 +303,15 @@ async fn take(
         ));
     }
     let Read { bytes, _share } = read(app, body, Limit::ReportBytes, app.limits.max_report_bytes).await?;
-    let malformed = |error| (StatusCode::BAD_REQUEST, format!("{error}
-"));
+    let malformed = |error| {
+        (
+            StatusCode::BAD_REQUEST,
+            format!(
+                "{error}
+"
+            ),
+        )
+    };
     let report = Report::decode(&bytes).map_err(malformed)?;
     report.check_clock(now_ns()).map_err(malformed)?;
     let (keys, most) = (report.messages.len(), app.limits.max_messages);
