@@ -47,6 +47,27 @@ SCALED_OBJECT = fields(
     ),
 )
 
+# The same for what it shows a scaler.
+AUTHENTICATION = fields(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion={"const": "keda.sh/v1alpha1"},
+    kind={"const": "ClusterTriggerAuthentication"},
+    metadata=fields(["name"], name=TEXT),
+    spec=fields(
+        ["secretTargetRef"],
+        secretTargetRef={
+            "type": "array",
+            "minItems": 1,
+            "items": fields(
+                ["parameter", "name", "key"],
+                parameter={"enum": ["caCert", "tlsClientCert", "tlsClientKey"]},
+                name=TEXT,
+                key=TEXT,
+            ),
+        },
+    ),
+)
+
 VERSIONS = ["1.30", "1.35"]
 folder = pathlib.Path(__file__).parent.parent / "envoy" / "kubernetes"
 checked = 0
@@ -54,9 +75,11 @@ for path in sorted(folder.glob("*.yaml")):
     for document in yaml.safe_load_all(path.read_text()):
         if document["kind"] == "ScaledObject":
             jsonschema.validate(document, SCALED_OBJECT)
+        elif document["kind"] == "ClusterTriggerAuthentication":
+            jsonschema.validate(document, AUTHENTICATION)
         else:
             for version in VERSIONS:
                 kubernetes_validate.validate(document, version, strict=True)
         checked += 1
         print(f"{path.name}: {document['kind']} {document['metadata']['name']}")
-sys.exit(0 if checked == 8 else f"{checked} documents, expected 8")
+sys.exit(0 if checked == 9 else f"{checked} documents, expected 9")

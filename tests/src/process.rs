@@ -83,12 +83,16 @@ impl Process {
     /// # Panics
     /// If the process is gone.
     pub fn resident_bytes(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.id());
-        let status = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
-        let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
-        kib * 1024
+        resident_bytes(self.id()).unwrap_or_else(|| panic!("process {} is gone", self.id()))
     }
+}
+
+/// Resident memory of a process in bytes; `None` if it is gone.
+pub fn resident_bytes(id: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(kib * 1024)
 }
 
 impl Drop for Process {

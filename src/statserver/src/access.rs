@@ -1,12 +1,16 @@
 //! Who may do what: bearer tokens out of a file, each good for some namespaces; and whoever has a certificate.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use inflight_stats::report::is_name;
 use subtle::{Choice, ConstantTimeEq};
+use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::files;
@@ -20,19 +24,29 @@ const SHORTEST: usize = 16;
 const LONGEST: usize = 4096;
 
 /// What somebody may do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Grant {
     /// For these namespaces; `None`: for all.
     namespaces: Option<Arc<[String]>>,
     /// Also tell keys what they are scaled by.
     pub admin: bool,
+    /// The token that grants it, to be looked for again when the file has changed.
+    secret: Option<Arc<[u8]>>,
+}
+
+/// Without the secret: this may stand in a log.
+impl fmt::Debug for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grant").field("namespaces", &self.namespaces).field("admin", &self.admin).finish()
+    }
 }
 
 impl Grant {
-    /// Without tokens everybody may do everything: the listener is a loopback one, or whoever started this said so.
-    const ALL: Self = Self { namespaces: None, admin: true };
-    /// Whoever shows a certificate reports and asks for every namespace. What keys are scaled by is a token's to tell.
-    const CERTIFIED: Self = Self { namespaces: None, admin: false };
+    /// Without tokens everybody on this machine may do everything.
+    const ALL: Self = Self { namespaces: None, admin: true, secret: None };
+    /// Reports and asks for every namespace, and tells keys nothing: who shows a certificate, and everybody if the address is
+    /// open to others.
+    const EVERY_NAMESPACE: Self = Self { namespaces: None, admin: false, secret: None };
 
     /// Whether it is good for a namespace.
     pub fn covers(&self, namespace: &str) -> bool {
@@ -44,8 +58,19 @@ impl Grant {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unknown;
 
+/// What somebody may do who shows neither a token nor a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Without {
+    /// Nothing: there are tokens, or a client CA.
+    Nothing,
+    /// Everything: only this machine can connect.
+    Loopback,
+    /// Report and ask, of every namespace: others can connect, by `--insecure`.
+    Insecure,
+}
+
 struct Token {
-    secret: Box<[u8]>,
+    secret: Arc<[u8]>,
     grant: Grant,
 }
 
@@ -54,12 +79,15 @@ pub struct Access {
     file: Option<PathBuf>,
     /// Whether a certificate lets somebody in.
     certificates: bool,
+    without: Without,
     tokens: RwLock<(Vec<u8>, Arc<[Token]>)>,
+    /// How often the tokens have changed.
+    changes: watch::Sender<u64>,
 }
 
 /// A line that is no token. It does not show the line: that may hold a secret.
 #[derive(Debug, PartialEq, Eq)]
-pub struct BadLine(usize, &'static str);
+pub struct BadLine(usize, Cow<'static, str>);
 
 impl fmt::Display for BadLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,18 +97,20 @@ impl fmt::Display for BadLine {
 }
 
 impl Access {
-    /// Reads the file, if there is one. With neither that nor `certificates` everybody may do everything.
+    /// Reads the file, if there is one.
     ///
     /// # Errors
     /// In one line, without a secret.
-    pub fn load(file: Option<&Path>, certificates: bool) -> Result<Self, String> {
+    pub fn load(file: Option<&Path>, certificates: bool, without: Without) -> Result<Self, String> {
         let tokens = match file {
             None => (Vec::new(), Arc::default()),
             Some(path) => {
                 read(path).map_err(|reason| format!("--token-file {}: {reason}", path.display()))?
             }
         };
-        Ok(Self { file: file.map(Path::to_owned), certificates, tokens: RwLock::new(tokens) })
+        let without = if file.is_some() || certificates { Without::Nothing } else { without };
+        let (tokens, changes) = (RwLock::new(tokens), watch::Sender::default());
+        Ok(Self { file: file.map(Path::to_owned), certificates, without, tokens, changes })
     }
 
     /// Takes over what the file says now. A file that is wrong changes nothing.
@@ -93,6 +123,8 @@ impl Access {
                 if tokens.0 != new.0 {
                     info!(file = %path.display(), tokens = new.1.len(), "the tokens have changed");
                     *tokens = new;
+                    drop(tokens);
+                    self.changes.send_modify(|changes| *changes += 1);
                 }
             }
         }
@@ -104,25 +136,50 @@ impl Access {
     /// # Errors
     /// [`Unknown`].
     pub fn check(&self, authorization: Option<&[u8]>, peer: Peer) -> Result<Grant, Unknown> {
-        let is_certified = self.certificates && peer.certified;
+        match self.without {
+            Without::Loopback => return Ok(Grant::ALL),
+            Without::Insecure => return Ok(Grant::EVERY_NAMESPACE),
+            Without::Nothing => {}
+        }
         match (&self.file, authorization) {
-            (None, _) if !self.certificates => return Ok(Grant::ALL),
             (None, _) | (Some(_), None) => {
-                return if is_certified { Ok(Grant::CERTIFIED) } else { Err(Unknown) };
+                let is_certified = self.certificates && peer.certified;
+                return if is_certified { Ok(Grant::EVERY_NAMESPACE) } else { Err(Unknown) };
             }
             // A token that is shown must be right, also beside a certificate.
             (Some(_), Some(_)) => {}
         }
         let secret = authorization.and_then(secret).ok_or(Unknown)?;
+        self.find(&secret).ok_or(Unknown)
+    }
+
+    fn find(&self, secret: &[u8]) -> Option<Grant> {
         let tokens = Arc::clone(&self.tokens.read().unwrap_or_else(PoisonError::into_inner).1);
         let mut found = None;
         for token in tokens.iter() {
-            let same: Choice = token.secret.ct_eq(&secret);
+            let same: Choice = token.secret.ct_eq(secret);
             if bool::from(same) {
                 found = Some(token.grant.clone());
             }
         }
-        found.ok_or(Unknown)
+        found
+    }
+
+    /// Resolves once the token that granted this is no longer in the file, or grants something else: what was opened with it
+    /// has to end then.
+    pub async fn revoked(&self, grant: &Grant) {
+        let Some(secret) = &grant.secret else { return std::future::pending().await };
+        let mut changes = self.changes.subscribe();
+        while self.find(secret).as_ref() == Some(grant) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Whether anybody who connects is let in.
+    pub fn is_open(&self) -> bool {
+        !matches!(self.without, Without::Nothing)
     }
 }
 
@@ -154,8 +211,11 @@ fn read(path: &Path) -> Result<Tokens, String> {
 
 fn parse(bytes: &[u8]) -> Result<Vec<Token>, BadLine> {
     let mut tokens = Vec::new();
+    let mut known = HashMap::new();
+    // What some editors begin a file with would become a part of the first token.
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
-        let bad = |reason| BadLine(number, reason);
+        let bad = |reason: &'static str| BadLine(number, reason.into());
         let line = std::str::from_utf8(line).map_err(|_| bad("not UTF-8"))?.trim();
         if line.is_empty() || line.starts_with('#') {
             continue;
@@ -174,12 +234,26 @@ fn parse(bytes: &[u8]) -> Result<Vec<Token>, BadLine> {
         }
         let namespaces = match namespaces {
             "*" => None,
-            list => Some(list.split(',').map(str::to_owned).collect::<Vec<_>>().into()),
+            list => {
+                let list: Vec<String> = list.split(',').map(str::to_owned).collect();
+                if list.iter().any(|namespace| namespace == "*") {
+                    return Err(bad("`*` stands alone, for all namespaces"));
+                }
+                if !list.iter().all(|namespace| is_name(namespace)) {
+                    return Err(bad("a namespace is a name of 1 to 512 bytes"));
+                }
+                Some(list.into())
+            }
         };
         if tokens.len() == MOST {
             return Err(bad("more than 10,000 tokens"));
         }
-        tokens.push(Token { secret: secret.as_bytes().into(), grant: Grant { namespaces, admin } });
+        let secret: Arc<[u8]> = secret.as_bytes().into();
+        if let Some(first) = known.insert(Arc::clone(&secret), number) {
+            return Err(BadLine(number, format!("the token of line {first} again").into()));
+        }
+        let grant = Grant { namespaces, admin, secret: Some(Arc::clone(&secret)) };
+        tokens.push(Token { secret, grant });
     }
     Ok(tokens)
 }
@@ -199,16 +273,16 @@ mod tests {
         let (folder, _) = access(FILE);
         let file = folder.path().join("tokens");
         for file in [None, Some(&*file)] {
-            let access = Access::load(file, true).unwrap();
+            let access = Access::load(file, true, Without::Loopback).unwrap();
             assert_eq!(access.check(None, NOBODY), Err(Unknown));
             let grant = access.check(None, CERTIFIED).unwrap();
             assert_eq!((grant.covers("anything"), grant.admin), (true, false));
         }
-        let both = Access::load(Some(&file), true).unwrap();
+        let both = Access::load(Some(&file), true, Without::Insecure).unwrap();
         assert_eq!(both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED), Err(Unknown));
         assert!(!both.check(Some(b"Bearer shop-token-0123456789"), CERTIFIED).unwrap().covers("other"));
         // A certificate that nobody asked for is none.
-        let tokens = Access::load(Some(&file), false).unwrap();
+        let tokens = Access::load(Some(&file), false, Without::Insecure).unwrap();
         assert_eq!(tokens.check(None, CERTIFIED), Err(Unknown));
     }
 
@@ -216,7 +290,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("tokens");
         std::fs::write(&file, text).unwrap();
-        let access = Access::load(Some(&file), false);
+        let access = Access::load(Some(&file), false, Without::Insecure);
         (folder, access)
     }
 
@@ -248,8 +322,40 @@ mod tests {
     }
 
     #[test]
-    fn without_a_file_everybody_may() {
-        assert_eq!(Access::load(None, false).unwrap().check(None, NOBODY), Ok(Grant::ALL));
+    fn without_a_file_everybody_on_this_machine_may_and_others_may_not_tell_keys_anything() {
+        let access = |without| Access::load(None, false, without).unwrap().check(None, NOBODY);
+        assert_eq!(access(Without::Loopback), Ok(Grant::ALL));
+        let insecure = access(Without::Insecure).unwrap();
+        assert_eq!((insecure.covers("anything"), insecure.admin), (true, false));
+        assert_eq!(access(Without::Nothing), Err(Unknown));
+    }
+
+    #[test]
+    fn what_an_editor_begins_a_file_with_is_no_part_of_the_first_token() {
+        let (_folder, access) = access("\u{feff}shop-token-0123456789 shop\r\n\r\n");
+        let access = access.unwrap();
+        assert!(access.check(Some(b"Bearer shop-token-0123456789"), NOBODY).unwrap().covers("shop"));
+    }
+
+    #[tokio::test]
+    async fn whoever_had_a_token_that_is_gone_or_grants_something_else_is_told() {
+        let (folder, access) = access(FILE);
+        let access = access.unwrap();
+        let file = folder.path().join("tokens");
+        let grant = |token: &str| access.check(Some(format!("Bearer {token}").as_bytes()), NOBODY).unwrap();
+        let (shop, root) = (grant("shop-token-0123456789"), grant("root-token-0123456789"));
+        let mut revoked = std::pin::pin!(access.revoked(&shop));
+        let is_revoked = async |revoked: &mut std::pin::Pin<&mut _>| {
+            futures_util::future::poll_immediate(revoked).await.is_some()
+        };
+        assert!(!is_revoked(&mut revoked).await);
+        std::fs::write(&file, "shop-token-0123456789 shop,cart\nroot-token-0123456789 *\n").unwrap();
+        access.reload();
+        assert!(!is_revoked(&mut revoked).await, "another line changed");
+        access.revoked(&root).await;
+        std::fs::write(&file, "root-token-0123456789 *\n").unwrap();
+        access.reload();
+        revoked.await;
     }
 
     #[test]
@@ -259,6 +365,9 @@ mod tests {
             ("\nsecret *", "line 2: a token has from 16"),
             ("secret-secret-secret * root", "more words"),
             ("# nothing\n", "no token in it"),
+            ("secret-secret-secret *,x", "line 1: `*` stands alone"),
+            ("secret-secret-secret a,,b", "line 1: a namespace is a name"),
+            ("secret-secret-secret a\n\nsecret-secret-secret b", "line 3: the token of line 1 again"),
         ] {
             let error = access(text).1.err().unwrap();
             assert!(error.contains(reason) && !error.contains("secret"), "{error}");

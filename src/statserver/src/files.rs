@@ -1,16 +1,35 @@
 //! Files that are read whole: tokens, certificates, settings.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 
-/// A file's bytes, of which there may be at most so many.
+/// A file's bytes, of which there may be at most so many. A pipe or a device says nothing of its length beforehand, so no more
+/// is read than one byte beyond.
 ///
 /// # Errors
-/// The system's, or how many bytes there are and how many are allowed.
+/// The system's, or how many bytes are allowed.
 pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let size = std::fs::metadata(path)?.len();
-    if size > most {
-        return Err(io::Error::other(format!("{size} bytes, allowed are {most}")));
+    let mut bytes = Vec::new();
+    File::open(path)?.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        return Err(io::Error::other(format!("more than the allowed {most} bytes")));
     }
-    std::fs::read(path)
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_read_than_allowed_whatever_the_length_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "12345").unwrap();
+        assert_eq!(read(&file, 5).unwrap(), b"12345");
+        assert_eq!(read(&file, 4).unwrap_err().to_string(), "more than the allowed 4 bytes");
+        // It has no end, and its length is 0.
+        assert_eq!(read(Path::new("/dev/zero"), 9).unwrap_err().to_string(), "more than the allowed 9 bytes");
+    }
 }

@@ -12,6 +12,7 @@ use inflight_stats::settings::{
 use tokio_tungstenite::tungstenite::http::Uri;
 use tracing::level_filters::LevelFilter;
 
+use crate::access::Without;
 use crate::limits::Limits;
 
 /// Takes the reports of Inflight's filters and answers autoscalers.
@@ -42,7 +43,8 @@ pub struct Flags {
     #[arg(long, env = "INFLIGHT_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// Lets everybody in who reaches the address, also if it is not a loopback one.
+    /// Lets everybody in who reaches the address, also if it is not a loopback one: to report and to ask for every namespace. Only on
+    /// loopback they may also tell keys their settings.
     #[arg(long, env = "INFLIGHT_INSECURE")]
     pub insecure: bool,
 
@@ -128,6 +130,11 @@ impl Flags {
                  everybody in"
             )),
         }
+    }
+
+    /// What somebody may do who shows nothing, if nothing is asked for. Settings are told over HTTP.
+    pub fn without(&self) -> Without {
+        if self.listen.ip().is_loopback() { Without::Loopback } else { Without::Insecure }
     }
 
     /// What keys are scaled by that were told nothing.
@@ -228,6 +235,15 @@ mod tests {
             );
             assert_eq!(check(&[&[flag, "0.0.0.0:80", "--tls-client-ca", "x"], &tls[..]].concat()), Ok(()));
         }
+    }
+
+    #[test]
+    fn insecure_gives_no_settings_to_other_machines() {
+        let without = |more: &[&str]| Flags::parse_from(["inflight-statserver"].iter().chain(more)).without();
+        assert_eq!(without(&[]), Without::Loopback);
+        assert_eq!(without(&["--insecure", "--listen", "[::1]:0"]), Without::Loopback);
+        assert_eq!(without(&["--insecure", "--grpc-listen", "0.0.0.0:0"]), Without::Loopback);
+        assert_eq!(without(&["--insecure", "--listen", "[::]:80"]), Without::Insecure);
     }
 
     #[test]

@@ -5,15 +5,16 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{FromRequestParts, Path, Query, RawPathParams, Request, State};
+use axum::extract::{FromRequestParts, Path, Query, RawPathParams, RawQuery, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use futures_util::StreamExt;
+use http_body_util::{BodyExt, Collected};
 use inflight_stats::Report;
 use inflight_stats::decider::EVERY_NS;
 use inflight_stats::ingest::Averages;
@@ -21,12 +22,14 @@ use inflight_stats::report::{CONTENT_TYPE, MAX_NAME_BYTES, is_name};
 use inflight_stats::request::{KUBELET_PROBE_HEADER, is_kubelet_agent};
 use inflight_stats::settings::KeySettings;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::access::{Access, Grant, Unknown};
 use crate::forward::Forward;
+use crate::guard::{Budget, FREE_BYTES, Guard, Share};
 use crate::keys::{KeyName, Keys, NotTaken, Point, View};
 use crate::limits::{Limit, Limits};
 use crate::link::Peer;
@@ -34,8 +37,11 @@ use crate::metrics::Metrics;
 use crate::stream::{self, Seldom};
 use crate::told::{TellError, Told};
 
-/// The most keys that one `GET` lists.
+/// How many keys one `GET` lists if it does not say, and at the most.
+const LISTED: usize = 100;
 const MOST_LISTED: usize = 10_000;
+/// The largest list in bytes: names may be long.
+const MOST_LISTED_BYTES: usize = 8 << 20;
 
 /// What all requests share.
 pub struct App {
@@ -47,6 +53,14 @@ pub struct App {
     pub told: Told,
     /// How much is taken from a network.
     pub limits: Limits,
+    /// Bytes of what is being received.
+    pub budget: Budget,
+    /// Bytes of answers that have yet to be read.
+    pub answers: Budget,
+    /// gRPC calls that go on.
+    pub calls: Arc<Semaphore>,
+    /// One list of keys is made at a time.
+    pub listing: tokio::sync::Mutex<()>,
     /// The server's own metrics.
     pub metrics: Arc<Metrics>,
     /// Where stats are sent on to.
@@ -70,13 +84,20 @@ impl FromRequestParts<Arc<App>> for Grant {
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
         let authorization = parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
         let peer = parts.extensions.get::<Peer>().copied().unwrap_or_default();
-        app.access.check(authorization, peer).map_err(|Unknown| {
+        let grant = app.access.check(authorization, peer).map_err(|Unknown| {
             app.metrics.unauthorized.inc();
-            // A browser asks its user for a password.
-            let asked = [(header::WWW_AUTHENTICATE, "Basic realm=\"inflight\", charset=\"UTF-8\"")];
-            (StatusCode::UNAUTHORIZED, asked, "authorization: no token, or one that is not known\n")
+            // A browser asks its user for a password. Whoever has none keeps no connection.
+            let headers = [
+                (header::WWW_AUTHENTICATE, "Basic realm=\"inflight\", charset=\"UTF-8\""),
+                (header::CONNECTION, "close"),
+            ];
+            (StatusCode::UNAUTHORIZED, headers, "authorization: no token, or one that is not known\n")
                 .into_response()
-        })
+        })?;
+        if let Some(guard) = parts.extensions.get::<Arc<Guard>>() {
+            guard.known();
+        }
+        Ok(grant)
     }
 }
 
@@ -115,7 +136,12 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(middleware::from_fn(only_known_parameters))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), within_budget))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), websocket))
+        .layer(middleware::from_fn(same_origin))
         .layer(middleware::from_fn(kubelet_probe))
         .with_state(app)
 }
@@ -131,6 +157,94 @@ async fn kubelet_probe(request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
+async fn no_such_path() -> Response {
+    let paths = "/, /healthz, /readyz, /metrics, /v1/reports, /v1/keys, /v1/keys/NAMESPACE/NAME and below it /history and \
+                 /settings, and /v1/key?namespace=NAMESPACE&name=NAME likewise";
+    (StatusCode::NOT_FOUND, format!("no such path; there are {paths}\n")).into_response()
+}
+
+async fn no_such_method() -> Response {
+    let reason = "the path does not take this method; the header `allow` has those that it takes\n";
+    (StatusCode::METHOD_NOT_ALLOWED, reason).into_response()
+}
+
+/// What is misspelt would otherwise be ignored without a word.
+async fn only_known_parameters(request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let known = match path {
+        "/v1/keys" => WANTED,
+        "/v1/key" | "/v1/key/history" | "/v1/key/settings" => NAMED,
+        _ => &[],
+    };
+    let is_ours = path.starts_with("/v1/");
+    let query = request.uri().query().filter(|query| is_ours && !query.is_empty()).unwrap_or_default();
+    for (name, _) in form_urlencoded::parse(query.as_bytes()) {
+        if !known.contains(&&*name) {
+            let name: String = name.chars().take(100).collect();
+            let allowed = if known.is_empty() { "none".into() } else { known.join(", ") };
+            let reason = format!("parameter {name:?} is not known, allowed here: {allowed}\n");
+            return (StatusCode::BAD_REQUEST, reason).into_response();
+        }
+    }
+    next.run(request).await
+}
+
+/// A page of another site must not have a browser report, tell keys anything or open a stream here: a server on a loopback
+/// address asks for no token, and a browser sends one that it knows by itself. What is no browser says nothing of a site.
+async fn same_origin(request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let text = |name| headers.get(name).map(HeaderValue::as_bytes);
+    let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    if changes || headers.contains_key(header::UPGRADE) {
+        let of_this_site = match (text(HeaderName::from_static("sec-fetch-site")), text(header::ORIGIN)) {
+            (Some(site), _) if !matches!(site, b"same-origin" | b"none") => false,
+            (_, Some(origin)) => {
+                let scheme = [&b"http://"[..], b"https://"];
+                let authority = scheme.iter().find_map(|scheme| origin.strip_prefix(*scheme));
+                authority.is_some() && authority == text(header::HOST)
+            }
+            (_, None) => true,
+        };
+        if !of_this_site {
+            let reason = "sec-fetch-site or origin: a page of another site may not do this\n";
+            return (StatusCode::FORBIDDEN, reason).into_response();
+        }
+    }
+    next.run(request).await
+}
+
+/// Answers that are not small take of a budget until they are written: clients may be slow to read.
+async fn within_budget(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let (parts, body) = next.run(request).await.into_parts();
+    if body.size_hint().exact().is_none_or(|bytes| bytes <= FREE_BYTES as u64) {
+        return Response::from_parts(parts, body);
+    }
+    // All there already: nothing is waited for.
+    let Ok(bytes) = body.collect().await.map(Collected::to_bytes) else {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    };
+    let mut share = Share::default();
+    if app.answers.cover(&mut share, bytes.len()).is_err() {
+        app.metrics.refused(Limit::AnswerBytes);
+        let reason =
+            "others have yet to read as many bytes of answers as --max-answer-bytes allows: try later\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, reason).into_response();
+    }
+    Response::from_parts(parts, Body::from(Bytes::from_owner(Answer { bytes, _share: share })))
+}
+
+/// Bytes with their share of the budget, which ends with the last of them.
+struct Answer {
+    bytes: Bytes,
+    _share: Share,
+}
+
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 /// Knative's stats server takes its stream on any path.
 async fn websocket(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let asked = request.headers().get(header::UPGRADE);
@@ -142,8 +256,9 @@ async fn websocket(State(app): State<Arc<App>>, request: Request, next: Next) ->
         Ok(grant) => grant,
         Err(refused) => return refused,
     };
+    let guard = parts.extensions.get::<Arc<Guard>>().cloned();
     match WebSocketUpgrade::from_request_parts(&mut parts, &app).await {
-        Ok(upgrade) => stream::upgrade(upgrade, app, grant),
+        Ok(upgrade) => stream::upgrade(upgrade, app, grant, guard),
         Err(refused) => refused.into_response(),
     }
 }
@@ -195,8 +310,16 @@ async fn take(
             format!("content-type was {was}, allowed is {CONTENT_TYPE}\n"),
         ));
     }
-    let bytes = read(app, body, Limit::ReportBytes, app.limits.max_report_bytes).await?;
-    let malformed = |error| (StatusCode::BAD_REQUEST, format!("{error}\n"));
+    let Read { bytes, _share } = read(app, body, Limit::ReportBytes, app.limits.max_report_bytes).await?;
+    let malformed = |error| {
+        (
+            StatusCode::BAD_REQUEST,
+            format!(
+                "{error}
+"
+            ),
+        )
+    };
     let report = Report::decode(&bytes).map_err(malformed)?;
     report.check_clock(now_ns()).map_err(malformed)?;
     let (keys, most) = (report.messages.len(), app.limits.max_messages);
@@ -224,42 +347,67 @@ async fn take(
 }
 
 /// Reads a body of at most `most` bytes, in the time that a body may take.
-async fn read(app: &App, body: Body, limit: Limit, most: usize) -> Result<Vec<u8>, (StatusCode, String)> {
+async fn read(app: &App, body: Body, limit: Limit, most: usize) -> Result<Read, (StatusCode, String)> {
     let timeout = app.limits.body_timeout;
-    match tokio::time::timeout(timeout, read_up_to(body, most)).await {
-        Ok(Some(bytes)) => Ok(bytes),
-        Ok(None) => {
+    match tokio::time::timeout(timeout, read_up_to(app, body, most)).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(NotRead::TooLong)) => {
             app.metrics.refused(limit);
             let reason = format!("the body has more than the allowed {most} bytes (--{})\n", limit.flag());
             Err((StatusCode::PAYLOAD_TOO_LARGE, reason))
         }
+        Ok(Err(NotRead::NoRoom)) => {
+            app.metrics.refused(Limit::BytesInFlight);
+            let reason = "more bytes are being received than --max-bytes-in-flight allows: try later\n";
+            Err((StatusCode::SERVICE_UNAVAILABLE, reason.into()))
+        }
         Err(_) => {
             app.metrics.refused(Limit::BodyTimeout);
             let reason = format!("the body took longer than {timeout:?} (--body-timeout)\n");
-            // Not 408: a 4xx would mean never again.
+            // It may come again.
             Err((StatusCode::SERVICE_UNAVAILABLE, reason))
         }
     }
 }
 
-/// Reads a body; `None` if it is longer than `most` bytes. Of a longer one some more is read and dropped, because a client
-/// that is still writing when the connection closes never sees the answer. One that breaks off is as good as empty: nobody
-/// is there to be answered.
-async fn read_up_to(body: Body, most: usize) -> Option<Vec<u8>> {
-    let (mut kept, mut length) = (Vec::new(), 0_usize);
+/// Why a body was not read.
+enum NotRead {
+    TooLong,
+    NoRoom,
+}
+
+/// A body and its share of the budget.
+struct Read {
+    bytes: Vec<u8>,
+    _share: Share,
+}
+
+/// Reads a body of at most `most` bytes. Of a longer one some more is read and dropped, because a client that is still writing
+/// when the connection closes never sees the answer. One that breaks off is as good as empty: nobody is there to be answered.
+async fn read_up_to(app: &App, body: Body, most: usize) -> Result<Read, NotRead> {
+    let (mut kept, mut share, mut length) = (Vec::new(), Share::default(), 0_usize);
+    let mut refused = None;
     let mut chunks = body.into_data_stream();
     while let Some(chunk) = chunks.next().await {
-        let Ok(chunk) = chunk else { return Some(Vec::new()) };
+        let Ok(chunk) = chunk else {
+            kept = Vec::new();
+            break;
+        };
         length = length.saturating_add(chunk.len());
-        if length <= most {
+        if length > most {
+            refused = Some(NotRead::TooLong);
+        } else if refused.is_none() && app.budget.cover(&mut share, length).is_err() {
+            refused = Some(NotRead::NoRoom);
+        }
+        if refused.is_none() {
             kept.extend_from_slice(&chunk);
         } else if length > most.saturating_mul(8) {
             break;
         } else {
-            kept = Vec::new();
+            (kept, share) = (Vec::new(), Share::default());
         }
     }
-    (length <= most).then_some(kept)
+    refused.map_or(Ok(Read { bytes: kept, _share: share }), Err)
 }
 
 /// How deep values lie in each other: a number is 0 deep, an object of numbers 1.
@@ -321,26 +469,60 @@ impl From<View> for KeyView {
     }
 }
 
+/// How `/v1/key` names one.
+const NAMED: &[&str] = &["namespace", "name"];
+
+/// What `GET /v1/keys` can be told.
+const WANTED: &[&str] = &["search", "limit"];
+
 /// Which keys to list.
-#[derive(Deserialize)]
 struct Wanted {
     /// A part of `namespace/name`.
-    #[serde(default)]
     search: String,
-    limit: Option<usize>,
+    limit: usize,
 }
 
-#[derive(Serialize)]
-struct KeysView {
-    keys: Vec<KeyView>,
-    /// How many there are that fit, also beyond the limit.
-    found: usize,
+impl Wanted {
+    fn of(query: &str) -> Result<Self, (StatusCode, String)> {
+        let mut wanted = Self { search: String::new(), limit: LISTED };
+        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            if name == "search" {
+                wanted.search = value.into_owned();
+            } else if name == "limit" {
+                wanted.limit = value.parse().ok().filter(|limit| *limit <= MOST_LISTED).ok_or_else(|| {
+                    let value: String = value.chars().take(100).collect();
+                    let allowed = format!("a whole number from 0 to {MOST_LISTED}");
+                    (StatusCode::BAD_REQUEST, format!("`limit` was {value:?}, allowed is {allowed}\n"))
+                })?;
+            }
+        }
+        Ok(wanted)
+    }
 }
 
-async fn keys(State(app): State<Arc<App>>, grant: Grant, Query(wanted): Query<Wanted>) -> Json<KeysView> {
-    let most = wanted.limit.unwrap_or(MOST_LISTED).min(MOST_LISTED);
-    let (views, found) = app.keys.views(&grant, &wanted.search, most, now_ns());
-    Json(KeysView { keys: views.into_iter().map(KeyView::from).collect(), found })
+/// The first keys that fit, and in `found` how many there are, also beyond the limit.
+async fn keys(
+    State(app): State<Arc<App>>,
+    grant: Grant,
+    RawQuery(query): RawQuery,
+) -> Result<Response, (StatusCode, String)> {
+    let Wanted { search, limit } = Wanted::of(query.as_deref().unwrap_or_default())?;
+    let _one = app.listing.lock().await;
+    let (views, found) = app.keys.views(&grant, &search, limit, now_ns());
+    let mut text = b"{\"keys\":[".to_vec();
+    for view in views {
+        let before = text.len();
+        if before > b"{\"keys\":[".len() {
+            text.push(b',');
+        }
+        let written = serde_json::to_writer(&mut text, &KeyView::from(view));
+        if written.is_err() || text.len() > MOST_LISTED_BYTES {
+            text.truncate(before);
+            break;
+        }
+    }
+    text.extend_from_slice(format!("],\"found\":{found}}}").as_bytes());
+    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
 /// Which key a request is about: by its path, or by `?namespace=…&name=…`, because clients take `.` and `..` out of paths,
@@ -423,7 +605,7 @@ async fn tell(State(app): State<Arc<App>>, grant: Grant, Named(name): Named, bod
         return refused.into_response();
     }
     let bytes = match read(&app, body, Limit::SettingsBytes, app.limits.max_settings_bytes).await {
-        Ok(bytes) => bytes,
+        Ok(read) => read.bytes,
         Err(refused) => return refused.into_response(),
     };
     for (what, value) in [("namespace", &name.0), ("name", &name.1)] {
@@ -480,8 +662,9 @@ async fn told(app: &Arc<App>, name: KeyName, json: Option<serde_json::Value>) ->
 }
 
 async fn metrics(State(app): State<Arc<App>>, grant: Grant) -> Response {
+    let _one = app.listing.lock().await;
     let (views, keys) = app.keys.views(&grant, "", crate::metrics::MOST_KEYS, now_ns());
-    match app.metrics.text(&views, keys) {
+    match app.metrics.text(views, keys) {
         Ok(text) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, content_type)], text).into_response()

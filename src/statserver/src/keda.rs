@@ -8,13 +8,11 @@ use std::time::Duration;
 use futures_util::{Stream, StreamExt, future, stream};
 use inflight_stats::settings::{KeySettings, METRICS, Metric, TARGET};
 use tokio_stream::wrappers::{IntervalStream, WatchStream};
-use tonic::metadata::MetadataMap;
 use tonic::{Extensions, Request, Response, Status};
 
-use crate::access::Unknown;
+use crate::access::Grant;
 use crate::http::{App, now_ns};
 use crate::keys::KeyName;
-use crate::link::Caller;
 
 /// What the build made of `proto/externalscaler.proto`.
 #[allow(missing_docs, clippy::all, reason = "generated")]
@@ -38,26 +36,18 @@ pub struct Scaler(pub Arc<App>);
 /// What a ScaledObject asks for.
 struct Asked {
     key: KeyName,
+    grant: Grant,
     target: Option<f64>,
     metric: Option<Metric>,
 }
 
 impl Asked {
-    /// What the call is about, if its token is good for that.
-    fn granted(
-        app: &App,
-        metadata: &MetadataMap,
-        extensions: &Extensions,
-        object: ScaledObjectRef,
-    ) -> Result<Self, Status> {
-        let authorization = metadata.get("authorization").map(|value| value.as_bytes());
-        let peer = extensions.get::<Caller>().map(|caller| caller.peer).unwrap_or_default();
-        let grant = app.access.check(authorization, peer).map_err(|Unknown| {
-            app.metrics.unauthorized.inc();
-            Status::unauthenticated("authorization: no token, or one that is not known")
-        })?;
-        let asked = Self::of(object)?;
-        if !grant.covers(&asked.key.0) {
+    /// What the call is about, if what its caller was granted is good for that.
+    fn granted(app: &App, extensions: &Extensions, object: ScaledObjectRef) -> Result<Self, Status> {
+        let grant = extensions.get::<Grant>().cloned();
+        let grant = grant.ok_or_else(|| Status::unauthenticated("authorization: no token"))?;
+        let asked = Self::of(object, grant)?;
+        if !asked.grant.covers(&asked.key.0) {
             app.metrics.unauthorized.inc();
             return Err(Status::permission_denied(format!(
                 "the token is not good for namespace {}",
@@ -68,7 +58,7 @@ impl Asked {
     }
 
     /// Of the metadata `namespace`, `name`, `target` and `metric` are ours; KEDA hands over its own, too.
-    fn of(object: ScaledObjectRef) -> Result<Self, Status> {
+    fn of(object: ScaledObjectRef, grant: Grant) -> Result<Self, Status> {
         let ScaledObjectRef { name, namespace, scaler_metadata } = object;
         let own = |key: &str, fallback: String| match scaler_metadata.get(key) {
             Some(value) if !value.is_empty() => value.clone(),
@@ -87,7 +77,7 @@ impl Asked {
         let metric = parsed(&scaler_metadata, "metric", "concurrency or rps", |text| {
             METRICS.iter().find(|(name, _)| *name == text).map(|(_, metric)| *metric)
         })?;
-        Ok(Self { key, target, metric })
+        Ok(Self { key, grant, target, metric })
     }
 
     fn settings(&self, app: &App) -> Arc<KeySettings> {
@@ -153,18 +143,34 @@ fn metric_name(metric: Metric) -> &'static str {
 impl Scaler {
     /// What a call is about, if its token is good for that.
     fn asked(&self, request: Request<ScaledObjectRef>) -> Result<Asked, Status> {
-        let (metadata, extensions, object) = request.into_parts();
-        Asked::granted(&self.0, &metadata, &extensions, object)
+        let (_, extensions, object) = request.into_parts();
+        Asked::granted(&self.0, &extensions, object)
     }
 
-    /// A stream that ends with the server, so that nobody waits for it.
+    /// A stream that ends with the server, so that nobody waits for it, or with what its caller was granted.
     fn until_the_end<T: Send + 'static>(
         &self,
+        grant: Grant,
         stream: impl Stream<Item = T> + Send + 'static,
     ) -> Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>> {
-        let ending = self.0.ending.clone().cancelled_owned();
-        let restarting = stream::once(future::ready(Err(Status::unavailable("restarting"))));
-        Box::pin(stream.map(Ok).take_until(Box::pin(ending)).chain(restarting))
+        let app = Arc::clone(&self.0);
+        let end = async move {
+            tokio::select! {
+                () = app.ending.cancelled() => Err(Status::unavailable("restarting")),
+                () = app.access.revoked(&grant) => Err(Status::unauthenticated("the token is no longer known")),
+            }
+        };
+        // The first error is the last that a call says.
+        Box::pin(stream::select(stream.map(Ok), stream::once(end)))
+    }
+}
+
+/// Whoever watches a key, to be forgotten with it.
+struct Watching(Arc<App>, KeyName);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.0.keys.watch.left(&self.1);
     }
 }
 
@@ -191,8 +197,12 @@ impl ExternalScaler for Scaler {
     ) -> Result<Response<Self::StreamIsActiveStream>, Status> {
         let asked = self.asked(request)?;
         let changes = self.0.keys.watch.key(asked.key.clone(), || asked.is_active(&self.0));
-        let answers = WatchStream::new(changes).map(|result| IsActiveResponse { result });
-        Ok(Response::new(self.until_the_end(answers)))
+        let watching = Watching(Arc::clone(&self.0), asked.key);
+        let answers = WatchStream::new(changes).map(move |result| {
+            let _until_here = &watching;
+            IsActiveResponse { result }
+        });
+        Ok(Response::new(self.until_the_end(asked.grant, answers)))
     }
 
     async fn get_metric_spec(
@@ -206,10 +216,10 @@ impl ExternalScaler for Scaler {
         &self,
         request: Request<GetMetricsRequest>,
     ) -> Result<Response<GetMetricsResponse>, Status> {
-        let (metadata, extensions, GetMetricsRequest { scaled_object_ref, metric_name: wanted }) =
+        let (_, extensions, GetMetricsRequest { scaled_object_ref, metric_name: wanted }) =
             request.into_parts();
         let object = scaled_object_ref.unwrap_or_default();
-        let asked = Asked::granted(&self.0, &metadata, &extensions, object)?;
+        let asked = Asked::granted(&self.0, &extensions, object)?;
         asked.may_say_less(&self.0)?;
         let metric = asked.metric(&asked.settings(&self.0));
         let (namespace, name) = &asked.key;
@@ -228,6 +238,7 @@ impl ExternalScaler for Scaler {
     ) -> Result<Response<Self::StreamMetricSpecStream>, Status> {
         let asked = self.asked(request)?;
         let app = Arc::clone(&self.0);
+        let grant = asked.grant.clone();
         let mut last = None;
         let changes = IntervalStream::new(tokio::time::interval(SPEC_EVERY)).filter_map(move |_| {
             let spec = asked.spec(&app);
@@ -235,6 +246,6 @@ impl ExternalScaler for Scaler {
             last = Some(spec.clone());
             future::ready(changed.then_some(spec))
         });
-        Ok(Response::new(self.until_the_end(changes)))
+        Ok(Response::new(self.until_the_end(grant, changes)))
     }
 }

@@ -739,7 +739,10 @@ mod tests {
     }
 
     fn all() -> Grant {
-        crate::access::Access::load(None, false).unwrap().check(None, crate::link::Peer::default()).unwrap()
+        crate::access::Access::load(None, false, crate::access::Without::Loopback)
+            .unwrap()
+            .check(None, crate::link::Peer::default())
+            .unwrap()
     }
 
     #[test]

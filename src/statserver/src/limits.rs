@@ -11,21 +11,46 @@ use inflight_stats::wire::FrameLimits;
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Limits")]
 pub struct Limits {
-    /// The most connections at once, over HTTP and over gRPC each.
-    #[arg(long, env = "INFLIGHT_MAX_CONNECTIONS", default_value_t = 20_000, value_parser = up_to::<1, 1_000_000>)]
+    /// The most connections at once over HTTP, websockets among them.
+    #[arg(long, env = "INFLIGHT_MAX_CONNECTIONS", default_value_t = 3_000, value_parser = up_to::<1, 1_000_000>)]
     pub max_connections: usize,
 
+    /// The most connections at once over gRPC; KEDA has one for each address that it is told.
+    #[arg(long, env = "INFLIGHT_MAX_GRPC_CONNECTIONS", default_value_t = 32, value_parser = up_to::<1, 1_000_000>)]
+    pub max_grpc_connections: usize,
+
+    /// The most connections at once over which nobody has shown a token or a certificate yet; one more takes the place of the oldest.
+    #[arg(long, env = "INFLIGHT_MAX_STRANGERS", default_value_t = 500, value_parser = up_to::<1, 1_000_000>)]
+    pub max_strangers: usize,
+
+    /// The most bytes of bodies, frames and messages that are being received at once, over all connections; the first 4 KiB of
+    /// each count nothing.
+    #[arg(long, env = "INFLIGHT_MAX_BYTES_IN_FLIGHT", default_value_t = 16 << 20, value_parser = up_to::<{ 1 << 20 }, 4_294_967_295>)]
+    pub max_bytes_in_flight: usize,
+
+    /// The most bytes of answers that clients have yet to read, over all connections; the first 4 KiB of each count nothing.
+    #[arg(long, env = "INFLIGHT_MAX_ANSWER_BYTES", default_value_t = 12 << 20, value_parser = up_to::<{ 1 << 20 }, 4_294_967_295>)]
+    pub max_answer_bytes: usize,
+
     /// The largest head of a request in bytes.
-    #[arg(long, env = "INFLIGHT_MAX_HEAD_BYTES", default_value_t = 16_384, value_parser = up_to::<8_192, 1_048_576>)]
+    #[arg(long, env = "INFLIGHT_MAX_HEAD_BYTES", default_value_t = 8_192, value_parser = up_to::<8_192, 1_048_576>)]
     pub max_head_bytes: usize,
 
     /// How long a TLS handshake, and then a request's head, may take.
     #[arg(long, env = "INFLIGHT_HEAD_TIMEOUT", default_value = "10s", value_parser = timeout)]
     pub head_timeout: Duration,
 
-    /// How long a request's body may take.
+    /// How long a request's body, a frame of the stat stream or the message of a gRPC call may take.
     #[arg(long, env = "INFLIGHT_BODY_TIMEOUT", default_value = "10s", value_parser = timeout)]
     pub body_timeout: Duration,
+
+    /// How long an HTTP connection may be idle between two requests; longer than the longest reporting period.
+    #[arg(long, env = "INFLIGHT_IDLE_TIMEOUT", default_value = "75s", value_parser = timeout)]
+    pub idle_timeout: Duration,
+
+    /// How long a client may take to read what is written to it.
+    #[arg(long, env = "INFLIGHT_WRITE_TIMEOUT", default_value = "20s", value_parser = timeout)]
+    pub write_timeout: Duration,
 
     /// The largest report in bytes.
     #[arg(long, env = "INFLIGHT_MAX_REPORT_BYTES", default_value_t = MAX_BYTES, value_parser = up_to::<1_024, MAX_BYTES>)]
@@ -40,11 +65,11 @@ pub struct Limits {
     pub max_settings_bytes: usize,
 
     /// The largest message of a gRPC call in bytes.
-    #[arg(long, env = "INFLIGHT_MAX_GRPC_BYTES", default_value_t = 65_536, value_parser = up_to::<1_024, 4_194_304>)]
+    #[arg(long, env = "INFLIGHT_MAX_GRPC_BYTES", default_value_t = 8_192, value_parser = up_to::<1_024, 4_194_304>)]
     pub max_grpc_bytes: usize,
 
-    /// The most calls at once over one gRPC connection; KEDA has two open for each ScaledObject.
-    #[arg(long, env = "INFLIGHT_MAX_GRPC_STREAMS", default_value_t = 10_000, value_parser = up_to::<1, 1_000_000>)]
+    /// The most gRPC calls at once, over all connections; KEDA has two open for each ScaledObject.
+    #[arg(long, env = "INFLIGHT_MAX_GRPC_STREAMS", default_value_t = 4_000, value_parser = up_to::<1, 1_000_000>)]
     pub max_grpc_streams: usize,
 
     /// The most keys in a report, and stats in a frame of the stream.
@@ -68,7 +93,7 @@ pub struct Limits {
     pub max_pods_per_key: usize,
 
     /// The most bytes that all keys, their windows and those who report them take.
-    #[arg(long, env = "INFLIGHT_MAX_TABLE_BYTES", default_value_t = 256 << 20, value_parser = up_to::<{ 1 << 20 }, { 1 << 40 }>)]
+    #[arg(long, env = "INFLIGHT_MAX_TABLE_BYTES", default_value_t = 224 << 20, value_parser = up_to::<{ 1 << 20 }, { 1 << 40 }>)]
     pub max_table_bytes: usize,
 }
 
@@ -84,9 +109,14 @@ impl Limits {
 #[allow(missing_docs, reason = "the flags' own names")]
 pub enum Limit {
     Connections,
+    GrpcConnections,
+    Strangers,
+    BytesInFlight,
+    AnswerBytes,
     HeadBytes,
     HeadTimeout,
     BodyTimeout,
+    WriteTimeout,
     ReportBytes,
     FrameBytes,
     SettingsBytes,
@@ -102,11 +132,16 @@ pub enum Limit {
 
 impl Limit {
     /// All that are counted.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 20] = [
         Self::Connections,
+        Self::GrpcConnections,
+        Self::Strangers,
+        Self::BytesInFlight,
+        Self::AnswerBytes,
         Self::HeadBytes,
         Self::HeadTimeout,
         Self::BodyTimeout,
+        Self::WriteTimeout,
         Self::ReportBytes,
         Self::FrameBytes,
         Self::SettingsBytes,
@@ -124,9 +159,14 @@ impl Limit {
     pub fn flag(self) -> &'static str {
         match self {
             Self::Connections => "max-connections",
+            Self::GrpcConnections => "max-grpc-connections",
+            Self::Strangers => "max-strangers",
+            Self::BytesInFlight => "max-bytes-in-flight",
+            Self::AnswerBytes => "max-answer-bytes",
             Self::HeadBytes => "max-head-bytes",
             Self::HeadTimeout => "head-timeout",
             Self::BodyTimeout => "body-timeout",
+            Self::WriteTimeout => "write-timeout",
             Self::ReportBytes => "max-report-bytes",
             Self::FrameBytes => "max-frame-bytes",
             Self::SettingsBytes => "max-settings-bytes",

@@ -4,20 +4,23 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_rustls::server::TlsStream;
-use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
-use crate::limits::Limit;
+use crate::guard::{Budget, Guard, Stranger, Strangers};
+use crate::limits::{Limit, Limits};
 use crate::metrics::Metrics;
 use crate::tls::{Protocol, Tls};
+
+/// The most calls of an HTTP/2 connection that begin before what was answered to others is written.
+const MOST_UNWRITTEN_CALLS: usize = 256;
 
 /// What is known of who connected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,10 +29,18 @@ pub struct Peer {
     pub certified: bool,
 }
 
-/// A connection; with it ends its place among those that are allowed.
+/// A connection; with it ends its place among those that are allowed. It keeps the times that its [`Guard`] says, and ends
+/// when a client does not read.
 pub struct Link {
     stream: Stream,
     peer: Peer,
+    guard: Arc<Guard>,
+    is_grpc: bool,
+    /// Wakes when the guard's deadline has come; made when it is first needed.
+    read_by: Option<Pin<Box<Sleep>>>,
+    /// Wakes when what is written has waited for too long; `blocked` says whether it waits.
+    written_by: Option<Pin<Box<Sleep>>>,
+    blocked: bool,
     _place: OwnedSemaphorePermit,
 }
 
@@ -38,32 +49,44 @@ enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+/// What both listeners share.
+#[derive(Clone)]
+pub struct House {
+    /// How much is taken.
+    pub limits: Limits,
+    /// The server's certificates, if it has some.
+    pub tls: Option<Arc<Tls>>,
+    /// Places of those who have not shown a token; without tokens there are no strangers.
+    pub strangers: Option<Arc<Strangers>>,
+    /// Bytes that are being received.
+    pub budget: Budget,
+    /// Where it is counted.
+    pub metrics: Arc<Metrics>,
+}
+
 /// Takes connections, no more at once than allowed.
 pub struct Door {
     listener: TcpListener,
     places: Arc<Semaphore>,
-    metrics: Arc<Metrics>,
     protocol: Protocol,
-    tls: Option<Arc<Tls>>,
-    handshake: Duration,
+    house: House,
 }
 
 /// A connection that has yet to shake hands.
 pub struct Knock {
     stream: TcpStream,
     place: OwnedSemaphorePermit,
+    stranger: Option<Stranger>,
 }
 
 impl Door {
-    /// Behind a listener; `most` connections at once, each with `handshake` to begin TLS.
-    pub fn new(
-        listener: TcpListener,
-        protocol: Protocol,
-        tls: Option<Arc<Tls>>,
-        (most, handshake): (usize, Duration),
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(most)), metrics, protocol, tls, handshake }
+    /// Behind a listener.
+    pub fn new(listener: TcpListener, protocol: Protocol, house: House) -> Self {
+        let most = match protocol {
+            Protocol::Http => house.limits.max_connections,
+            Protocol::Grpc => house.limits.max_grpc_connections,
+        };
+        Self { listener, places: Arc::new(Semaphore::new(most)), protocol, house }
     }
 
     /// Where it listens.
@@ -74,18 +97,39 @@ impl Door {
         self.listener.local_addr()
     }
 
+    /// What is spoken behind it.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
     /// The next connection for which there is a place; the others are told so, as far as that goes, and closed.
     pub async fn knock(&self) -> Knock {
+        let metrics = &self.house.metrics;
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => match Arc::clone(&self.places).try_acquire_owned() {
-                    Ok(place) => return Knock { stream, place },
-                    Err(_) => {
-                        self.metrics.refused(Limit::Connections);
-                        if self.tls.is_none() && matches!(self.protocol, Protocol::Http) {
-                            let _ = stream.try_write(FULL);
-                        }
+                    Ok(place) => {
+                        let stranger = match &self.house.strangers {
+                            None => None,
+                            Some(strangers) => {
+                                let (stranger, evicts) = strangers.enter().await;
+                                if evicts {
+                                    metrics.refused(Limit::Strangers);
+                                }
+                                Some(stranger)
+                            }
+                        };
+                        return Knock { stream, place, stranger };
                     }
+                    Err(_) => match self.protocol {
+                        Protocol::Http => {
+                            metrics.refused(Limit::Connections);
+                            if self.house.tls.is_none() {
+                                let _ = stream.try_write(FULL);
+                            }
+                        }
+                        Protocol::Grpc => metrics.refused(Limit::GrpcConnections),
+                    },
                 },
                 Err(error) => {
                     // Out of file descriptors, most likely: the others go on, and end.
@@ -97,42 +141,56 @@ impl Door {
     }
 
     /// Begins TLS, if that is spoken here; `None` if it did not come about.
-    pub async fn open(&self, Knock { stream, place }: Knock) -> Option<Link> {
+    pub async fn open(&self, Knock { stream, place, stranger }: Knock) -> Option<Link> {
         // Answers are small and whole; waiting for more to send would only delay them.
         let _ = stream.set_nodelay(true);
-        let Some(tls) = &self.tls else {
-            // HTTP/1.1 is timed from its head on; HTTP/2 would wait for its first words for ever.
-            if matches!(self.protocol, Protocol::Grpc)
-                && tokio::time::timeout(self.handshake, has_preface(&stream)).await.is_err()
-            {
-                self.metrics.refused(Limit::HeadTimeout);
-                return None;
+        let is_grpc = matches!(self.protocol, Protocol::Grpc);
+        let House { limits, tls, budget, metrics, .. } = &self.house;
+        let (stream, peer) = match tls {
+            None => (Stream::Plain(stream), Peer::default()),
+            Some(tls) => {
+                let handshake = tokio::time::timeout(limits.head_timeout, tls.accept(stream, self.protocol));
+                let evicted = async {
+                    match &stranger {
+                        Some(stranger) => stranger.evicted().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                let handshake = tokio::select! {
+                    handshake = handshake => handshake,
+                    () = evicted => return None,
+                };
+                match handshake {
+                    Ok(Ok(stream)) => {
+                        let peer = Peer { certified: stream.get_ref().1.peer_certificates().is_some() };
+                        (Stream::Tls(Box::new(stream)), peer)
+                    }
+                    Ok(Err(error)) => {
+                        debug!(%error, "no handshake");
+                        metrics.handshakes_failed.inc();
+                        return None;
+                    }
+                    Err(_) => {
+                        metrics.refused(Limit::HeadTimeout);
+                        return None;
+                    }
+                }
             }
-            return Some(Link { stream: Stream::Plain(stream), peer: Peer::default(), _place: place });
         };
-        match tokio::time::timeout(self.handshake, tls.accept(stream, self.protocol)).await {
-            Ok(Ok(stream)) => {
-                let peer = Peer { certified: stream.get_ref().1.peer_certificates().is_some() };
-                Some(Link { stream: Stream::Tls(Box::new(stream)), peer, _place: place })
-            }
-            Ok(Err(error)) => {
-                debug!(%error, "no handshake");
-                self.metrics.handshakes_failed.inc();
-                None
-            }
-            Err(_) => {
-                self.metrics.refused(Limit::HeadTimeout);
-                None
-            }
+        let guard = Guard::new(is_grpc, *limits, budget.clone(), Arc::clone(metrics));
+        if let Some(stranger) = stranger.filter(|_| !peer.certified) {
+            guard.is_strangers(stranger);
         }
-    }
-}
-
-/// Waits for as many bytes as an HTTP/2 client begins with, whatever they are, or for the end.
-async fn has_preface(stream: &TcpStream) {
-    let mut preface = [0; 24];
-    while !matches!(stream.peek(&mut preface).await, Ok(0 | 24) | Err(_)) {
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        Some(Link {
+            stream,
+            peer,
+            guard: Arc::new(guard),
+            is_grpc,
+            read_by: None,
+            written_by: None,
+            blocked: false,
+            _place: place,
+        })
     }
 }
 
@@ -145,72 +203,116 @@ impl Link {
     pub fn peer(&self) -> Peer {
         self.peer
     }
-}
 
-/// Who makes a gRPC call, and over what.
-#[derive(Clone, Debug, Default)]
-pub struct Caller {
-    /// Who it is.
-    pub peer: Peer,
-    open: Arc<AtomicUsize>,
-}
+    /// Who watches over it.
+    pub fn guard(&self) -> Arc<Guard> {
+        Arc::clone(&self.guard)
+    }
 
-/// A call that goes on over a connection.
-pub struct Call(Arc<AtomicUsize>);
+    /// Nothing has come: whether something should have by now.
+    fn poll_read_deadline(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(deadline) = self.guard.deadline() else { return Poll::Pending };
+        ready!(at(&mut self.read_by, deadline.at).poll(cx));
+        Poll::Ready(match deadline.limit {
+            // As if the client had closed.
+            None => Ok(()),
+            Some(limit) => {
+                self.guard.refused(limit);
+                Err(io::Error::new(io::ErrorKind::TimedOut, limit.flag()))
+            }
+        })
+    }
 
-impl Caller {
-    /// One more call over this connection, if that are at most so many then.
-    pub fn call(&self, most: usize) -> Option<Call> {
-        let one_more = |open| (open < most).then_some(open + 1);
-        self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
-        Some(Call(Arc::clone(&self.open)))
+    /// What a write came to. Whoever keeps it waiting has so long until everything is written, however little it reads meanwhile.
+    fn written<T>(&mut self, cx: &mut Context<'_>, result: Poll<T>) -> Poll<Result<T, io::Error>> {
+        if let Poll::Ready(result) = result {
+            return Poll::Ready(Ok(result));
+        }
+        if !self.blocked {
+            self.blocked = true;
+            at(&mut self.written_by, Instant::now() + self.guard.write_timeout());
+        }
+        if let Some(timer) = &mut self.written_by {
+            ready!(timer.as_mut().poll(cx));
+        }
+        self.guard.refused(Limit::WriteTimeout);
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, Limit::WriteTimeout.flag())))
     }
 }
 
-impl Drop for Call {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+/// The timer, set to this time.
+fn at(timer: &mut Option<Pin<Box<Sleep>>>, at: Instant) -> Pin<&mut Sleep> {
+    let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(at)));
+    if timer.deadline() != at {
+        timer.as_mut().reset(at);
     }
-}
-
-impl Connected for Link {
-    type ConnectInfo = Caller;
-
-    /// Asked for once, when the connection begins.
-    fn connect_info(&self) -> Caller {
-        Caller { peer: self.peer, ..Caller::default() }
-    }
+    timer.as_mut()
 }
 
 impl AsyncRead for Link {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().stream {
+        let link = self.get_mut();
+        if link.guard.is_ended() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        // Who does not read is not heard: what it would be answered would have to be kept. The write wakes us.
+        if link.is_grpc && link.blocked {
+            return Poll::Pending;
+        }
+        if link.is_grpc && link.guard.unwritten() > MOST_UNWRITTEN_CALLS {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        let read = match &mut link.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
             Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        };
+        match read {
+            Poll::Ready(Ok(())) => {
+                let bytes = buf.filled().len().saturating_sub(before);
+                if bytes > 0 {
+                    link.guard.received(bytes)?;
+                }
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending => link.poll_read_deadline(cx),
         }
     }
 }
 
 impl AsyncWrite for Link {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().stream {
+        let link = self.get_mut();
+        let written = match &mut link.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
+        };
+        link.written(cx, written).map(Result::flatten)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().stream {
+        let link = self.get_mut();
+        let flushed = match &mut link.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_flush(cx),
             Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        };
+        if flushed.is_ready() {
+            // Whoever flushes has handed over all that there was before.
+            link.blocked = false;
+            link.guard.written();
         }
+        link.written(cx, flushed).map(Result::flatten)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().stream {
+        let link = self.get_mut();
+        let shut = match &mut link.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
+        };
+        link.written(cx, shut).map(Result::flatten)
     }
 
     fn poll_write_vectored(
@@ -218,10 +320,12 @@ impl AsyncWrite for Link {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().stream {
+        let link = self.get_mut();
+        let written = match &mut link.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-        }
+        };
+        link.written(cx, written).map(Result::flatten)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `access` | who may do what: tokens, certificates |
 //! | `limits` | how much of everything is taken from a network |
+//! | `guard` | what a connection may hold, and how long it may take |
 //! | `link` | a connection, plain or within TLS |
 //! | `tls` | the server's certificates |
 //! | `files` | reading a file that may be too large |
@@ -15,6 +16,7 @@
 //! | `keys` | every key's figures, in memory, sharded |
 //! | `told` | what single keys were told, in a file |
 //! | `watch` | who waits for a key to become active |
+//! | `memory` | what was freed, back to the system |
 //! | `metrics` | what the server says of itself and of its keys |
 //! | `serve` | the listeners, and their orderly end |
 #![deny(missing_docs)]
@@ -24,11 +26,13 @@ mod access;
 mod files;
 mod flags;
 mod forward;
+mod guard;
 mod http;
 mod keda;
 mod keys;
 mod limits;
 mod link;
+mod memory;
 mod metrics;
 mod serve;
 mod stream;

@@ -1,12 +1,15 @@
 //! What the server says of itself, and of its keys, at `/metrics`.
 
-use std::sync::Mutex;
+use std::fmt;
 use std::sync::atomic::AtomicU64;
 
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 
 use crate::keys::View;
@@ -14,6 +17,10 @@ use crate::limits::Limit;
 
 /// The most keys that `/metrics` shows.
 pub const MOST_KEYS: usize = 10_000;
+/// The most bytes that their names take in it: each key has a line for each of its figures.
+const MOST_NAME_BYTES: usize = 8 << 20;
+/// What a line has but for its key's name, roughly.
+const LINE_BYTES: usize = 100;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answer {
@@ -43,18 +50,54 @@ struct Frame {
     reason: Dropped,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfKey {
-    namespace: String,
-    name: String,
+/// A figure of each key: its name, what it is, and how it is taken from one; a key of which it is not known has none.
+type OfKey = (&'static str, &'static str, fn(&View) -> Option<f64>);
+
+const OF_KEYS: [OfKey; 6] = [
+    ("stable_concurrency", "Average over the stable window", |v| Some(v.figures.stable.concurrency)),
+    ("panic_concurrency", "Average over the panic window", |v| Some(v.figures.panic.concurrency)),
+    ("requests_per_second", "Average over the stable window", |v| Some(v.figures.stable.requests_per_second)),
+    ("in_flight", "Requests in flight", |v| Some(v.figures.in_flight as f64)),
+    ("pods", "Pods that report", |v| Some(v.figures.pods as f64)),
+    ("desired_pods", "Pods that the key wants", |v| v.desired_pods.map(f64::from)),
+];
+
+/// The keys of one scrape. They are kept for no longer.
+#[derive(Debug)]
+struct Shown(Vec<View>);
+
+impl Shown {
+    /// As many of them as `/metrics` shows.
+    fn new(mut views: Vec<View>) -> Self {
+        let mut bytes = 0;
+        let of = |view: &View| OF_KEYS.len() * (view.name.0.len() + view.name.1.len() + LINE_BYTES);
+        let fits = |view: &View| {
+            bytes += of(view);
+            bytes <= MOST_NAME_BYTES
+        };
+        let count = views.iter().take(MOST_KEYS).map(fits).take_while(|fits| *fits).count();
+        views.truncate(count);
+        Self(views)
+    }
 }
 
-type KeyGauge = Family<OfKey, Gauge<f64, AtomicU64>>;
-
-/// A figure of each key, and how it is taken from one; a key of which it is not known has none.
-type OfKeys = (fn(&View) -> Option<f64>, KeyGauge);
+impl Collector for Shown {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, help, value) in OF_KEYS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for view in &self.0 {
+                let Some(value) = value(view) else { continue };
+                let (namespace, name) = &view.name;
+                let labels = [("namespace", namespace.as_str()), ("name", name.as_str())];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
 
 /// The server's metrics.
+#[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     reports: Family<Answer, Counter>,
@@ -78,9 +121,6 @@ pub struct Metrics {
     pub forward_dropped: Counter,
     /// Whether the autoscaler is connected.
     pub forward_connected: Gauge,
-    of_keys: [OfKeys; 6],
-    /// One scrape at a time: the keys' gauges are filled anew.
-    scrape: Mutex<()>,
 }
 
 impl Default for Metrics {
@@ -120,25 +160,6 @@ impl Default for Metrics {
             "Whether the autoscaler is connected",
             forward_connected.clone(),
         );
-        let mut of_key = |name: &str, help: &str, value: fn(&View) -> Option<f64>| {
-            let family = KeyGauge::default();
-            registry.register(format!("key_{name}"), help, family.clone());
-            (value, family)
-        };
-        let of_keys = [
-            of_key("stable_concurrency", "Average over the stable window", |v| {
-                Some(v.figures.stable.concurrency)
-            }),
-            of_key("panic_concurrency", "Average over the panic window", |v| {
-                Some(v.figures.panic.concurrency)
-            }),
-            of_key("requests_per_second", "Average over the stable window", |v| {
-                Some(v.figures.stable.requests_per_second)
-            }),
-            of_key("in_flight", "Requests in flight", |v| Some(v.figures.in_flight as f64)),
-            of_key("pods", "Pods that report", |v| Some(v.figures.pods as f64)),
-            of_key("desired_pods", "Pods that the key wants", |v| v.desired_pods.map(f64::from)),
-        ];
         // Shown from the beginning, so that an alert has something to compare with.
         for limit in Limit::ALL {
             drop(refused.get_or_create(&Refused { limit: limit.flag() }));
@@ -158,8 +179,6 @@ impl Default for Metrics {
             forwarded,
             forward_dropped,
             forward_connected,
-            of_keys,
-            scrape: Mutex::default(),
         }
     }
 }
@@ -184,19 +203,17 @@ impl Metrics {
     }
 
     /// The metrics as text, with the present keys, of which there are `keys` in all.
-    pub fn text(&self, views: &[View], keys: usize) -> Result<String, std::fmt::Error> {
-        let _one = self.scrape.lock();
+    ///
+    /// # Errors
+    /// None that is known.
+    pub fn text(&self, views: Vec<View>, keys: usize) -> Result<String, fmt::Error> {
         self.keys.set(keys as u64);
-        for (value, family) in &self.of_keys {
-            family.clear();
-            for view in views {
-                let Some(value) = value(view) else { continue };
-                let (namespace, name) = view.name.clone();
-                family.get_or_create(&OfKey { namespace, name }).set(value);
-            }
-        }
+        let mut of_keys = Registry::with_prefix("inflight_statserver_key");
+        of_keys.register_collector(Box::new(Shown::new(views)));
         let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
+        encode_registry(&mut text, &self.registry)?;
+        encode_registry(&mut text, &of_keys)?;
+        encode_eof(&mut text)?;
         Ok(text)
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, warn};
 
 use crate::access::Grant;
+use crate::guard::Guard;
 use crate::http::{App, now_ns};
 use crate::keys::NoStat;
 use crate::limits::Limit;
@@ -21,6 +22,8 @@ use crate::metrics::Dropped;
 /// "Service restart": Knative's activator connects again at once.
 const RESTART: u16 = 1012;
 const TOO_BIG: u16 = 1009;
+const NOT_ALLOWED: u16 = 1008;
+const TRY_LATER: u16 = 1013;
 /// A client that says nothing for so long is asked whether it is there.
 const PING_AFTER: Duration = Duration::from_secs(20);
 /// A client that does not answer either is gone.
@@ -30,11 +33,16 @@ const SEND: Duration = Duration::from_secs(5);
 /// How long a client may take to answer our close.
 const LAST_WORD: Duration = Duration::from_secs(1);
 /// What is read at once; a thousand clients that send nothing hold a thousand of these.
-const READ_BUFFER_BYTES: usize = 16 << 10;
-const WRITE_BUFFER_BYTES: usize = 64 << 10;
+const READ_BUFFER_BYTES: usize = 4 << 10;
+const WRITE_BUFFER_BYTES: usize = 4 << 10;
 
 /// Answers an upgrade.
-pub fn upgrade(upgrade: WebSocketUpgrade, app: Arc<App>, grant: Grant) -> Response {
+pub fn upgrade(
+    upgrade: WebSocketUpgrade,
+    app: Arc<App>,
+    grant: Grant,
+    guard: Option<Arc<Guard>>,
+) -> Response {
     let (tasks, most) = (app.connections.clone(), app.limits.max_frame_bytes);
     upgrade
         .read_buffer_size(READ_BUFFER_BYTES)
@@ -42,15 +50,20 @@ pub fn upgrade(upgrade: WebSocketUpgrade, app: Arc<App>, grant: Grant) -> Respon
         .write_buffer_size(0)
         .max_frame_size(most)
         .max_message_size(most)
-        .on_upgrade(move |socket| tasks.track_future(serve(socket, app, grant)))
+        .on_upgrade(move |socket| tasks.track_future(serve(socket, app, grant, guard)))
 }
 
-async fn serve(mut socket: WebSocket, app: Arc<App>, grant: Grant) {
+async fn serve(mut socket: WebSocket, app: Arc<App>, grant: Grant, guard: Option<Arc<Guard>>) {
     app.metrics.streams.inc();
-    let ending = app.ending.clone();
+    if let Some(guard) = &guard {
+        guard.upgraded();
+    }
     let close = tokio::select! {
-        close = receive(&mut socket, &app, &grant) => close,
-        () = ending.cancelled() => Some(CloseFrame { code: RESTART, reason: "Restarting".into() }),
+        close = receive(&mut socket, &app, &grant, guard.as_deref()) => close,
+        () = app.ending.cancelled() => Some(CloseFrame { code: RESTART, reason: "Restarting".into() }),
+        () = app.access.revoked(&grant) => {
+            Some(CloseFrame { code: NOT_ALLOWED, reason: "the token is no longer known".into() })
+        }
     };
     if let Some(frame) = close
         && let Ok(Ok(())) = timeout(SEND, socket.send(Message::Close(Some(frame)))).await
@@ -63,13 +76,22 @@ async fn serve(mut socket: WebSocket, app: Arc<App>, grant: Grant) {
 }
 
 /// Takes frames until the client goes, or has to; what to tell it then.
-async fn receive(socket: &mut WebSocket, app: &App, grant: &Grant) -> Option<CloseFrame> {
+async fn receive(
+    socket: &mut WebSocket,
+    app: &App,
+    grant: &Grant,
+    guard: Option<&Guard>,
+) -> Option<CloseFrame> {
     let mut heard = Instant::now();
     loop {
         let message = match timeout_at(heard + PING_AFTER, socket.recv()).await {
             Ok(Some(Ok(message))) => message,
             Ok(Some(Err(error))) => {
                 debug!(%error, "a stream broke off");
+                if guard.is_some_and(Guard::is_over_budget) {
+                    let reason = "more bytes than --max-bytes-in-flight allows".into();
+                    return Some(CloseFrame { code: TRY_LATER, reason });
+                }
                 // The only one of these errors of which the client can still be told.
                 let too_big = error.to_string().contains("too long");
                 return too_big.then(|| {
@@ -94,7 +116,22 @@ async fn receive(socket: &mut WebSocket, app: &App, grant: &Grant) -> Option<Clo
             Message::Binary(frame) => take(app, grant, frame),
             Message::Text(_) => drop_frame(app, Dropped::Text, "a text frame"),
             Message::Close(_) => return None,
-            Message::Ping(_) | Message::Pong(_) => {}
+            Message::Ping(payload) | Message::Pong(payload) => {
+                if let Some(guard) = guard {
+                    guard.control_frame(payload.len());
+                    // Its buffer is taken from it by a new connection; Knative's activator makes one at once.
+                    if guard.wastes() {
+                        return Some(CloseFrame { code: RESTART, reason: "Restarting".into() });
+                    }
+                }
+                continue;
+            }
+        }
+        if let Some(guard) = guard {
+            guard.dealt_with();
+            if guard.wastes() {
+                return Some(CloseFrame { code: RESTART, reason: "Restarting".into() });
+            }
         }
     }
 }

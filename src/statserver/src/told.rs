@@ -175,8 +175,13 @@ fn read(path: &Path) -> io::Result<Vec<Line>> {
         bytes => bytes?,
     };
     serde_json::from_slice(&bytes).map_err(|error| {
-        let list = r#"a JSON list of {"namespace": …, "name": …, "settings": {…}}"#;
-        io::Error::other(format!("allowed is {list}: {error}"))
+        let reason = format!(
+            "not a list of {{\"namespace\": …, \"name\": …, \"settings\": {{…}}}} in JSON, which the server wrote here; put back a copy \
+             of it, or take the file away and tell the keys again (line {}, column {}: {error})",
+            error.line(),
+            error.column()
+        );
+        io::Error::other(reason)
     })
 }
 

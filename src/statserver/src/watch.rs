@@ -22,6 +22,14 @@ impl Watch {
         receiver
     }
 
+    /// One who watched a key has gone: with the last of them goes what is kept for them.
+    pub fn left(&self, name: &KeyName) {
+        let mut watched = self.watched();
+        if watched.get(name).is_some_and(|sender| sender.receiver_count() == 0) {
+            watched.remove(name);
+        }
+    }
+
     /// A key has traffic again.
     pub fn woke(&self, namespace: &str, name: &str) {
         let watched = self.watched();

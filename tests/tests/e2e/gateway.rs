@@ -43,7 +43,7 @@ fn said_of(tap: &Tap, name: &str) -> Vec<KeyReport> {
 }
 
 async fn all_keys(server: &StatServer) -> BTreeMap<String, u64> {
-    let text = http::get(server.address, "/v1/keys").await.expect("the keys");
+    let text = http::get(server.address, "/v1/keys?limit=10000").await.expect("the keys");
     let keys: Value = serde_json::from_str(&text).expect("JSON");
     let keys = keys["keys"].as_array().expect("keys").iter();
     keys.map(|k| {

@@ -1,5 +1,6 @@
 //! Every end-to-end test, in one binary: to link one takes as long as some of them run.
 
+mod attacks;
 mod autoscalers;
 mod breaker;
 mod changes;

@@ -7,7 +7,7 @@ use tower::ServiceExt;
 use super::*;
 
 fn app() -> Arc<App> {
-    guarded(Access::load(None, false).unwrap())
+    guarded(Access::load(None, false, crate::access::Without::Loopback).unwrap())
 }
 
 fn guarded(access: Access) -> Arc<App> {
@@ -18,6 +18,10 @@ fn guarded(access: Access) -> Arc<App> {
         keys,
         access,
         limits: crate::flags::Flags::parse_from(["inflight-statserver"]).limits,
+        budget: Budget::new(1 << 20),
+        answers: Budget::new(1 << 20),
+        calls: Arc::new(Semaphore::new(9)),
+        listing: tokio::sync::Mutex::default(),
         metrics: Arc::default(),
         forward: None,
         rps_target: DEFAULT_RPS_TARGET,
@@ -312,7 +316,7 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
         "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
     )
     .unwrap();
-    let app = guarded(Access::load(Some(&file), false).unwrap());
+    let app = guarded(Access::load(Some(&file), false, crate::access::Without::Loopback).unwrap());
     let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {
@@ -352,4 +356,105 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
     let (_, metrics) = ask_as(admin, "GET", "/metrics", vec![]).await;
     assert!(metrics.contains("inflight_statserver_unauthorized_total 12\n"), "{metrics}");
     assert!(!metrics.contains("0123"), "no secret");
+}
+
+#[tokio::test]
+async fn what_is_misspelt_is_refused_with_what_is_allowed() {
+    let app = app();
+    for (path, reason) in [
+        ("/v1/keys?serach=x", "parameter \"serach\" is not known, allowed here: search, limit"),
+        ("/v1/keys/ns/rev?limit=1", "parameter \"limit\" is not known, allowed here: none"),
+        ("/v1/keys?limit=abc", "`limit` was \"abc\", allowed is a whole number from 0 to 10000"),
+        ("/v1/keys?limit=10001", "`limit` was \"10001\", allowed is a whole number from 0 to 10000"),
+        ("/v1/keys?limit=", "`limit` was \"\", allowed is a whole number from 0 to 10000"),
+    ] {
+        let (status, text) = read(&app, path).await;
+        assert_eq!((status, text.trim_end()), (StatusCode::BAD_REQUEST, reason));
+    }
+    let (status, text) = read(&app, "/v2/keys").await;
+    assert!(status == 404 && text.contains("no such path; there are /, "), "{status} {text}");
+    let (status, text) = put(&app, "/v1/keys", "").await;
+    assert!(status == 405 && text.contains("does not take this method"), "{status} {text}");
+    assert_eq!(read(&app, "/v1/keys?search=a%2Fb&limit=0").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_list_has_a_hundred_keys_unless_it_is_asked_for_more() {
+    let app = app();
+    for number in 0..101 {
+        let mut report = sample("rev", 1);
+        report.messages[0].namespace = format!("ns-{number}");
+        assert_eq!(send(&app, report.encode().unwrap()).await.0, 202);
+    }
+    let count = async |path: &str| {
+        let json: serde_json::Value = serde_json::from_str(&read(&app, path).await.1).unwrap();
+        (json["keys"].as_array().unwrap().len(), json["found"].as_u64())
+    };
+    assert_eq!(count("/v1/keys").await, (100, Some(101)));
+    assert_eq!(count("/v1/keys?limit=1000").await, (101, Some(101)));
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_changes_nothing() {
+    let app = app();
+    let body = sample("rev", 5).encode().unwrap();
+    let from = async |headers: &[(&str, &str)], upgrade: bool| {
+        let mut request = Request::post("/v1/reports").header("host", "localhost:8080");
+        if upgrade {
+            request = Request::get("/").header("host", "localhost:8080").header("upgrade", "websocket");
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        ask(&app, request.body(Body::from(body.clone())).unwrap()).await.0
+    };
+    for headers in [
+        &[("origin", "http://evil.example")][..],
+        &[("origin", "null")],
+        &[("origin", "http://localhost:8081")],
+        &[("sec-fetch-site", "cross-site")],
+        &[("sec-fetch-site", "same-site"), ("origin", "http://localhost:8080")],
+    ] {
+        for upgrade in [false, true] {
+            assert_eq!(from(headers, upgrade).await, 403, "{headers:?}");
+        }
+    }
+    assert_eq!(count(&app), 0);
+    for headers in [
+        &[][..],
+        &[("origin", "http://localhost:8080")],
+        &[("origin", "https://localhost:8080"), ("sec-fetch-site", "same-origin")],
+    ] {
+        assert_eq!(from(headers, false).await, 202, "{headers:?}");
+        assert_ne!(from(headers, true).await, 403, "{headers:?}");
+    }
+    let request = Request::get("/v1/keys").header("origin", "http://evil.example");
+    assert_eq!(ask(&app, request.body(Body::empty()).unwrap()).await.0, 200, "a browser shows it to nobody");
+}
+
+#[tokio::test]
+async fn answers_that_nobody_reads_take_no_more_than_they_may() {
+    let app = app();
+    let mut report = sample("rev", 1);
+    report.messages[0].name = "n".repeat(500);
+    assert_eq!(send(&app, report.encode().unwrap()).await.0, 202);
+    let ask = async || {
+        let request = Request::get("/metrics").body(Body::empty()).unwrap();
+        router(Arc::clone(&app)).oneshot(request).await.unwrap()
+    };
+    let (mut unread, mut refused) = (Vec::new(), None);
+    while refused.is_none() {
+        let answer = ask().await;
+        match answer.status() {
+            StatusCode::OK => unread.push(answer),
+            _ => refused = Some(answer),
+        }
+        assert!(unread.len() < 1_000, "more than a MiB");
+    }
+    let refused = refused.unwrap();
+    assert_eq!(refused.status(), 503);
+    let text = refused.into_body().collect().await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&text).contains("--max-answer-bytes"));
+    unread.pop();
+    assert_eq!(ask().await.status(), 200, "one was read");
 }

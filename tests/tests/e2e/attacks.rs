@@ -1,0 +1,466 @@
+//! What whoever reaches the stats server can take from it: memory above all. SECURITY.md has the table.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt, stream};
+use http_body_util::{Full, StreamBody};
+use hyper::Request;
+use hyper::body::Frame;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use inflight_e2e::process::resident_bytes;
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::tls::Authority;
+use inflight_e2e::{http, wait};
+use inflight_stats::report::CONTENT_TYPE;
+use inflight_stats::wire::{Stat, WireStatMessage, WireStatMessages};
+use inflight_stats::{KeyReport, Report, Snapshot};
+use prost::Message as _;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_tungstenite::connect_async;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+
+use crate::autoscalers::proto::ScaledObjectRef;
+use crate::autoscalers::proto::external_scaler_client::ExternalScalerClient;
+
+const SETTLED: Duration = Duration::from_secs(30);
+const MIB: u64 = 1 << 20;
+const TOKEN: &str = "valid-token-0123456789";
+const METHOD: &str = "/externalscaler.ExternalScaler/StreamIsActive";
+/// Memory that an attack took comes back within this.
+const BACK: Duration = Duration::from_secs(60);
+
+/// The most memory that a server had while something happened.
+struct Peak {
+    most: Arc<AtomicU64>,
+    over: Arc<AtomicBool>,
+}
+
+impl Peak {
+    fn watch(server: &StatServer) -> Self {
+        let (id, most, over) = (server.process.id(), Arc::default(), Arc::new(AtomicBool::new(false)));
+        let peak = Self { most: Arc::clone(&most), over: Arc::clone(&over) };
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                most.fetch_max(resident_bytes(id).unwrap_or(0), Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        peak
+    }
+
+    fn mib(&self) -> u64 {
+        self.most.load(Ordering::Relaxed) / MIB
+    }
+}
+
+impl Drop for Peak {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+}
+
+/// One attack: what it does, and what stays open of it. It may take at most so many MiB, and gives them back.
+async fn attack<T>(server: &StatServer, what: &str, most: u64, attack: impl Future<Output = T>) {
+    let before = server.process.resident_bytes() / MIB;
+    let peak = Peak::watch(server);
+    let open = attack.await;
+    // What was sent is read by now: the server answers somebody else.
+    assert!(http::get(server.address, "/healthz").await.is_ok(), "{what}");
+    let held = peak.mib();
+    drop(open);
+    let after = wait::until(&format!("the memory of {what} is back"), BACK, || async {
+        let now = server.process.resident_bytes() / MIB;
+        if now <= before + 8 { Ok(now) } else { Err(format!("{now} MiB, {before} before")) }
+    })
+    .await;
+    let most_seen = peak.mib();
+    println!(
+        "{what}: {before} MiB before, {most_seen} at the most ({held} when all was sent), {after} after"
+    );
+    assert!(most_seen <= before + most, "{what}: {most_seen} MiB, {before} before, {most} more are allowed");
+}
+
+/// A file of tokens with one that is good for everything.
+fn tokens() -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, format!("{TOKEN} * admin\n")).expect("a file");
+    let flag = format!("--token-file={}", file.display());
+    (folder, flag)
+}
+
+/// Connections on each of which this was written, as far as the server took it.
+async fn connections(to: SocketAddr, count: usize, bytes: Vec<u8>) -> Vec<TcpStream> {
+    let bytes = Bytes::from(bytes);
+    let one = |_| {
+        let bytes = bytes.clone();
+        async move {
+            let mut stream = timeout(Duration::from_secs(2), TcpStream::connect(to)).await.ok()?.ok()?;
+            let _ = timeout(Duration::from_secs(1), stream.write_all(&bytes)).await;
+            Some(stream)
+        }
+    };
+    stream::iter(0..count).map(one).buffer_unordered(100).filter_map(std::future::ready).collect().await
+}
+
+/// A frame of HTTP/2.
+fn h2_frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("a length").to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// How an HTTP/2 client begins, with a setting or none.
+fn h2_preface(settings: &[u8]) -> Vec<u8> {
+    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &h2_frame(4, 0, 0, settings)[..]].concat()
+}
+
+/// A call's head, without indexing.
+fn h2_head(stream: u32) -> Vec<u8> {
+    let mut block = vec![0x83, 0x86];
+    for (name, value) in [(":path", METHOD), (":authority", "x"), ("content-type", "application/grpc")] {
+        for text in [name, value] {
+            if text == name {
+                block.push(0);
+            }
+            block.push(u8::try_from(text.len()).expect("short"));
+            block.extend_from_slice(text.as_bytes());
+        }
+    }
+    h2_frame(1, 4, stream, &block)
+}
+
+/// Calls that announce 65,000 bytes each, send 60,000 and then say nothing.
+async fn half_calls(to: SocketAddr, connections: usize, calls: usize) -> Vec<impl Sized> {
+    let mut open = Vec::new();
+    for _ in 0..connections {
+        let stream = TcpStream::connect(to).await.expect("a connection");
+        let handshake = http2::Builder::new(TokioExecutor::new()).handshake(TokioIo::new(stream)).await;
+        let (mut sender, connection) = handshake.expect("a connection");
+        let connection = tokio::spawn(connection);
+        for _ in 0..calls {
+            let message = [&[0, 0, 0, 0xfd, 0xe8][..], &[b'x'; 60_000]].concat();
+            let frame = Ok::<_, std::io::Error>(Frame::data(Bytes::from(message)));
+            let body = StreamBody::new(stream::iter([frame]).chain(stream::pending()));
+            let request =
+                Request::post(format!("http://x{METHOD}")).header("content-type", "application/grpc");
+            if sender.ready().await.is_err() {
+                break;
+            }
+            open.push(tokio::spawn(sender.send_request(request.body(Box::pin(body)).expect("a request"))));
+        }
+        // Until all that the server takes is sent.
+        let _ = timeout(Duration::from_millis(500), sender.ready()).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        drop(connection);
+    }
+    open
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_token_nobody_takes_memory() {
+    const MOST: u64 = 64;
+    let (_folder, tokens) = tokens();
+    // More connections than are allowed by default: their number is not what holds.
+    let server = StatServer::with(None, &[&tokens, "--max-grpc-connections=1000"]).await;
+    let certificates = tempfile::tempdir().expect("a folder");
+    let identity = Authority::new().issue(certificates.path(), "server");
+    let (certificate, key) =
+        (identity.certificate.to_str().expect("a path"), identity.key.to_str().expect("a path"));
+    let over_tls = StatServer::with(None, &[&tokens, "--tls-cert", certificate, "--tls-key", key]).await;
+
+    let calls = attack(&server, "2,500 half calls over gRPC", MOST, half_calls(server.grpc, 1, 2_500));
+    // The first three quarters of the longest hello that there may be, in four records.
+    let mut hello = vec![0x16, 3, 1, 0x3e, 0x80, 1, 0, 0xff, 0xf0];
+    hello.resize(16_005, 3);
+    for _ in 0..2 {
+        hello.extend([0x16, 3, 1, 0x3e, 0x80]);
+        hello.resize(hello.len() + 16_000, 3);
+    }
+    let hellos = async {
+        let before = over_tls.process.resident_bytes() / MIB;
+        let peak = Peak::watch(&over_tls);
+        let open = connections(over_tls.address, 700, hello).await;
+        drop(open);
+        let after = wait::until("the memory of the hellos is back", BACK, || async {
+            let now = over_tls.process.resident_bytes() / MIB;
+            if now <= before + 8 { Ok(now) } else { Err(now) }
+        })
+        .await;
+        println!(
+            "700 half TLS hellos of 48 KB: {before} MiB before, {} at the most, {after} after",
+            peak.mib()
+        );
+        assert!(peak.mib() <= before + MOST, "{} MiB, {before} before", peak.mib());
+    };
+    tokio::join!(calls, hellos);
+
+    let (http, grpc) = (server.address, server.grpc);
+    let head = [b"GET / HTTP/1.1\r\nhost: x\r\nx-long: ", &[b'x'; 8_000][..]].concat();
+    attack(&server, "700 half heads", MOST, connections(http, 700, head)).await;
+    let requests =
+        b"POST /v1/reports HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n123456789".repeat(3_000);
+    let mut calls = h2_preface(&[]);
+    (0..5_000).for_each(|call| calls.extend(h2_head(2 * call + 1)));
+    let both = async {
+        let requests = connections(http, 200, requests).await;
+        (requests, connections(grpc, 50, calls).await)
+    };
+    attack(&server, "600,000 requests and 250,000 calls, no answer read", MOST, both).await;
+}
+
+fn websocket_head() -> Vec<u8> {
+    format!(
+        "GET / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
+         sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    .into_bytes()
+}
+
+/// A masked frame that announces so many bytes and has fewer of them. It may follow the head at once.
+fn websocket_frame(announced: u64, sent: usize) -> Vec<u8> {
+    [&websocket_head()[..], &[0x82, 0xff], &announced.to_be_bytes(), &[0; 4], &vec![b'x'; sent]].concat()
+}
+
+async fn report_keys(server: &StatServer, count: usize) {
+    let until = Snapshot { as_of_ns: 2_000_000_000, requests: 1, ..Snapshot::default() };
+    let message = |number: usize| KeyReport {
+        namespace: format!("ns-{}", number % 100),
+        name: format!("revision-{number:05}"),
+        from_gateway: true,
+        since: Snapshot::starting_at(1_000_000_000),
+        until,
+    };
+    for keys in (0..count).collect::<Vec<_>>().chunks(5_000) {
+        let messages = keys.iter().map(|number| message(*number)).collect();
+        let report = Report { version: 1, pod: "gateway".into(), incarnation: 1, messages };
+        let body = Full::new(Bytes::from(report.encode().expect("a report")));
+        let request = Request::post("/v1/reports").header("host", "x").header("content-type", CONTENT_TYPE);
+        let request = request.header("authorization", format!("Bearer {TOKEN}")).body(body);
+        let answer = http::ask(server.address, request.expect("a request")).await.expect("an answer");
+        assert_eq!(answer.0, 202);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_a_token_nobody_takes_more_memory_than_the_limits_add_up_to() {
+    let (_folder, tokens) = tokens();
+    let flags =
+        [&tokens, "--write-timeout=2s", "--max-bytes-in-flight=16777216", "--max-answer-bytes=12582912"];
+    let server = StatServer::with(None, &flags).await;
+    report_keys(&server, 10_000).await;
+    // What SECURITY.md says of a connection, and of what is received and answered over all of them.
+    let of = |connections: u64| connections * 30 / 1024 + 1;
+    let (received, answered) = (2 * 16 + 8, 12 + 24);
+
+    let body = format!(
+        "POST /v1/reports HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-length: 1000000\r\n\r\n"
+    );
+    let body = [body.as_bytes(), &[b'x'; 900_000]].concat();
+    let http = server.address;
+    attack(&server, "200 half bodies of 1 MB", received + of(200), connections(http, 200, body)).await;
+    let half = websocket_frame(1_000_000, 900_000);
+    attack(&server, "200 half frames of 1 MB", received + of(200), connections(http, 200, half)).await;
+    let whole = websocket_frame(1_000_000, 1_000_000);
+    attack(&server, "200 frames of 1 MB, then nothing", received + of(200), connections(http, 200, whole))
+        .await;
+    let list =
+        format!("GET /v1/keys?limit=10000 HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n");
+    let unread = async {
+        let open = connections(http, 100, list.into_bytes()).await;
+        // They are closed although they stay where they are.
+        wait::until("nothing is left to be read", SETTLED, || async {
+            let request = Request::get("/v1/keys?limit=10000").header("host", "x");
+            let request = request.header("authorization", format!("Bearer {TOKEN}"));
+            match http::ask(http, request.body(Full::default()).expect("a request")).await?.0.as_u16() {
+                200 => Ok(()),
+                status => Err(status.to_string()),
+            }
+        })
+        .await;
+        open
+    };
+    attack(&server, "100 lists of 6 MB, none read", answered + of(100), unread).await;
+
+    let channel =
+        tonic::transport::Channel::from_shared(format!("http://{}", server.grpc)).expect("an address");
+    let channel = channel.connect().await.expect("a connection");
+    let watch = async {
+        let calls = (0..3_000).map(|number| {
+            let mut client = ExternalScalerClient::new(channel.clone());
+            let mut request = tonic::Request::new(ScaledObjectRef {
+                name: format!("{number:0>500}"),
+                namespace: "n".repeat(500),
+                ..ScaledObjectRef::default()
+            });
+            request.metadata_mut().insert("authorization", format!("Bearer {TOKEN}").parse().expect("ASCII"));
+            async move { client.stream_is_active(request).await.expect("a stream").into_inner() }
+        });
+        stream::iter(calls).buffer_unordered(50).collect::<Vec<_>>().await
+    };
+    attack(&server, "3,000 keys watched over gRPC", 3_000 * 9 / 1024 + of(1), watch).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_to_be_forwarded_keeps_nothing_of_its_frame() {
+    let nobody =
+        std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let forward = format!("--forward=ws://{nobody}");
+    let server = StatServer::with(None, &[&forward]).await;
+    let (mut socket, _) = connect_async(format!("ws://{}/", server.address)).await.expect("a websocket");
+    let stat = Stat { pod_name: "pod".into(), request_count: 1.0, ..Stat::default() };
+    let message = WireStatMessage { namespace: "ns".into(), name: "rev".into(), stat: Some(stat) };
+    let mut frame = WireStatMessages { messages: vec![message] }.encode_to_vec();
+    // A field of a later version, of 1,000,000 bytes.
+    frame.extend([0x4a, 0xc0, 0x84, 0x3d]);
+    frame.resize(frame.len() + 1_000_000, b'x');
+    let before = server.process.resident_bytes() / MIB;
+    for _ in 0..100 {
+        socket.send(Message::Binary(frame.clone().into())).await.expect("sent");
+    }
+    wait::until_equal("requests", SETTLED, 100, || server.number("ns", "rev", "requests_total")).await;
+    let after = server.process.resident_bytes() / MIB;
+    println!("100 stats that wait, in frames of 1 MB: {before} MiB before, {after} after");
+    assert!(after < before + 16, "{before} MiB before, {after} after");
+}
+
+/// How often a limit was reached.
+async fn refused(server: &StatServer, limit: &str) -> u64 {
+    let text = http::get(server.address, "/metrics").await.expect("metrics");
+    let line = format!("inflight_statserver_refused_total{{limit=\"{limit}\"}} ");
+    let count = text.lines().find_map(|text| text.strip_prefix(&line)).expect("the limit");
+    count.parse().expect("a number")
+}
+
+/// Reads until the server closes, whichever way.
+async fn closed(what: &str, mut stream: TcpStream) {
+    let mut bytes = [0; 65_536];
+    let end = async { while matches!(stream.read(&mut bytes).await, Ok(1..)) {} };
+    assert!(timeout(SETTLED, end).await.is_ok(), "{what} is still open");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_read_is_closed() {
+    let server = StatServer::with(None, &["--write-timeout=1s", "--max-answer-bytes=1073741824"]).await;
+    report_keys(&server, 10_000).await;
+    let closes = async |what: &str, count: u64| {
+        wait::until(what, SETTLED, || async {
+            let refused = refused(&server, "write-timeout").await;
+            if refused >= count { Ok(()) } else { Err(refused) }
+        })
+        .await;
+    };
+    let mut http = TcpStream::connect(server.address).await.expect("a connection");
+    // Several, so that what the kernel takes is not enough for them.
+    let list = b"GET /v1/keys?limit=10000 HTTP/1.1\r\nhost: x\r\n\r\n".repeat(10);
+    http.write_all(&list).await.expect("sent");
+    closes("an answer is not read", 1).await;
+    closed("the connection", http).await;
+
+    // Pongs that nobody reads.
+    let (socket, _) = connect_async(format!("ws://{}/", server.address)).await.expect("a websocket");
+    let (mut to, _from) = socket.split();
+    let pinging = async {
+        let ping = || Message::Ping(vec![b'p'; 125].into());
+        while to.send(ping()).await.is_ok() {}
+    };
+    assert!(timeout(SETTLED * 2, pinging).await.is_ok(), "still open");
+    closes("a websocket does not read", 2).await;
+
+    // A call whose answer may not even begin: the window is empty, for good.
+    let mut grpc = TcpStream::connect(server.grpc).await.expect("a connection");
+    let window = [0, 4, 0, 0, 0, 0];
+    let object =
+        ScaledObjectRef { name: "rev".into(), namespace: "ns".into(), ..Default::default() }.encode_to_vec();
+    let length = u8::try_from(object.len()).expect("short");
+    let message = [&[0, 0, 0, 0, length], &object[..]].concat();
+    let call = [h2_preface(&window), h2_head(1), h2_frame(0, 1, 1, &message)].concat();
+    grpc.write_all(&call).await.expect("sent");
+    closes("a call's answer is not read", 3).await;
+    closed("the call's connection", grpc).await;
+    assert_eq!(refused(&server, "write-timeout").await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_may_be_idle_for_longer_than_a_head_may_take() {
+    let server = StatServer::with(None, &["--head-timeout=300ms", "--idle-timeout=5s"]).await;
+    let mut stream = TcpStream::connect(server.address).await.expect("a connection");
+    let ask = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut answer = [0; 4096];
+    for _ in 0..2 {
+        stream.write_all(ask).await.expect("sent");
+        let length = timeout(SETTLED, stream.read(&mut answer)).await.expect("in time").expect("an answer");
+        assert!(answer[..length].starts_with(b"HTTP/1.1 200 "), "{:?}", String::from_utf8_lossy(&answer));
+        tokio::time::sleep(Duration::from_millis(900)).await;
+    }
+    assert_eq!(refused(&server, "head-timeout").await, 0, "it was not its head that was waited for");
+    // And not for ever.
+    let length = timeout(SETTLED, stream.read(&mut answer)).await.expect("in time").expect("no error");
+    assert_eq!(length, 0);
+    assert_eq!(refused(&server, "head-timeout").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_say_half_a_word_cost_nothing() {
+    let server = StatServer::with(None, &["--head-timeout=60s", "--max-grpc-connections=1000"]).await;
+    let open = connections(server.grpc, 600, b"P".to_vec()).await;
+    assert_eq!(open.len(), 600);
+    assert!(http::get(server.address, "/healthz").await.is_ok());
+    let threads = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.process.id())).expect("threads");
+        let of = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("schedstat")).ok();
+        let cpu =
+            tasks.flatten().filter_map(of).filter_map(|stat| stat.split(' ').next()?.parse::<u64>().ok());
+        Duration::from_nanos(cpu.sum())
+    };
+    let (before, began) = (threads(), Instant::now());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let share = (threads() - before).as_secs_f64() / began.elapsed().as_secs_f64();
+    println!("600 connections with one byte each: {:.2} % of a core", share * 100.0);
+    assert!(share < 0.03, "{share} of a core");
+    drop(open);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_that_is_taken_out_of_the_file_ends_what_was_opened_with_it() {
+    let (folder, flag) = tokens();
+    let file = folder.path().join("tokens");
+    let other = "other-token-0123456789 *\n";
+    std::fs::write(&file, format!("{TOKEN} *\n{other}")).expect("a file");
+    let server = StatServer::with(None, &[&flag]).await;
+    let websocket = async |token: &str| {
+        let mut request = format!("ws://{}/", server.address).into_client_request().expect("a request");
+        request.headers_mut().insert("authorization", format!("Bearer {token}").parse().expect("ASCII"));
+        connect_async(request).await.expect("a websocket").0
+    };
+    let mut socket = websocket(TOKEN).await;
+    let mut stays = websocket("other-token-0123456789").await;
+    let mut client =
+        ExternalScalerClient::connect(format!("http://{}", server.grpc)).await.expect("a connection");
+    let mut request = tonic::Request::new(ScaledObjectRef {
+        name: "a".into(),
+        namespace: "ns".into(),
+        ..Default::default()
+    });
+    request.metadata_mut().insert("authorization", format!("Bearer {TOKEN}").parse().expect("ASCII"));
+    let mut active = client.stream_is_active(request).await.expect("a stream").into_inner();
+    assert!(!active.next().await.expect("at once").expect("at once").result);
+
+    std::fs::write(&file, other).expect("a file");
+    match timeout(SETTLED, socket.next()).await.expect("in time") {
+        Some(Ok(Message::Close(Some(close)))) => assert_eq!(u16::from(close.code), 1008),
+        other => panic!("{other:?}"),
+    }
+    let ended = timeout(SETTLED, active.next()).await.expect("in time").expect("a status");
+    assert_eq!(ended.expect_err("the end").code(), tonic::Code::Unauthenticated);
+    stays.send(Message::Ping(Bytes::new())).await.expect("sent");
+    let pong = timeout(SETTLED, stays.next()).await.expect("in time");
+    assert!(matches!(pong, Some(Ok(Message::Pong(_)))), "{pong:?}");
+}
