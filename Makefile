@@ -66,15 +66,15 @@ e2e: build-tests envoys ## The tests against real Envoys, the oldest and the new
 
 test: unit budget reproducible e2e ## Every test
 
-# What measures, runs for long or is looked at has the stats server as it is shipped.
-soak run bench screenshot: export STATSERVER = $(CURDIR)/target/release/inflight-statserver
+# What measures or runs for long has the stats server as it is shipped, the rest the tests': built in minutes less.
+soak bench: export STATSERVER = $(CURDIR)/target/release/inflight-statserver
 
 MINUTES ?= 30
 soak: all build-tests envoys ## Everything at once, for half an hour: make soak [MINUTES=30]
 	SOAK_MINUTES=$(MINUTES) $(TESTS) --test e2e -- --nocapture --ignored soak::
 
-run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
-	@$(CARGO) build --quiet $(TESTED) --bin inflight-demo
+run: module ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
+	$(CARGO) build $(TESTED) --bin inflight-demo --bin inflight-statserver
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
 
@@ -91,8 +91,8 @@ SECONDS_EACH ?= 60
 fuzz: toolchain ## Every format that comes from outside: make fuzz [SECONDS_EACH=60]
 	tools/fuzz.sh $(SECONDS_EACH)
 
-screenshot: all ## The README's picture of the live page: two minutes of the demo
-	@$(CARGO) build --quiet $(TESTED) --bin inflight-demo
+screenshot: module ## The README's picture of the live page: two minutes of the demo
+	$(CARGO) build $(TESTED) --bin inflight-demo --bin inflight-statserver
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	target/e2e/inflight-demo --duration 120 --screenshot docs/page.png
 
