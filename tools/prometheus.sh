@@ -15,7 +15,8 @@ if [ ! -x "$folder/usr/bin/$name" ]; then
     download() { (cd "$work" && apt-get -qq download prometheus 2>&1 9>&-); }
     # The package lists of a fresh machine may be missing; bringing them takes root, downloading does not.
     said=$(download) || said=$(apt-get -qq update 2>&1 9>&- && download) || {
-        echo "$name is not there, and Debian's package cannot be had ($(tail -n1 <<<"$said")): put \`$name\` on the PATH" >&2
+        echo "$name is not there, and Debian's package cannot be had" \
+            "($(grep -m1 '^E:' <<<"$said" || tail -n1 <<<"$said")): put \`$name\` on the PATH, or run \`apt-get update\` as root" >&2
         exit 1
     }
     mkdir -p "$folder.$$"
