@@ -42,6 +42,7 @@ pub struct Counts {
     idle_since: Mutex<Option<Instant>>,
     gaps: Mutex<Vec<Duration>>,
     arrivals: Mutex<Vec<u64>>,
+    answered: Mutex<Vec<(u64, u64)>>,
 }
 
 impl Counts {
@@ -58,6 +59,21 @@ impl Counts {
     /// The most that were in the app at once.
     pub fn most(&self) -> u64 {
         self.most.load(Ordering::SeqCst)
+    }
+
+    /// The most that were in the app at once of the requests that it answered to their end. When it notices that another was
+    /// broken off is up to a busy machine; these leave it before anybody can know that they do.
+    pub fn most_answered(&self) -> i64 {
+        let answered = self.answered.lock().expect("no panic under this lock");
+        let mut steps: Vec<(u64, i64)> =
+            answered.iter().flat_map(|(from, to)| [(*from, 1), (*to, -1)]).collect();
+        // Those that leave at an instant before those that come at it.
+        steps.sort_unstable();
+        let inside = steps.iter().scan(0, |now, (_, step)| {
+            *now += step;
+            Some(*now)
+        });
+        inside.max().unwrap_or(0)
     }
 
     /// Whether a request with this `x-id` has arrived; each is told once.
@@ -82,7 +98,8 @@ impl Counts {
 
     fn enter(self: &Arc<Self>, id: Option<String>) -> Inside {
         self.requests.fetch_add(1, Ordering::SeqCst);
-        self.arrivals.lock().expect("no panic under this lock").push(unix_time().as_nanos() as u64);
+        let from = unix_time().as_nanos() as u64;
+        self.arrivals.lock().expect("no panic under this lock").push(from);
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
         if let Some(since) = self.idle_since.lock().expect("no panic under this lock").take() {
@@ -91,17 +108,25 @@ impl Counts {
         if let Some(id) = id {
             self.seen.lock().expect("no panic under this lock").insert(id);
         }
-        Inside(Arc::clone(self))
+        Inside { counts: Arc::clone(self), from, answered: false }
     }
 }
 
 /// A request in the app, until its answer is done or dropped.
-struct Inside(Arc<Counts>);
+struct Inside {
+    counts: Arc<Counts>,
+    from: u64,
+    answered: bool,
+}
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        if self.0.now.fetch_sub(1, Ordering::SeqCst) == 1 {
-            *self.0.idle_since.lock().expect("no panic under this lock") = Some(Instant::now());
+        if self.answered {
+            let to = unix_time().as_nanos() as u64;
+            self.counts.answered.lock().expect("no panic under this lock").push((self.from, to));
+        }
+        if self.counts.now.fetch_sub(1, Ordering::SeqCst) == 1 {
+            *self.counts.idle_since.lock().expect("no panic under this lock") = Some(Instant::now());
         }
     }
 }
@@ -163,10 +188,11 @@ async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
 /// Sends back what it gets, frame by frame, and how it went at the end. The request is in the app until then.
 fn echo(
     request: Request<Incoming>,
-    inside: Inside,
+    mut inside: Inside,
 ) -> Result<Response<impl Body<Data = Bytes, Error = hyper::Error>>, Infallible> {
     let frames = request.into_body().into_data_stream().map_ok(Frame::data);
     let end = futures_util::stream::once(async move {
+        inside.answered = true;
         drop(inside);
         let status = (HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"));
         Ok(Frame::trailers(HeaderMap::from_iter([status])))
@@ -197,12 +223,14 @@ async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Respo
     let delay = query_ms(request.uri().query());
     match request.uri().path() {
         "/reset" => Err("as asked"),
-        "/half" => Ok(Response::new(Answer { inside, left: Left::Half(delay) })),
-        "/hang" => Ok(Response::new(Answer { inside, left: Left::Half(Duration::from_secs(60)) })),
+        "/half" => Ok(Response::new(Answer { inside: Some(inside), left: Left::Half(delay) })),
+        "/hang" => {
+            Ok(Response::new(Answer { inside: Some(inside), left: Left::Half(Duration::from_secs(60)) }))
+        }
         "/ws" => Ok(websocket(request, inside)),
         _ => {
             tokio::time::sleep(delay).await;
-            Ok(Response::new(Answer { inside, left: Left::All }))
+            Ok(Response::new(Answer { inside: Some(inside), left: Left::All }))
         }
     }
 }
@@ -214,15 +242,14 @@ fn query_ms(query: Option<&str>) -> Duration {
 }
 
 fn websocket(request: Request<Incoming>, inside: Inside) -> Response<Answer> {
-    let counts = Arc::clone(&inside.0);
     tokio::spawn(async move {
-        let _open = counts.enter(None);
+        let _open = inside;
         if let Ok(upgraded) = hyper::upgrade::on(request).await {
             let mut io = TokioIo::new(upgraded);
             let _ = tokio::io::copy(&mut io, &mut tokio::io::sink()).await;
         }
     });
-    let mut response = Response::new(Answer { inside, left: Left::Nothing });
+    let mut response = Response::new(Answer { inside: None, left: Left::Nothing });
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
     headers.insert("upgrade", hyper::header::HeaderValue::from_static("websocket"));
@@ -232,8 +259,7 @@ fn websocket(request: Request<Incoming>, inside: Inside) -> Response<Answer> {
 
 /// A body that keeps its request in the app's count until it is done.
 struct Answer {
-    #[allow(dead_code, reason = "held for its Drop")]
-    inside: Inside,
+    inside: Option<Inside>,
     left: Left,
 }
 
@@ -273,7 +299,13 @@ impl Body for Answer {
                     Poll::Pending
                 }
             },
-            Left::Nothing => Poll::Ready(None),
+            Left::Nothing => {
+                // It leaves before the last byte does.
+                if let Some(mut inside) = self.inside.take() {
+                    inside.answered = true;
+                }
+                Poll::Ready(None)
+            }
         }
     }
 }
