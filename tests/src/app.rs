@@ -320,27 +320,51 @@ impl Body for Answer {
 
 #[cfg(test)]
 mod tests {
-    use http_body_util::BodyExt as _;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
 
     use super::*;
 
     #[tokio::test]
     async fn an_echo_has_no_empty_frames() {
         let app = App::start().await;
-        let stream = tokio::net::TcpStream::connect(app.grpc).await.expect("a connection");
-        let client = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+        // What the app sends is read on the way: the client would not show it.
+        let (mut from_app, mut to_app) =
+            TcpStream::connect(app.grpc).await.expect("a connection").into_split();
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let (mut from_client, mut to_client) = tokio::io::split(theirs);
+        tokio::spawn(async move {
+            let _ = tokio::io::copy(&mut from_client, &mut to_app).await;
+        });
+        let sent = tokio::spawn(async move {
+            let (mut all, mut some) = (Vec::new(), [0; 4096]);
+            while let Ok(count @ 1..) = from_app.read(&mut some).await {
+                all.extend_from_slice(&some[..count]);
+                let _ = to_client.write_all(&some[..count]).await;
+            }
+            all
+        });
+        let client = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(ours));
         let (mut sender, connection) = client.await.expect("HTTP/2");
-        tokio::spawn(connection);
+        let connection = tokio::spawn(connection);
         let hello = futures_util::stream::once(async {
             Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"hello")))
         });
         let request = Request::post("http://app/").body(StreamBody::new(Box::pin(hello)));
-        let mut answer =
-            sender.send_request(request.expect("a request")).await.expect("an answer").into_body();
-        let mut data = Vec::new();
-        while let Some(frame) = answer.frame().await {
-            data.extend(frame.expect("a frame").into_data().ok());
+        let answer = sender.send_request(request.expect("a request")).await.expect("an answer");
+        assert_eq!(answer.into_body().collect().await.expect("a body").to_bytes(), "hello");
+        drop(sender);
+        let _ = connection.await;
+
+        let sent = sent.await.expect("what the app sent");
+        let (mut rest, mut data) = (&sent[..], Vec::new());
+        while let [a, b, c, kind, flags, _, _, _, _, frame @ ..] = rest {
+            let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+            if *kind == 0 {
+                data.push((length, *flags));
+            }
+            rest = &frame[length..];
         }
-        assert_eq!(data, ["hello"]);
+        assert_eq!(data, [(5, 0)], "lengths and flags of the frames with data");
     }
 }
