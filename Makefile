@@ -10,13 +10,17 @@ WASM := $(WASM_BUILD) --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all module help build-tests envoys unit budget reproducible e2e test soak run bench build-bench fuzz screenshot lint deny clean
+.PHONY: all module toolchain help build-tests envoys unit budget reproducible e2e test soak run bench build-bench fuzz screenshot lint deny clean
 
 all: module ## The module and the stats server, in release builds
 	$(CARGO) build --locked --release --package inflight-statserver
 
+# What rustup has to add on a fresh machine, for every command alike.
+toolchain:
+	@tools/toolchain.sh
+
 # The same bytes wherever it is built (`make reproducible`).
-module:
+module: toolchain
 	$(WASM)
 	$(PYTHON) tools/exports.py $(or $(CARGO_TARGET_DIR),target)/wasm32-wasip1/release/inflight_filter.wasm
 
@@ -39,7 +43,7 @@ TESTED := --locked --profile e2e --package inflight-stats --package inflight-sta
 	--package inflight-e2e
 TESTS := $(CARGO) test $(TESTED)
 
-unit: ## The rules' tests, without Envoy
+unit: toolchain ## The rules' tests, without Envoy
 	$(TESTS) --lib --bins
 	$(TESTS) --doc
 
@@ -62,15 +66,15 @@ e2e: build-tests envoys ## The tests against real Envoys, the oldest and the new
 
 test: unit budget reproducible e2e ## Every test
 
-# What measures, runs for long or is looked at has the stats server as it is shipped.
-soak run bench screenshot: export STATSERVER = $(CURDIR)/target/release/inflight-statserver
+# What measures or runs for long has the stats server as it is shipped, the rest the tests': built in minutes less.
+soak bench: export STATSERVER = $(CURDIR)/target/release/inflight-statserver
 
 MINUTES ?= 30
 soak: all build-tests envoys ## Everything at once, for half an hour: make soak [MINUTES=30]
 	SOAK_MINUTES=$(MINUTES) $(TESTS) --test e2e -- --nocapture --ignored soak::
 
-run: all ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
-	@$(CARGO) build --quiet $(TESTED) --bin inflight-demo
+run: module ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
+	$(CARGO) build $(TESTED) --bin inflight-demo --bin inflight-statserver
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
 
@@ -84,21 +88,22 @@ build-bench: all
 	$(CARGO) build --locked --profile e2e --package inflight-benches
 
 SECONDS_EACH ?= 60
-fuzz: ## Every format that comes from outside: make fuzz [SECONDS_EACH=60]
+fuzz: toolchain ## Every format that comes from outside: make fuzz [SECONDS_EACH=60]
 	tools/fuzz.sh $(SECONDS_EACH)
 
-screenshot: all ## The README's picture of the live page: two minutes of the demo
-	@$(CARGO) build --quiet $(TESTED) --bin inflight-demo
+screenshot: module ## The README's picture of the live page: two minutes of the demo
+	$(CARGO) build $(TESTED) --bin inflight-demo --bin inflight-statserver
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	target/e2e/inflight-demo --duration 120 --screenshot docs/page.png
 
 lint: ## Format and clippy, for both targets
+	@tools/toolchain.sh rustfmt clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --profile e2e --locked --workspace --exclude inflight-filter --exclude inflight-empty --all-targets -- -D warnings
 	$(CARGO) clippy --profile e2e --locked --package inflight-filter --package inflight-empty --target wasm32-wasip1 -- -D warnings
 	$(CARGO) clippy --profile e2e --locked --package inflight-filter --target wasm32-wasip1 --features fault-injection -- -D warnings
 
-deny: ## Licences, sources, bans; advisories where their data can be had
+deny: toolchain ## Licences, sources, bans; advisories where their data can be had
 	tools/deny.sh
 
 clean: ## What was built and downloaded

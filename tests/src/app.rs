@@ -43,6 +43,7 @@ pub struct Counts {
     idle_since: Mutex<Option<Instant>>,
     gaps: Mutex<Vec<Duration>>,
     arrivals: Mutex<Vec<u64>>,
+    answered: Mutex<Vec<(u64, u64)>>,
 }
 
 impl Counts {
@@ -59,6 +60,21 @@ impl Counts {
     /// The most that were in the app at once.
     pub fn most(&self) -> u64 {
         self.most.load(Ordering::SeqCst)
+    }
+
+    /// The most that were in the app at once of the requests that it answered to their end. When it notices that another was
+    /// broken off is up to a busy machine; these leave it before anybody can know that they do.
+    pub fn most_answered(&self) -> i64 {
+        let answered = self.answered.lock().expect("no panic under this lock");
+        let mut steps: Vec<(u64, i64)> =
+            answered.iter().flat_map(|(from, to)| [(*from, 1), (*to, -1)]).collect();
+        // Those that leave at an instant before those that come at it.
+        steps.sort_unstable();
+        let inside = steps.iter().scan(0, |now, (_, step)| {
+            *now += step;
+            Some(*now)
+        });
+        inside.max().unwrap_or(0)
     }
 
     /// Whether a request with this `x-id` has arrived; each is told once.
@@ -83,7 +99,8 @@ impl Counts {
 
     fn enter(self: &Arc<Self>, id: Option<String>) -> Inside {
         self.requests.fetch_add(1, Ordering::SeqCst);
-        self.arrivals.lock().expect("no panic under this lock").push(unix_time().as_nanos() as u64);
+        let from = unix_time().as_nanos() as u64;
+        self.arrivals.lock().expect("no panic under this lock").push(from);
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
         if let Some(since) = self.idle_since.lock().expect("no panic under this lock").take() {
@@ -92,17 +109,25 @@ impl Counts {
         if let Some(id) = id {
             self.seen.lock().expect("no panic under this lock").insert(id);
         }
-        Inside(Arc::clone(self))
+        Inside { counts: Arc::clone(self), from, answered: false }
     }
 }
 
 /// A request in the app, until its answer is done or dropped.
-struct Inside(Arc<Counts>);
+struct Inside {
+    counts: Arc<Counts>,
+    from: u64,
+    answered: bool,
+}
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        if self.0.now.fetch_sub(1, Ordering::SeqCst) == 1 {
-            *self.0.idle_since.lock().expect("no panic under this lock") = Some(Instant::now());
+        if self.answered {
+            let to = unix_time().as_nanos() as u64;
+            self.counts.answered.lock().expect("no panic under this lock").push((self.from, to));
+        }
+        if self.counts.now.fetch_sub(1, Ordering::SeqCst) == 1 {
+            *self.counts.idle_since.lock().expect("no panic under this lock") = Some(Instant::now());
         }
     }
 }
@@ -154,9 +179,13 @@ async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
                 let inside = counts.enter(None);
                 async move { echo(request, inside) }
             });
-            let _ = http2::Builder::new(TokioExecutor::new())
+            let served = http2::Builder::new(TokioExecutor::new())
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
+            // It takes the streams that are open with it: whoever misses one finds out why.
+            if let Err(error) = served {
+                eprintln!("{:.6} the app's HTTP/2 connection ended: {error:?}", unix_time().as_secs_f64());
+            }
         });
     }
 }
@@ -164,10 +193,15 @@ async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
 /// Sends back what it gets, frame by frame, and how it went at the end. The request is in the app until then.
 fn echo(
     request: Request<Incoming>,
-    inside: Inside,
+    mut inside: Inside,
 ) -> Result<Response<impl Body<Data = Bytes, Error = hyper::Error>>, Infallible> {
+    // A request often ends in an empty frame. Sent back, two of them in a row, of streams that end at once, are what Envoy takes for a
+    // flood: it would close the connection, and break off every stream on it.
     let frames = request.into_body().into_data_stream().map_ok(Frame::data);
+    let frames =
+        frames.try_filter(|frame| std::future::ready(frame.data_ref().is_some_and(|data| !data.is_empty())));
     let end = futures_util::stream::once(async move {
+        inside.answered = true;
         drop(inside);
         let status = (HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"));
         Ok(Frame::trailers(HeaderMap::from_iter([status])))
@@ -198,16 +232,20 @@ async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Respo
     let delay = query_ms(request.uri().query());
     match request.uri().path() {
         "/reset" => Err("as asked"),
-        "/half" => Ok(Response::new(Answer { inside, left: Left::Half(delay) })),
-        "/hang" => Ok(Response::new(Answer { inside, left: Left::Half(Duration::from_secs(60)) })),
+        "/half" => Ok(Response::new(Answer { inside: Some(inside), left: Left::Half(delay) })),
+        "/hang" => {
+            Ok(Response::new(Answer { inside: Some(inside), left: Left::Half(Duration::from_secs(60)) }))
+        }
         "/headers" => {
             let lines = request.headers().iter().map(|(name, value)| format!("{name}: {value:?}\n"));
-            Ok(Response::new(Answer { inside, left: Left::Text(lines.collect::<String>().into()) }))
+            let text = lines.collect::<String>();
+            Ok(Response::new(Answer { inside: Some(inside), left: Left::Text(text.into()) }))
         }
         "/ws" => Ok(websocket(request, inside)),
         _ => {
             tokio::time::sleep(delay).await;
-            Ok(Response::new(Answer { inside, left: Left::Text(Bytes::from_static(b"ok")) }))
+            let text = Left::Text(Bytes::from_static(b"ok"));
+            Ok(Response::new(Answer { inside: Some(inside), left: text }))
         }
     }
 }
@@ -219,15 +257,14 @@ fn query_ms(query: Option<&str>) -> Duration {
 }
 
 fn websocket(request: Request<Incoming>, inside: Inside) -> Response<Answer> {
-    let counts = Arc::clone(&inside.0);
     tokio::spawn(async move {
-        let _open = counts.enter(None);
+        let _open = inside;
         if let Ok(upgraded) = hyper::upgrade::on(request).await {
             let mut io = TokioIo::new(upgraded);
             let _ = tokio::io::copy(&mut io, &mut tokio::io::sink()).await;
         }
     });
-    let mut response = Response::new(Answer { inside, left: Left::Nothing });
+    let mut response = Response::new(Answer { inside: None, left: Left::Nothing });
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
     headers.insert("upgrade", hyper::header::HeaderValue::from_static("websocket"));
@@ -237,8 +274,7 @@ fn websocket(request: Request<Incoming>, inside: Inside) -> Response<Answer> {
 
 /// A body that keeps its request in the app's count until it is done.
 struct Answer {
-    #[allow(dead_code, reason = "held for its Drop")]
-    inside: Inside,
+    inside: Option<Inside>,
     left: Left,
 }
 
@@ -278,7 +314,64 @@ impl Body for Answer {
                     Poll::Pending
                 }
             },
-            Left::Nothing => Poll::Ready(None),
+            Left::Nothing => {
+                // It leaves before the last byte does.
+                if let Some(mut inside) = self.inside.take() {
+                    inside.answered = true;
+                }
+                Poll::Ready(None)
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_echo_has_no_empty_frames() {
+        let app = App::start().await;
+        // What the app sends is read on the way: the client would not show it.
+        let (mut from_app, mut to_app) =
+            TcpStream::connect(app.grpc).await.expect("a connection").into_split();
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let (mut from_client, mut to_client) = tokio::io::split(theirs);
+        tokio::spawn(async move {
+            let _ = tokio::io::copy(&mut from_client, &mut to_app).await;
+        });
+        let sent = tokio::spawn(async move {
+            let (mut all, mut some) = (Vec::new(), [0; 4096]);
+            while let Ok(count @ 1..) = from_app.read(&mut some).await {
+                all.extend_from_slice(&some[..count]);
+                let _ = to_client.write_all(&some[..count]).await;
+            }
+            all
+        });
+        let client = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(ours));
+        let (mut sender, connection) = client.await.expect("HTTP/2");
+        let connection = tokio::spawn(connection);
+        let hello = futures_util::stream::once(async {
+            Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"hello")))
+        });
+        let request = Request::post("http://app/").body(StreamBody::new(Box::pin(hello)));
+        let answer = sender.send_request(request.expect("a request")).await.expect("an answer");
+        assert_eq!(answer.into_body().collect().await.expect("a body").to_bytes(), "hello");
+        drop(sender);
+        let _ = connection.await;
+
+        let sent = sent.await.expect("what the app sent");
+        let (mut rest, mut data) = (&sent[..], Vec::new());
+        while let [a, b, c, kind, flags, _, _, _, _, frame @ ..] = rest {
+            let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+            if *kind == 0 {
+                data.push((length, *flags));
+            }
+            rest = &frame[length..];
+        }
+        assert_eq!(data, [(5, 0)], "lengths and flags of the frames with data");
     }
 }

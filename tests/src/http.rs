@@ -97,17 +97,27 @@ impl Connection {
 /// # Panics
 /// If the server does not take it.
 pub async fn websocket(to: SocketAddr) -> TcpStream {
-    let mut stream = TcpStream::connect(to).await.expect("a connection");
-    stream.set_nodelay(true).expect("an option");
+    try_websocket(to).await.unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The same, where it may be refused.
+///
+/// # Errors
+/// What went wrong, in words, an answer other than 101 included.
+pub async fn try_websocket(to: SocketAddr) -> Result<TcpStream, String> {
+    let mut stream = TcpStream::connect(to).await.map_err(|e| format!("no connection: {e}"))?;
+    stream.set_nodelay(true).map_err(|e| e.to_string())?;
     let head = "GET /ws HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\
                 sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-    stream.write_all(head.as_bytes()).await.expect("sent");
+    stream.write_all(head.as_bytes()).await.map_err(|e| format!("the handshake was not sent: {e}"))?;
     let mut answer = Vec::new();
     while !answer.ends_with(b"\r\n\r\n") {
-        answer.push(stream.read_u8().await.expect("an answer"));
+        let seen = String::from_utf8_lossy(&answer);
+        let next = stream.read_u8().await.map_err(|e| format!("{e} after {seen:?}"))?;
+        answer.push(next);
     }
-    assert!(answer.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&answer));
-    stream
+    let answer = String::from_utf8_lossy(&answer);
+    if answer.starts_with("HTTP/1.1 101 ") { Ok(stream) } else { Err(format!("no websocket: {answer}")) }
 }
 
 /// GETs a path.

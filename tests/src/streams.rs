@@ -1,9 +1,9 @@
 //! A load of long-lived and multiplexed requests: HTTP/2, gRPC streams, websockets, some of them broken off.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -16,8 +16,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use crate::http;
 use crate::load::Dice;
+use crate::{http, unix_time};
 
 /// What was sent, and how it went.
 #[derive(Debug, Default)]
@@ -30,8 +30,23 @@ pub struct Tally {
     pub websockets: AtomicU64,
     /// HTTP/2 requests and gRPC streams that were broken off: whether one had left is Envoy's to say.
     pub aborted: AtomicU64,
-    /// What went otherwise than it should.
-    pub failed: AtomicU64,
+    failures: Mutex<Vec<String>>,
+}
+
+impl Tally {
+    /// What went otherwise than it should: when, what it was, and how it went.
+    ///
+    /// # Panics
+    /// If a client panicked.
+    pub fn failures(&self) -> Vec<String> {
+        self.failures.lock().expect("no panic under this lock").clone()
+    }
+
+    fn fail(&self, what: &str, began: Instant, why: &str) {
+        // As the access log has it.
+        let what = format!("{:.6} {what}, after {:?}: {why}", unix_time().as_secs_f64(), began.elapsed());
+        self.failures.lock().expect("no panic under this lock").push(what);
+    }
 }
 
 /// A running load of streams.
@@ -53,9 +68,7 @@ impl Streams {
                 let mut dice = Dice::new(seed.wrapping_mul(7_919).wrapping_add(number * 3 + kind as u64));
                 tasks.spawn(async move {
                     while !stop.load(Ordering::SeqCst) {
-                        if kind.some(envoy, &tally, &mut dice).await.is_err() {
-                            tally.failed.fetch_add(1, Ordering::SeqCst);
-                        }
+                        kind.some(envoy, &tally, &mut dice).await;
                     }
                 });
             }
@@ -64,9 +77,14 @@ impl Streams {
     }
 
     /// Lets what is open go to its end.
+    ///
+    /// # Panics
+    /// If a client panicked.
     pub async fn finish(mut self) -> Arc<Tally> {
         self.stop.store(true, Ordering::SeqCst);
-        while self.clients.join_next().await.is_some() {}
+        while let Some(client) = self.clients.join_next().await {
+            client.expect("the client ran");
+        }
         self.tally
     }
 }
@@ -79,19 +97,17 @@ enum Kind {
 }
 
 impl Kind {
-    async fn some(self, envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Result<(), String> {
-        match self {
-            Self::Http2 => http2_requests(envoy, tally, dice).await,
-            Self::Grpc => grpc_streams(envoy, tally, dice).await,
-            Self::Websocket => {
-                let mut socket = http::websocket(envoy).await;
-                tally.websockets.fetch_add(1, Ordering::SeqCst);
-                for _ in 0..dice.below(20) {
-                    socket.write_all(b"\x82\x84abcdwxyz").await.map_err(|e| e.to_string())?;
-                    tokio::time::sleep(Duration::from_millis(dice.below(100))).await;
-                }
-                Ok(())
-            }
+    async fn some(self, envoy: SocketAddr, tally: &Arc<Tally>, dice: &mut Dice) {
+        let began = Instant::now();
+        let (what, outcome) = match self {
+            Self::Http2 => ("a connection for HTTP/2", http2_requests(envoy, tally, dice).await),
+            Self::Grpc => ("a connection for gRPC", grpc_streams(envoy, tally, dice).await),
+            Self::Websocket => ("a websocket", websocket(envoy, tally, dice).await),
+        };
+        if let Err(why) = outcome {
+            tally.fail(what, began, &why);
+            // Envoy may be away: no need to ask it all the time.
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 }
@@ -103,39 +119,55 @@ where
     let stream = TcpStream::connect(envoy).await.map_err(|e| e.to_string())?;
     let _ = stream.set_nodelay(true);
     let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
-    let (sender, connection) = handshake.map_err(|e| e.to_string())?;
+    let (sender, connection) = handshake.map_err(|e| format!("{e:?}"))?;
     tokio::spawn(connection);
     Ok(sender)
 }
 
+/// A websocket of up to twenty messages.
+async fn websocket(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Result<(), String> {
+    let mut socket = http::try_websocket(envoy).await?;
+    tally.websockets.fetch_add(1, Ordering::SeqCst);
+    for number in 0..dice.below(20) {
+        let sent = socket.write_all(b"\x82\x84abcdwxyz").await;
+        sent.map_err(|e| format!("its message {number}: {e}"))?;
+        tokio::time::sleep(Duration::from_millis(dice.below(100))).await;
+    }
+    Ok(())
+}
+
 /// Ten times ten requests at once over one connection; one in twenty is broken off.
-async fn http2_requests(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Result<(), String> {
+async fn http2_requests(envoy: SocketAddr, tally: &Arc<Tally>, dice: &mut Dice) -> Result<(), String> {
     let sender = connect(envoy).await?;
-    for _ in 0..10 {
+    for round in 0..10 {
         let mut requests = JoinSet::new();
         for _ in 0..10 {
-            let (mut sender, ms, aborts) = (sender.clone(), dice.below(40), dice.below(20) == 0);
-            let request = Request::get(format!("http://app/h2?ms={ms}")).body(Empty::<Bytes>::new());
+            let (mut sender, tally) = (sender.clone(), Arc::clone(tally));
+            let (ms, aborts) = (dice.below(40), dice.below(20) == 0);
+            let path = format!("/h2?ms={ms}");
+            let request = Request::get(format!("http://app{path}")).body(Empty::<Bytes>::new());
             let request = request.map_err(|e| e.to_string())?;
             requests.spawn(async move {
+                let began = Instant::now();
                 let answer = async {
-                    let response = sender.send_request(request).await.map_err(|e| e.to_string())?;
+                    let response = sender.send_request(request).await.map_err(|e| format!("{e:?}"))?;
                     let status = response.status();
-                    response.into_body().collect().await.map_err(|e| e.to_string())?;
-                    if status == 200 { Ok(true) } else { Err(status.to_string()) }
+                    let body = response.into_body().collect().await.map(|body| body.to_bytes());
+                    if status == 200 && body.is_ok() { Ok(()) } else { Err(format!("{status}, {body:?}")) }
                 };
-                if !aborts {
-                    return answer.await;
-                }
-                tokio::select! {
-                    answer = answer => answer,
-                    () = tokio::time::sleep(Duration::from_millis(ms / 2)) => Ok(false),
-                }
+                let limit = if aborts { Duration::from_millis(ms / 2) } else { Duration::MAX };
+                match tokio::time::timeout(limit, answer).await {
+                    Ok(Ok(())) => tally.http2.fetch_add(1, Ordering::SeqCst),
+                    Err(_) => tally.aborted.fetch_add(1, Ordering::SeqCst),
+                    Ok(Err(why)) => {
+                        tally.fail(&format!("{path} in round {round} of its connection"), began, &why);
+                        0
+                    }
+                };
             });
         }
-        while let Some(answered) = requests.join_next().await {
-            let answered = answered.map_err(|e| e.to_string())??;
-            if answered { &tally.http2 } else { &tally.aborted }.fetch_add(1, Ordering::SeqCst);
+        while let Some(request) = requests.join_next().await {
+            request.map_err(|e| e.to_string())?;
         }
     }
     Ok(())
@@ -144,7 +176,7 @@ async fn http2_requests(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Re
 /// Five streams one after the other, each of up to twenty messages; one in five is broken off.
 async fn grpc_streams(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Result<(), String> {
     let mut sender = connect(envoy).await?;
-    for _ in 0..5 {
+    for number in 0..5 {
         let (messages, pause, aborts) = (dice.below(20), dice.below(100), dice.below(5) == 0);
         let body = stream::unfold(0, move |sent| async move {
             if sent == messages {
@@ -156,26 +188,31 @@ async fn grpc_streams(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Resu
         });
         let request = Request::post("http://app/echo.Echo/Stream").header("content-type", "application/grpc");
         let request = request.header("te", "trailers").body(StreamBody::new(Box::pin(body)));
+        let request = request.map_err(|e| e.to_string())?;
+        let began = Instant::now();
         let answer = async {
-            let response = sender.send_request(request.map_err(|e| e.to_string())?).await;
-            let answer = response.map_err(|e| e.to_string())?.into_body().collect().await;
-            let answer = answer.map_err(|e| e.to_string())?;
-            let status = answer.trailers().and_then(|trailers| trailers.get("grpc-status")).cloned();
+            let response = sender.send_request(request).await.map_err(|e| format!("{e:?}"))?;
+            let head = format!("{} {:?}", response.status(), response.headers());
+            let answer = response.into_body().collect().await.map_err(|e| format!("{head}, then {e:?}"))?;
+            let trailers = answer.trailers().cloned().unwrap_or_default();
             let echoed = answer.to_bytes().len() as u64;
-            if status.is_some_and(|status| status == "0") && echoed == messages * 10 {
+            if trailers.get("grpc-status").is_some_and(|status| status == "0") && echoed == messages * 10 {
                 Ok(())
             } else {
-                Err(format!("{echoed} bytes of {messages} messages"))
+                Err(format!("{head}, {echoed} bytes of {messages} messages, {trailers:?}"))
             }
         };
-        if aborts {
-            let half = Duration::from_millis(pause * messages / 2);
-            let broken_off = tokio::time::timeout(half, answer).await.is_err();
-            if broken_off { &tally.aborted } else { &tally.grpc }.fetch_add(1, Ordering::SeqCst);
-        } else {
-            answer.await?;
-            tally.grpc.fetch_add(1, Ordering::SeqCst);
-        }
+        let half = Duration::from_millis(pause * messages / 2);
+        match tokio::time::timeout(if aborts { half } else { Duration::MAX }, answer).await {
+            Ok(Ok(())) => tally.grpc.fetch_add(1, Ordering::SeqCst),
+            Err(_) => tally.aborted.fetch_add(1, Ordering::SeqCst),
+            Ok(Err(why)) => {
+                let what =
+                    format!("gRPC stream {number} of its connection, {messages} messages {pause} ms apart");
+                tally.fail(&what, began, &why);
+                return Ok(());
+            }
+        };
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use inflight_e2e::streams::Streams;
 use inflight_e2e::{http, prometheus, wait};
 
 const SETTLED: Duration = Duration::from_secs(60);
-const LIMIT: u64 = 40;
+const LIMIT: i64 = 40;
 /// Until then buffers and caches find their size.
 const WARM_UP: Duration = Duration::from_secs(300);
 /// Less than this in the half hour is noise of the allocators.
@@ -75,9 +75,15 @@ async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
     }
     load.stop();
     let tally = streams.finish().await;
-    let sent = load.finish().await;
+    let (sent, mut failures) = load.finish_with_failures().await;
+    failures.extend(tally.failures());
+    if !failures.is_empty() {
+        // Why Envoy itself closed connections.
+        let ended = http::get(envoy.admin, "/stats?filter=protocol_error|flood|cx_destroy&usedonly").await;
+        let first = &failures[..failures.len().min(20)];
+        panic!("{} requests failed, at first {first:#?}; connections: {ended:?}", failures.len());
+    }
     let count = |of: &std::sync::atomic::AtomicU64| of.load(Ordering::SeqCst);
-    assert_eq!(count(&tally.failed), 0, "{tally:?}");
 
     wait::until_equal("in flight, waiting, in the app", SETTLED, (0.0, 0.0, 0), async || {
         let (open, depth) = ("queue_in_flight_requests", "revision_queue_depth");
@@ -99,14 +105,14 @@ async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
     let whole = count(&tally.http2) + count(&tally.grpc);
     assert!((whole..=whole + count(&tally.aborted)).contains(&(http2 + grpc)), "{http2} {grpc} {tally:?}");
     assert_eq!(counted - of("/ws") - http2 - grpc, sent);
-    assert!(app.counts.most() <= LIMIT, "{} in the app", app.counts.most());
+    assert!(app.counts.most_answered() <= LIMIT, "{} in the app", app.counts.most_answered());
 
     println!(
         "{minutes} minutes: {counted} requests, all of them counted: {sent} over HTTP/1.1, {http2} over HTTP/2, {grpc} gRPC \
          streams, {} websockets; {} broken off; most in the app {}",
         of("/ws"),
         count(&tally.aborted),
-        app.counts.most()
+        app.counts.most_answered()
     );
     for (name, series) in ["Envoy", "its VMs", "the server"].iter().zip(&series) {
         let slope = series.slope();

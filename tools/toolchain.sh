@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Adds to the Rust toolchain what it lacks: the target that the module is built for, and the components that are named
+# (toolchain.sh [rustfmt] [clippy]). rustup adds what rust-toolchain.toml lists by itself, but not where RUSTUP_AUTO_INSTALL=0.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+target=wasm32-wasip1
+
+fail() {
+    echo "$*" >&2
+    exit 1
+}
+
+# What is missing: nothing, "toolchain", or rustup's words for the parts.
+missing() {
+    local folder component
+    folder=$(rustc --print target-libdir --target "$target" 2>/dev/null) || { echo toolchain && return; }
+    [ -d "$folder" ] || echo "target $target"
+    for component in "$@"; do
+        case $component in
+        rustfmt) cargo fmt --version ;;
+        clippy) cargo clippy --version ;;
+        *) fail "toolchain.sh: unknown component $component, expected rustfmt or clippy" ;;
+        esac >/dev/null 2>&1 || echo "component $component"
+    done
+}
+
+command -v rustc >/dev/null || fail "rustc is not on the PATH: install Rust with rustup (https://rustup.rs), then open a new shell"
+[ -n "$(missing "$@")" ] || exit 0
+command -v rustup >/dev/null || fail "Rust in $(rustc --print sysroot) lacks its $(missing "$@" | paste -sd,), and there is no" \
+    "rustup to add it: install Rust with rustup (https://rustup.rs)"
+# One at a time, whichever clone asks: rustup itself does not see to that.
+home=${RUSTUP_HOME:-$HOME/.rustup}
+mkdir -p "$home"
+exec 9<"$home"
+flock 9
+missing "$@" | while read -r kind name; do
+    case $kind in
+    toolchain) command=(rustup toolchain install) ;;
+    *) command=(rustup "$kind" add "$name") ;;
+    esac
+    echo "${command[*]}" >&2
+    said=$(RUST_BACKTRACE=0 "${command[@]}" 2>&1 9>&-) || fail "the Rust $kind${name:+ $name} cannot be had" \
+        "($(grep -m1 '^error:' <<<"$said" || tail -n1 <<<"$said")): run \`${command[*]}\` where the network can be reached"
+done
+# A toolchain that was just installed may lack parts of its own.
+[ -z "$(missing "$@")" ] || fail "Rust still lacks its $(missing "$@" | paste -sd,): see \`rustup show\`"
