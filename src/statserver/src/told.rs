@@ -331,7 +331,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("settings.json");
         for (text, reason) in [
-            ("[{", "allowed is a JSON list of"),
+            ("[{", "not a list of"),
             (
                 r#"[{"namespace": "a", "name": "b", "settings": {"target": 0}}]"#,
                 "key a/b: configuration key `target`",
