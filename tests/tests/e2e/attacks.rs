@@ -168,8 +168,8 @@ async fn half_calls(to: SocketAddr, connections: usize, calls: usize) -> Vec<imp
 async fn without_a_token_nobody_takes_memory() {
     const MOST: u64 = 64;
     let (_folder, tokens) = tokens();
-    // More connections than are allowed by default: their number is not what holds.
-    let server = StatServer::with(None, &[&tokens, "--max-grpc-connections=1000"]).await;
+    // More gRPC connections than are allowed by default: their number is not all that holds.
+    let server = StatServer::with(None, &[&tokens, "--max-grpc-connections=100"]).await;
     let certificates = tempfile::tempdir().expect("a folder");
     let identity = Authority::new().issue(certificates.path(), "server");
     let (certificate, key) =
