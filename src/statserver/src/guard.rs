@@ -29,6 +29,8 @@ const LARGE_FOR: Duration = Duration::from_secs(60);
 const CONTROL_HEAD_BYTES: usize = 6;
 /// A connection of which nobody has shown a token makes room for another one after so long.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The most bytes of HTTP/2 that are read before what they say is dealt with.
+const BYTES_IN_A_TURN: usize = 2 << 10;
 /// The most calls without a token over such a connection.
 const MOST_CALLS_OF_STRANGERS: usize = 32;
 
@@ -101,6 +103,8 @@ pub struct Guard {
     calls_of_stranger: AtomicUsize,
     /// Calls that began since everything was last written.
     unwritten: AtomicUsize,
+    /// Bytes that were read since the connection's task last had its turn.
+    in_turn: AtomicUsize,
     answers: Mutex<Answers>,
     over_budget: AtomicBool,
     is_grpc: bool,
@@ -129,6 +133,7 @@ impl Guard {
             stranger: Mutex::default(),
             calls_of_stranger: AtomicUsize::new(0),
             unwritten: AtomicUsize::new(0),
+            in_turn: AtomicUsize::new(0),
             answers: Mutex::default(),
             over_budget: AtomicBool::new(false),
             is_grpc,
@@ -218,6 +223,7 @@ impl Guard {
     pub fn received(&self, bytes: usize) -> io::Result<()> {
         let mut state = lock(&self.state);
         let State { phase, read, share, .. } = &mut *state;
+        self.in_turn.fetch_add(bytes, Ordering::Relaxed);
         *read = read.saturating_add(bytes);
         match phase {
             Phase::Head(_) if self.is_grpc => {
@@ -297,6 +303,17 @@ impl Guard {
     /// A call begins.
     pub fn call(&self) {
         self.unwritten.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The connection's task has its turn.
+    pub fn turn(&self) {
+        self.in_turn.store(0, Ordering::Relaxed);
+    }
+
+    /// How many more bytes may be read before its next one. HTTP/2 reads all that there is before it hands over the first call,
+    /// and a call's head may be ten bytes of that.
+    pub fn left_in_turn(&self) -> usize {
+        BYTES_IN_A_TURN.saturating_sub(self.in_turn.load(Ordering::Relaxed))
     }
 
     /// Everything has been written.

@@ -69,7 +69,7 @@ pub struct Limits {
     pub max_grpc_bytes: usize,
 
     /// The most gRPC calls at once, over all connections; KEDA has two open for each ScaledObject.
-    #[arg(long, env = "INFLIGHT_MAX_GRPC_STREAMS", default_value_t = 4_000, value_parser = up_to::<1, 1_000_000>)]
+    #[arg(long, env = "INFLIGHT_MAX_GRPC_STREAMS", default_value_t = 2_000, value_parser = up_to::<1, 1_000_000>)]
     pub max_grpc_streams: usize,
 
     /// The most keys in a report, and stats in a frame of the stream.

@@ -49,6 +49,15 @@ enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+impl Stream {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
 /// What both listeners share.
 #[derive(Clone)]
 pub struct House {
@@ -264,9 +273,19 @@ impl AsyncRead for Link {
             return Poll::Pending;
         }
         let before = buf.filled().len();
-        let read = match &mut link.stream {
-            Stream::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
-            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        let read = if link.is_grpc {
+            let most = buf.remaining().min(link.guard.left_in_turn());
+            if most == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let mut part = ReadBuf::new(buf.initialize_unfilled_to(most));
+            let read = link.stream.poll_read(cx, &mut part);
+            let bytes = part.filled().len();
+            buf.advance(bytes);
+            read
+        } else {
+            link.stream.poll_read(cx, buf)
         };
         match read {
             Poll::Ready(Ok(())) => {

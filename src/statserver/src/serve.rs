@@ -2,7 +2,7 @@
 //! open requests are finished.
 
 use std::convert::Infallible;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
@@ -242,7 +242,10 @@ async fn serve_grpc(link: Link, router: Router, app: Arc<App>) {
     let until = tokio::time::Instant::now() + head_timeout;
     loop {
         tokio::select! {
-            ended = &mut connection => {
+            ended = poll_fn(|cx| {
+                guard.turn();
+                connection.as_mut().poll(cx)
+            }) => {
                 if let Err(error) = ended {
                     debug!(%error, "a connection ended");
                 }

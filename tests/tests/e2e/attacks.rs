@@ -168,8 +168,8 @@ async fn half_calls(to: SocketAddr, connections: usize, calls: usize) -> Vec<imp
 async fn without_a_token_nobody_takes_memory() {
     const MOST: u64 = 64;
     let (_folder, tokens) = tokens();
-    // More connections than are allowed by default: their number is not what holds.
-    let server = StatServer::with(None, &[&tokens, "--max-grpc-connections=1000"]).await;
+    // More gRPC connections than are allowed by default: their number is not all that holds.
+    let server = StatServer::with(None, &[&tokens, "--max-grpc-connections=100"]).await;
     let certificates = tempfile::tempdir().expect("a folder");
     let identity = Authority::new().issue(certificates.path(), "server");
     let (certificate, key) =
@@ -293,7 +293,7 @@ async fn with_a_token_nobody_takes_more_memory_than_the_limits_add_up_to() {
         tonic::transport::Channel::from_shared(format!("http://{}", server.grpc)).expect("an address");
     let channel = channel.connect().await.expect("a connection");
     let watch = async {
-        let calls = (0..3_000).map(|number| {
+        let calls = (0..1_500).map(|number| {
             let mut client = ExternalScalerClient::new(channel.clone());
             let mut request = tonic::Request::new(ScaledObjectRef {
                 name: format!("{number:0>500}"),
@@ -305,7 +305,7 @@ async fn with_a_token_nobody_takes_more_memory_than_the_limits_add_up_to() {
         });
         stream::iter(calls).buffer_unordered(50).collect::<Vec<_>>().await
     };
-    attack(&server, "3,000 keys watched over gRPC", 3_000 * 9 / 1024 + of(1), watch).await;
+    attack(&server, "1,500 keys watched over gRPC", 1_500 * 16 / 1024 + of(1) + 8, watch).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
