@@ -11,7 +11,8 @@ fn app() -> Arc<App> {
 }
 
 fn guarded(access: Access) -> Arc<App> {
-    let room = crate::keys::Room { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
+    let room =
+        crate::keys::Room { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
     let keys = Keys::new(Arc::default(), room, 0);
     Arc::new(App {
         told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
