@@ -522,6 +522,7 @@ async fn keys(
         }
     }
     text.extend_from_slice(format!("],\"found\":{found}}}").as_bytes());
+    text.shrink_to_fit();
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 

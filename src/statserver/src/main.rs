@@ -45,8 +45,13 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing::{error, info, warn};
 
+fn main() -> ExitCode {
+    memory::keep_little();
+    serve()
+}
+
 #[tokio::main]
-async fn main() -> ExitCode {
+async fn serve() -> ExitCode {
     let flags = flags::Flags::parse();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(flags.log_level.to_string()))
