@@ -525,6 +525,7 @@ async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
             off * 100.0
         );
         assert!(off.abs() < 0.005, "{off}");
-        assert!(most < 20.0 * 1.1, "what came late looked like a burst: {most}");
+        // Two reports may come in one second, which is a sixth of the window; what came late is several seconds of ten requests.
+        assert!(most < 20.0 * 1.3, "what came late looked like a burst: {most}");
     }
 }
