@@ -125,13 +125,13 @@ impl Gate {
             Pass::Refused => None,
             Pass::Waiting(number) => self.desk.abandon(&SharedData, number).map(|(_, outcome)| outcome),
             Pass::Admitted(_) => {
-                let left = self.desk.leave(&SharedData, host::was_broken_off);
-                if left.is_none() {
+                let (outcome, lingers) = self.desk.leave(&SharedData, host::was_broken_off);
+                if lingers {
                     let due_ns = now_ns.saturating_add(LINGER_NS);
                     self.lingering.push_back(due_ns);
                     self.look_at(due_ns, now_ns);
                 }
-                left
+                Some(outcome)
             }
         };
         let mut turn = Turn::default();
@@ -158,7 +158,7 @@ impl Gate {
         let mut turn = Turn::default();
         while self.lingering.front().is_some_and(|due_ns| *due_ns <= now_ns) {
             self.lingering.pop_front();
-            deliver(self.desk.leave(&SharedData, || false).unwrap_or_default(), now_ns, &mut turn);
+            deliver(self.desk.leave(&SharedData, || false).0, now_ns, &mut turn);
         }
         deliver(self.desk.settle(&SharedData, now_ns), now_ns, &mut turn);
         if let Some(latest_ns) = self.timeout_ns.and_then(|timeout_ns| now_ns.checked_sub(timeout_ns)) {

@@ -92,19 +92,19 @@ impl<W> Desk<W> {
         answer
     }
 
-    /// A request that held a permit is done, or `None`: its permit stays taken for now ([`Breaker::leave`]).
-    pub fn leave(&mut self, store: &impl Store, must_linger: impl FnMut() -> bool) -> Option<Outcome<W>> {
+    /// A request that held a permit is done. Returns what follows, and whether its permit stays taken for now
+    /// ([`Breaker::leave`]); other requests may be admitted also then.
+    pub fn leave(&mut self, store: &impl Store, must_linger: impl FnMut() -> bool) -> (Outcome<W>, bool) {
         if self.holding == 0 {
             // This worker has ended, and given everything back.
-            return Some(Outcome::default());
+            return (Outcome::default(), false);
         }
         let left = self.breaker.leave(store, &self.own(), must_linger);
-        if let Ok(Done { result: false, .. }) = left {
-            self.apply(left);
-            return None;
+        let lingers = matches!(left, Ok(Done { result: false, .. }));
+        if !lingers {
+            self.holding = self.holding.saturating_sub(1);
         }
-        self.holding = self.holding.saturating_sub(1);
-        Some(self.apply(left))
+        (self.apply(left), lingers)
     }
 
     /// A request stops waiting; what was kept of it, unless it had been admitted.
@@ -307,9 +307,9 @@ mod tests {
         }
 
         fn finish(&mut self, at: usize, linger: bool) {
-            let outcome = self.workers[at].desk.leave(&self.store, || linger);
-            self.workers[at].in_app -= u32::from(outcome.is_some());
-            self.take(at, outcome.unwrap_or_default());
+            let (outcome, lingers) = self.workers[at].desk.leave(&self.store, || linger);
+            self.workers[at].in_app -= u32::from(!lingers);
+            self.take(at, outcome);
         }
 
         /// Something that one worker does.
@@ -500,7 +500,7 @@ mod tests {
             assert_eq!(first.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
         }
         assert_eq!(second.enter(&store, Line::Requests, 0, |n| n), Answer::Queued);
-        let granted = first.leave(&store, || false).unwrap().grants;
+        let granted = first.leave(&store, || false).0.grants;
         // The message lies there; its worker is forgotten, and the permit goes to somebody else.
         assert_eq!(first.forget_late(&store, 2, SECOND), None);
         assert!(first.forget_late(&store, 2, SECOND + PATIENCE_NS).is_some());
@@ -509,10 +509,28 @@ mod tests {
         assert_eq!(second.receive(&granted[0].message()), None);
         assert_eq!(second.receive(b"too short"), None);
         assert_eq!(breaker().depth(&store), (3, 1));
-        let granted = first.leave(&store, || false).unwrap().grants;
+        let granted = first.leave(&store, || false).0.grants;
         assert_eq!(second.receive(&granted[0].message()), Some(0));
-        second.leave(&store, || false).unwrap();
+        second.leave(&store, || false);
         assert_eq!(breaker().depth(&store), (2, 0));
+    }
+
+    #[test]
+    fn a_permit_that_lingers_keeps_no_free_one_from_those_who_wait() {
+        let store = Map::default();
+        let mut desk = Desk::new(breaker(), 1, 0);
+        for _ in 0..3 {
+            assert_eq!(desk.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
+        }
+        assert_eq!(desk.enter(&store, Line::Requests, 0, |n| n), Answer::Queued);
+        // Another configuration allows more; the first that notices is a request that was broken off.
+        desk.breaker.limits.concurrency = 4;
+        let (outcome, lingers) = desk.leave(&store, || true);
+        assert_eq!((outcome.admitted, lingers), (vec![3], true));
+        for _ in 0..4 {
+            assert!(!desk.leave(&store, || false).1);
+        }
+        assert_eq!(breaker().depth(&store), (0, 0));
     }
 
     #[test]

@@ -304,8 +304,8 @@ impl Pods {
             is_kept
         });
         self.bytes = bytes;
-        // A map keeps its places; half of them stay free, or one pod more or less would copy it each time.
-        if self.by_name.capacity() > self.by_name.len() * 4 {
+        // A map keeps its places. Those that are counted for a pod are enough for one that is 7/16 full.
+        if self.by_name.capacity() > self.by_name.len() * 2 {
             self.by_name.shrink_to(self.by_name.len());
         }
     }
@@ -330,6 +330,8 @@ pub struct Key {
     last_report_ns: u64,
     last_traffic_second: Option<u64>,
     started_ns: Option<u64>,
+    /// When its first report or stat came.
+    first_report_ns: Option<u64>,
     decided: Option<Decided>,
 }
 
@@ -355,6 +357,7 @@ impl Key {
             last_report_ns: 0,
             last_traffic_second: None,
             started_ns: None,
+            first_report_ns: None,
             decided: None,
         }
     }
@@ -440,7 +443,7 @@ impl Key {
             0 => known.map_or(LONGEST_PERIOD_NS / SILENT_PERIODS, |sender| sender.period_ns),
             length_ns => length_ns,
         };
-        self.last_report_ns = self.last_report_ns.max(now_ns);
+        self.reported(now_ns);
         if !is_latest && period.is_empty() {
             self.pods.heard(pod, incarnation, now_ns);
             return Ok(Recorded::default());
@@ -490,7 +493,7 @@ impl Key {
     pub fn record_stat(&mut self, pod: &str, stat: &Stat, now_ns: u64) -> Result<Recorded, Implausible> {
         let added = PerSecond::of(stat)?;
         let own @ [concurrency, requests] = added.own();
-        self.last_report_ns = self.last_report_ns.max(now_ns);
+        self.reported(now_ns);
         let from_gateway = is_activator(pod);
         self.pods.pod(pod).streamed = Some(Streamed { concurrency, seen_ns: now_ns, from_gateway });
         self.streamed_total += requests;
@@ -526,18 +529,32 @@ impl Key {
         self.has_traffic(now_ns) || self.decision().desired_pods > 0 || self.settings.min_scale > 0
     }
 
+    /// A report or a stat comes. What was decided after a start before the first of them, was decided by nothing.
+    fn reported(&mut self, now_ns: u64) {
+        self.last_report_ns = self.last_report_ns.max(now_ns);
+        if self.first_report_ns.is_none() {
+            self.first_report_ns = Some(now_ns);
+            self.decided = self.decided.take().filter(|_| self.started_ns.is_none());
+        }
+    }
+
     /// Whether the receiver has just started, and senders may be missing of which it will yet hear: then less than there is
-    /// must not be said.
+    /// must not be said. The others have reported a period after the first, if they can reach the receiver at all; a gateway that
+    /// pods had requests from has, within the longest period that there is.
     pub fn is_starting(&self, now_ns: u64) -> bool {
         let Some(started_ns) = self.started_ns.filter(|_| self.decided.is_none()) else { return false };
-        let since_start = now_ns.saturating_sub(started_ns);
-        if since_start > LONGEST_PERIOD_NS + SECOND_NS {
+        let since_ns = now_ns.saturating_sub(self.first_report_ns.unwrap_or(started_ns));
+        if since_ns > LONGEST_PERIOD_NS + SECOND_NS {
             return false;
         }
         let reported = self.pods.by_name.values().flat_map(|pod| &pod.reported);
-        let live = reported.filter(|(_, sender)| sender.is_live(now_ns));
-        let longest = live.map(|(_, sender)| sender.period_ns).max().unwrap_or(0);
-        since_start < START_NS.max(longest + SECOND_NS)
+        let live = || reported.clone().filter(|(_, sender)| sender.is_live(now_ns)).map(|(_, sender)| sender);
+        let proxied = live().any(|sender| !sender.from_gateway && sender.last.proxied_in_flight > 0);
+        if self.first_report_ns.is_none() || (proxied && !live().any(|sender| sender.from_gateway)) {
+            return true;
+        }
+        let longest = live().map(|sender| sender.period_ns).max().unwrap_or(0);
+        since_ns < START_NS.max(longest + SECOND_NS)
     }
 
     /// How many pods the key wants, as of the last decision; `None` where that is not known.
@@ -942,10 +959,34 @@ mod tests {
     fn after_a_start_pods_with_a_long_period_are_waited_for() {
         let mut key = Key::new(Arc::default()).after_start(NOW);
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(21, 9, 9, 1)), NOW + S).unwrap();
-        assert!(key.is_starting(NOW + 21 * S - 1) && !key.is_starting(NOW + 21 * S));
+        assert!(key.is_starting(NOW + 22 * S - 1) && !key.is_starting(NOW + 22 * S));
         // The next report says that it only had been away.
         key.record("pod", 1, &report(at(21, 9, 9, 1), at(22, 9, 9, 1)), NOW + 2 * S).unwrap();
-        assert!(!key.is_starting(NOW + 3 * S));
+        assert!(key.is_starting(NOW + 4 * S - 1) && !key.is_starting(NOW + 4 * S));
+    }
+
+    #[test]
+    fn after_a_start_the_wait_begins_with_a_keys_first_report_whatever_it_was_told() {
+        let mut key = Key::new(Arc::default()).after_start(NOW);
+        assert!(key.is_starting(NOW + 61 * S) && !key.is_starting(NOW + 62 * S));
+        key.decide(NOW + 62 * S);
+        assert_eq!(key.desired_pods(NOW + 62 * S), Some(0), "nobody reports it");
+        // The first of many pods: the server could not be reached until now.
+        key.record("pod", 1, &report(at(1, 0, 0, 0), at(2, 0, 70, 70)), NOW + 70 * S).unwrap();
+        key.decide(NOW + 70 * S);
+        assert_eq!((key.desired_pods(NOW + 70 * S), key.is_active(NOW + 70 * S)), (None, true));
+        key.decide(NOW + 73 * S);
+        assert_eq!(key.desired_pods(NOW + 73 * S), Some(1));
+    }
+
+    #[test]
+    fn after_a_start_pods_that_have_requests_from_a_gateway_wait_for_it() {
+        let mut key = Key::new(Arc::default()).after_start(NOW);
+        let proxied = Snapshot { proxied_in_flight: 5, ..at(2, 5, 5, 5) };
+        key.record("pod", 1, &report(at(1, 0, 0, 0), proxied), NOW).unwrap();
+        assert!(key.is_starting(NOW + 9 * S));
+        key.record("gateway", 1, &gateway(1, &mut 0, 5), NOW + 9 * S).unwrap();
+        assert!(!key.is_starting(NOW + 9 * S));
     }
 
     #[test]

@@ -61,6 +61,8 @@ struct Taken {
 #[derive(Serialize, Deserialize)]
 struct Bucket<'a> {
     leader: u64,
+    /// The instant of the totals with which it began to lead, or looked through the buckets last.
+    led_since_ns: u64,
     floor: Snapshot,
     #[serde(borrow)]
     entries: Vec<Entry<'a>>,
@@ -183,7 +185,7 @@ impl KeyAdmission {
             for _ in 0..ATTEMPTS {
                 let found = store.get(&bucket_key);
                 let (mut bucket, expect) = self.read(found.as_ref());
-                if bucket.leader != leader {
+                if bucket.leader != leader || bucket.led_since_ns > floor.as_of_ns {
                     break;
                 }
                 let removed = bucket.remove(keys.iter().copied());
@@ -202,7 +204,8 @@ impl KeyAdmission {
     /// From now on `leader` takes keys out. Makes `keys` tracked, which are all that are in the totals, stops tracking those
     /// that are `strays` and not among them (with a floor as for [`KeyAdmission::leave`]), and counts anew how much capacity is taken. Returns which keys have stats, and
     /// which are tracked without being in the totals: their first requests are still to be collected, unless they stay
-    /// so. `None` if others wrote each time in between; then it is to be done again before any key leaves.
+    /// so. `None` if another worker leads by now, or others wrote each time in between; then it is to be done again before any
+    /// key leaves.
     pub fn reconcile<'k>(
         &self,
         store: &impl Store,
@@ -212,18 +215,23 @@ impl KeyAdmission {
         floor: &Snapshot,
     ) -> Option<(Vec<KeyName>, BTreeSet<KeyName>)> {
         let before = store.get(&self.taken_key());
-        let mut by_bucket = self.by_bucket(keys);
+        let (mut by_bucket, strays) = (self.by_bucket(keys), self.by_bucket(strays));
         let (mut with_stats, mut stray) = (Vec::new(), BTreeSet::new());
         let mut taken = Taken::default();
-        for bucket in 0..BUCKETS {
-            let bucket_key = self.bucket_key(bucket);
+        for number in 0..BUCKETS {
+            let bucket_key = self.bucket_key(number);
             let keys: BTreeSet<&KeyName> =
-                by_bucket.remove(&bucket).unwrap_or_default().into_iter().collect();
+                by_bucket.remove(&number).unwrap_or_default().into_iter().collect();
             let entries = (0..ATTEMPTS).find_map(|_| {
                 let found = store.get(&bucket_key);
                 let (mut bucket, expect) = self.read(found.as_ref());
-                bucket.leader = leader;
-                if bucket.remove(strays.iter().filter(|key| !keys.contains(key))) > 0 {
+                // Another worker has begun to lead meanwhile.
+                if bucket.led_since_ns > floor.as_of_ns {
+                    return None;
+                }
+                (bucket.leader, bucket.led_since_ns) = (leader, floor.as_of_ns);
+                let strays = strays.get(&number).into_iter().flatten().copied();
+                if bucket.remove(strays.filter(|key| !keys.contains(key))) > 0 {
                     bucket.floor = bucket.floor.ceiling(floor);
                 }
                 for key in &keys {
@@ -273,8 +281,12 @@ impl KeyAdmission {
     }
 
     fn read<'a>(&self, found: Option<&'a (Vec<u8>, u32)>) -> (Bucket<'a>, Expect) {
-        let empty =
-            || Bucket { leader: 0, floor: Snapshot::starting_at(self.started_ns), entries: Vec::new() };
+        let empty = || Bucket {
+            leader: 0,
+            led_since_ns: 0,
+            floor: Snapshot::starting_at(self.started_ns),
+            entries: Vec::new(),
+        };
         match found {
             None => (empty(), Expect::Absent),
             Some((bytes, version)) => {

@@ -205,7 +205,7 @@ impl Pod {
     /// The pod that `domain` names; equal names share their figures. The prefix holds the version
     /// of the stored format, so that an old and a new module in one Envoy do not misread each other.
     pub fn new(domain: &str) -> Self {
-        let prefix = format!("inflight/2/{domain}");
+        let prefix = format!("inflight/3/{domain}");
         Self { state_key: format!("{prefix}/state"), prefix }
     }
 
@@ -489,7 +489,9 @@ impl Member {
             let mut stock =
                 if newest < state.grid.at_or_before(now_ns) { Stock::Wait } else { Stock::UpToDate };
             // A worker that has just come has closed no boundary yet; its beginning is none.
-            if newest > state.published[1].as_of_ns && newest == state.grid.at_or_before(newest) {
+            // Nor has what a worker took at its end a later instant and less than this.
+            let last_ns = state.published[1].as_of_ns.max(state.last_figure_ns);
+            if newest > last_ns && newest == state.grid.at_or_before(newest) {
                 let sum = live.iter().try_fold(state.ledger, |sum, slot| Some(sum.plus(&slot.at(newest)?)));
                 if let Some(sum) = sum {
                     // The ledger may hold counts from after the boundary; the figure is still as of it.

@@ -113,6 +113,9 @@ pub struct Guard {
     metrics: Arc<Metrics>,
     /// Ends the connection at once.
     ended: CancellationToken,
+    /// Its place among those that are between two requests.
+    idle: Mutex<Option<Place>>,
+    idlers: Arc<Idlers>,
 }
 
 /// When a read has to have brought something, and what follows if not.
@@ -126,7 +129,13 @@ pub struct Deadline {
 
 impl Guard {
     /// Over a new connection.
-    pub fn new(is_grpc: bool, limits: Limits, budget: Budget, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        is_grpc: bool,
+        limits: Limits,
+        budget: Budget,
+        metrics: Arc<Metrics>,
+        idlers: Arc<Idlers>,
+    ) -> Self {
         let phase = Phase::Head(Instant::now());
         Self {
             state: Mutex::new(State { phase, read: 0, share: Share::default(), large_at: None }),
@@ -141,6 +150,8 @@ impl Guard {
             budget,
             metrics,
             ended: CancellationToken::new(),
+            idle: Mutex::default(),
+            idlers,
         }
     }
 
@@ -207,6 +218,7 @@ impl Guard {
         let mut state = lock(&self.state);
         if state.phase == Phase::Request {
             state.phase = Phase::Idle(Instant::now());
+            *lock(&self.idle) = Some(self.idlers.enter(self.ended.clone()));
         }
     }
 
@@ -232,7 +244,10 @@ impl Guard {
                 }
             }
             Phase::Head(_) | Phase::Request => {}
-            Phase::Idle(_) => *phase = Phase::Head(Instant::now()),
+            Phase::Idle(_) => {
+                *phase = Phase::Head(Instant::now());
+                drop(lock(&self.idle).take());
+            }
             Phase::Stream(since) => {
                 since.get_or_insert_with(Instant::now);
                 if self.budget.cover(share, *read).is_err() {
@@ -392,6 +407,47 @@ struct Answers {
     unread: HashMap<u64, Instant>,
 }
 
+/// The connections that are between two requests, in the order in which they came to be so. Where there is no place for another
+/// connection, the first of them gives its own: every pod keeps one, and more pods than places must not keep each other out, nor
+/// a probe.
+#[derive(Debug, Default)]
+pub struct Idlers(Mutex<Idle>);
+
+#[derive(Debug, Default)]
+struct Idle {
+    next: u64,
+    ends: BTreeMap<u64, CancellationToken>,
+}
+
+/// A place among [`Idlers`].
+#[derive(Debug)]
+struct Place {
+    number: u64,
+    of: Arc<Idlers>,
+}
+
+impl Idlers {
+    fn enter(self: &Arc<Self>, end: CancellationToken) -> Place {
+        let mut idle = lock(&self.0);
+        let number = idle.next;
+        idle.next += 1;
+        idle.ends.insert(number, end);
+        Place { number, of: Arc::clone(self) }
+    }
+
+    /// Ends the one that has been idle for longest; `false` if there is none.
+    pub fn end_one(&self) -> bool {
+        let first = lock(&self.0).ends.pop_first();
+        first.inspect(|(_, end)| end.cancel()).is_some()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.of.0).ends.remove(&self.number);
+    }
+}
+
 /// The connections of which nobody has shown a token or a certificate: so many at once. One more waits, and then takes the place
 /// of the oldest: whoever has a token shows it with its first request, in much less than [`PATIENCE`].
 #[derive(Debug)]
@@ -476,7 +532,7 @@ mod tests {
 
     fn guard(budget: &Budget) -> Guard {
         let limits = crate::flags::Flags::parse_from(["inflight-statserver"]).limits;
-        Guard::new(false, limits, budget.clone(), Arc::default())
+        Guard::new(false, limits, budget.clone(), Arc::default(), Arc::default())
     }
 
     #[test]
@@ -499,6 +555,26 @@ mod tests {
         assert!(second.is_over_budget());
         drop((first, second));
         assert_eq!(budget.0.available_permits(), 10_000);
+    }
+
+    #[test]
+    fn the_connection_that_is_idle_for_longest_gives_its_place() {
+        let idlers = Arc::new(Idlers::default());
+        let limits = crate::flags::Flags::parse_from(["inflight-statserver"]).limits;
+        let open = || Guard::new(false, limits, Budget::new(1), Arc::default(), Arc::clone(&idlers));
+        let guards = [open(), open(), open(), open()];
+        assert!(!idlers.end_one(), "they have yet to ask for anything");
+        for guard in &guards {
+            guard.request();
+            guard.answered();
+        }
+        guards[0].received(1).unwrap();
+        let [_, second, third, gone] = &guards;
+        assert!(idlers.end_one());
+        assert_eq!([second.is_ended(), third.is_ended()], [true, false]);
+        assert!(idlers.end_one() && third.is_ended() && !gone.is_ended());
+        drop(guards);
+        assert!(!idlers.end_one());
     }
 
     #[test]

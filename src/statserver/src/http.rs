@@ -320,16 +320,33 @@ async fn take(
             ),
         )
     };
-    let report = Report::decode(&bytes).map_err(malformed)?;
-    report.check_clock(now_ns()).map_err(malformed)?;
+    let mut report = Report::decode(&bytes).map_err(malformed)?;
+    // By the wall clock as it is now: that of the server's start may have been wrong.
+    let wall_ns = u64::try_from(since_1970().as_nanos()).unwrap_or(u64::MAX);
+    report.check_clock(wall_ns.max(now_ns())).map_err(malformed)?;
     let (keys, most) = (report.messages.len(), app.limits.max_messages);
     if keys > most {
         app.metrics.refused(Limit::Messages);
         let reason = format!("the report has {keys} keys, allowed are {most} (--max-messages)\n");
         return Err((StatusCode::BAD_REQUEST, reason));
     }
-    if let Some(message) = report.messages.iter().find(|message| !grant.covers(&message.namespace)) {
-        return Err(not_covered(app, &message.namespace));
+    // A gateway whose clients name keys may report some that its token is not good for. They are left out, as of a stream:
+    // else it would have to report them again for ever, and all others with them.
+    let not_granted = report.messages.iter().find(|message| !grant.covers(&message.namespace));
+    if let Some(namespace) = not_granted.map(|message| message.namespace.clone()) {
+        let refused = not_covered(app, &namespace);
+        report.messages.retain(|message| grant.covers(&message.namespace));
+        if report.messages.is_empty() {
+            return Err(refused);
+        }
+        app.seldom.say(|unsaid| {
+            warn!(
+                namespace,
+                pod = report.pod,
+                unsaid,
+                "keys of a namespace that is not granted were left out"
+            )
+        });
     }
     match app.keys.record(&report, now_ns(), app.forward.as_deref()) {
         Ok(()) => Ok(bytes.len()),

@@ -198,9 +198,12 @@ impl ExternalScaler for Scaler {
         let asked = self.asked(request)?;
         let changes = self.0.keys.watch.key(asked.key.clone(), || asked.is_active(&self.0));
         let watching = Watching(Arc::clone(&self.0), asked.key);
-        let answers = WatchStream::new(changes).map(move |result| {
-            let _until_here = &watching;
-            IsActiveResponse { result }
+        // Right after a start a key that others have yet to report is not said to be idle.
+        let answers = WatchStream::new(changes).filter_map(move |result| {
+            let Watching(app, (namespace, name)) = &watching;
+            let is_starting =
+                || app.keys.of(namespace, name, |key| key.is_starting(now_ns())).unwrap_or(false);
+            std::future::ready((result || !is_starting()).then_some(IsActiveResponse { result }))
         });
         Ok(Response::new(self.until_the_end(asked.grant, answers)))
     }

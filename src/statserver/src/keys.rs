@@ -4,7 +4,7 @@
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
@@ -153,6 +153,8 @@ pub struct Keys {
     defaults: Arc<KeySettings>,
     room: Room,
     started_ns: u64,
+    /// When the first report or stat came; 0 before.
+    first_report_ns: AtomicU64,
     /// Whether senders of a new key may have reported it to the server before this one.
     has_just_started: AtomicBool,
     counts: Mutex<Counts>,
@@ -165,7 +167,7 @@ pub struct Keys {
 
 impl Keys {
     /// No keys yet; each is scaled by `defaults` unless it is told otherwise. Until all senders can have reported since the
-    /// unix time `started_ns` in nanoseconds, too little is known to decide by.
+    /// unix time `started_ns` in nanoseconds (0: long ago), too little is known to decide by.
     pub fn new(defaults: Arc<KeySettings>, room: Room, started_ns: u64) -> Self {
         Self {
             shards: Box::new(std::array::from_fn(|_| Mutex::default())),
@@ -173,7 +175,8 @@ impl Keys {
             defaults,
             room,
             started_ns,
-            has_just_started: AtomicBool::new(true),
+            first_report_ns: AtomicU64::new(0),
+            has_just_started: AtomicBool::new(started_ns > 0),
             counts: Mutex::default(),
             bytes: AtomicUsize::new(0),
             histories: AtomicUsize::new(0),
@@ -199,6 +202,7 @@ impl Keys {
         observer: Option<&impl Added>,
     ) -> Result<(), NotTaken> {
         let Report { pod, incarnation, messages, .. } = report;
+        self.reported(now_ns);
         let (mut full, mut went_back) = (None, None);
         for message in messages {
             let (namespace, name) = (&message.namespace, &message.name);
@@ -239,6 +243,7 @@ impl Keys {
             let text = std::str::from_utf8(bytes).ok().filter(|text| inflight_stats::report::is_name(text));
             text.ok_or(NoStat::Bad)
         };
+        self.reported(now_ns);
         let (namespace, name) = (text(&message.namespace)?, text(&message.name)?);
         let stat = message.stat.as_ref().ok_or(NoStat::Bad)?;
         let pod = text(&stat.pod_name)?;
@@ -296,9 +301,17 @@ impl Keys {
         (views.collect(), found)
     }
 
+    fn reported(&self, now_ns: u64) {
+        if self.first_report_ns.load(Ordering::Relaxed) == 0 {
+            self.first_report_ns.store(now_ns, Ordering::Relaxed);
+        }
+    }
+
     /// Decides for every key.
     pub fn decide(&self, now_ns: u64) {
-        if now_ns.saturating_sub(self.started_ns) > LONGEST_PERIOD_NS {
+        // From the first report on: until then nobody could reach the server.
+        let first_ns = self.first_report_ns.load(Ordering::Relaxed);
+        if first_ns > 0 && now_ns.saturating_sub(first_ns) > LONGEST_PERIOD_NS {
             self.has_just_started.store(false, Ordering::Relaxed);
         }
         self.each(|entry| {

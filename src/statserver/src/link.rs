@@ -14,13 +14,16 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_rustls::server::TlsStream;
 use tracing::{debug, warn};
 
-use crate::guard::{Budget, Guard, Stranger, Strangers};
+use crate::guard::{Budget, Guard, Idlers, Stranger, Strangers};
 use crate::limits::{Limit, Limits};
 use crate::metrics::Metrics;
 use crate::tls::{Protocol, Tls};
 
 /// The most calls of an HTTP/2 connection that begin before what was answered to others is written.
 const MOST_UNWRITTEN_CALLS: usize = 256;
+
+/// How long a connection may take to end that gives its place to another.
+const MOST_TO_END: Duration = Duration::from_secs(1);
 
 /// What is known of who connected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,6 +80,7 @@ pub struct House {
 pub struct Door {
     listener: TcpListener,
     places: Arc<Semaphore>,
+    idlers: Arc<Idlers>,
     protocol: Protocol,
     house: House,
 }
@@ -95,7 +99,7 @@ impl Door {
             Protocol::Http => house.limits.max_connections,
             Protocol::Grpc => house.limits.max_grpc_connections,
         };
-        Self { listener, places: Arc::new(Semaphore::new(most)), protocol, house }
+        Self { listener, places: Arc::new(Semaphore::new(most)), idlers: Arc::default(), protocol, house }
     }
 
     /// Where it listens.
@@ -111,13 +115,14 @@ impl Door {
         self.protocol
     }
 
-    /// The next connection for which there is a place; the others are told so, as far as that goes, and closed.
+    /// The next connection for which there is a place, if need be that of one that is idle; the others are told so, as far as that
+    /// goes, and closed.
     pub async fn knock(&self) -> Knock {
         let metrics = &self.house.metrics;
         loop {
             match self.listener.accept().await {
-                Ok((stream, _)) => match Arc::clone(&self.places).try_acquire_owned() {
-                    Ok(place) => {
+                Ok((stream, _)) => match self.place().await {
+                    Some(place) => {
                         let stranger = match &self.house.strangers {
                             None => None,
                             Some(strangers) => {
@@ -130,7 +135,7 @@ impl Door {
                         };
                         return Knock { stream, place, stranger };
                     }
-                    Err(_) => match self.protocol {
+                    None => match self.protocol {
                         Protocol::Http => {
                             metrics.refused(Limit::Connections);
                             if self.house.tls.is_none() {
@@ -147,6 +152,18 @@ impl Door {
                 }
             }
         }
+    }
+
+    /// A place for a connection: a free one, or that of the one which has been idle for longest.
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        let places = || Arc::clone(&self.places);
+        if let Ok(place) = places().try_acquire_owned() {
+            return Some(place);
+        }
+        if !self.idlers.end_one() {
+            return None;
+        }
+        tokio::time::timeout(MOST_TO_END, places().acquire_owned()).await.ok()?.ok()
     }
 
     /// Begins TLS, if that is spoken here; `None` if it did not come about.
@@ -186,7 +203,8 @@ impl Door {
                 }
             }
         };
-        let guard = Guard::new(is_grpc, *limits, budget.clone(), Arc::clone(metrics));
+        let guard =
+            Guard::new(is_grpc, *limits, budget.clone(), Arc::clone(metrics), Arc::clone(&self.idlers));
         if let Some(stranger) = stranger.filter(|_| !peer.certified) {
             guard.is_strangers(stranger);
         }

@@ -194,6 +194,23 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_clients_than_connections_are_all_heard() {
+    let server = StatServer::with(None, &["--max-connections=3"]).await;
+    let mut connections = Vec::new();
+    for number in 0..10 {
+        let mut connection = http::Connection::open(server.address).await.expect("a connection");
+        let request =
+            Request::post("/v1/reports").header("host", "test").header("content-type", CONTENT_TYPE);
+        let body = Full::new(report(&format!("pod-{number}"), &["a"]));
+        let status = connection.ask(request.body(body).expect("a request")).await;
+        assert_eq!(status.expect("an answer"), 202, "{number}");
+        // It stays open, as an Envoy's does.
+        connections.push(connection);
+    }
+    assert_eq!(server.number("ns", "a", "pods").await, 10);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_and_their_pods_take_no_more_memory_than_they_may() {
     const MIB: u64 = 1 << 20;
     let flags = ["--max-keys=5000", "--max-table-bytes=33554432"];

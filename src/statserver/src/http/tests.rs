@@ -93,8 +93,8 @@ async fn a_report_shows_up_under_its_key() {
     assert_eq!(value["pods"], 1);
     assert_eq!(value["stable"]["concurrency"], 3.0);
     assert_eq!(value["panic"]["requests_per_second"], 7.0);
-    let null = serde_json::Value::Null;
-    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&null, &false.into()), "not decided yet");
+
+    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&1.into(), &false.into()), "one at once");
     assert_eq!(value["excess_burst_capacity"], serde_json::Value::Null);
     put(&app, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
     app.keys.decide(now_ns());
@@ -151,7 +151,7 @@ async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants
     send(&app, sample("rev", 7).encode().unwrap()).await;
     app.keys.decide(now_ns());
     let value: serde_json::Value = serde_json::from_str(&read(&app, "/v1/keys/ns/rev").await.1).unwrap();
-    let null = serde_json::Value::Null;
+
     assert_eq!((&value["desired_pods"], &value["excess_burst_capacity"]), (&null, &null));
     let (_, text) = read(&app, "/metrics").await;
     assert!(text.contains("key_pods{") && !text.contains("key_desired_pods{"), "{text}");
@@ -196,6 +196,26 @@ async fn of_a_report_with_a_key_that_went_back_the_others_are_taken() {
     assert!(text.contains("ns/b") && text.contains("went back"), "{text}");
     let total = |name: &str| app.keys.view("ns", name, now_ns()).unwrap().figures.requests_total;
     assert_eq!([total("a"), total("b"), total("c")], [5, 7, 4]);
+}
+
+#[tokio::test]
+async fn of_a_report_the_keys_that_are_granted_are_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, "reporter-of-ns-0123 ns\n").unwrap();
+    let app = guarded(Access::load(Some(&file), false, crate::access::Without::Nothing).unwrap());
+    let send = async |report: &Report| {
+        let request = Request::post("/v1/reports").header("authorization", "Bearer reporter-of-ns-0123");
+        ask(&app, request.body(Body::from(report.encode().unwrap())).unwrap()).await.0
+    };
+    let mut report = sample("a", 5);
+    report.messages.extend(sample("b", 3).messages);
+    report.messages[0].namespace = "other".into();
+    let is_there = |namespace: &str, name: &str| app.keys.view(namespace, name, now_ns()).is_some();
+    assert_eq!(send(&report).await, StatusCode::ACCEPTED);
+    assert_eq!((is_there("other", "a"), is_there("ns", "b")), (false, true));
+    report.messages.pop();
+    assert_eq!((send(&report).await, is_there("other", "a")), (StatusCode::FORBIDDEN, false));
 }
 
 #[tokio::test]
