@@ -93,7 +93,6 @@ async fn a_report_shows_up_under_its_key() {
     assert_eq!(value["pods"], 1);
     assert_eq!(value["stable"]["concurrency"], 3.0);
     assert_eq!(value["panic"]["requests_per_second"], 7.0);
-
     assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&1.into(), &false.into()), "one at once");
     assert_eq!(value["excess_burst_capacity"], serde_json::Value::Null);
     put(&app, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
@@ -152,7 +151,10 @@ async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants
     app.keys.decide(now_ns());
     let value: serde_json::Value = serde_json::from_str(&read(&app, "/v1/keys/ns/rev").await.1).unwrap();
 
-    assert_eq!((&value["desired_pods"], &value["excess_burst_capacity"]), (&null, &null));
+    assert_eq!(
+        (&value["desired_pods"], &value["excess_burst_capacity"]),
+        (&serde_json::Value::Null, &serde_json::Value::Null)
+    );
     let (_, text) = read(&app, "/metrics").await;
     assert!(text.contains("key_pods{") && !text.contains("key_desired_pods{"), "{text}");
     assert_eq!(app.keys.of("ns", "rev", |key| key.is_active(now_ns())), Some(true));
