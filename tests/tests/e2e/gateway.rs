@@ -525,7 +525,8 @@ async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
             off * 100.0
         );
         assert!(off.abs() < 0.005, "{off}");
-        // Two reports may come in one second, which is a sixth of the window; what came late is several seconds of ten requests.
-        assert!(most < 20.0 * 1.3, "what came late looked like a burst: {most}");
+        // Where the machine is busy, several reports come in one second, a sixth of the window; seven seconds of ten requests in
+        // one would be more than that.
+        assert!(most < 20.0 * 1.5, "what came late looked like a burst: {most}");
     }
 }
