@@ -1,8 +1,8 @@
 //! The key out of a cluster's name is one that a report can carry.
 #![no_main]
 
-use inflight_stats::key_name::KeyName;
-use inflight_stats::report::is_name;
+use inflight_stats::gateway::key_name::KeyName;
+use inflight_stats::protocol::report::is_name;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|names: (&str, &str)| {

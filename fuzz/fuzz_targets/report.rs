@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use inflight_stats::Report;
-use inflight_stats::ingest::Key;
+use inflight_stats::scaling::key::Key;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

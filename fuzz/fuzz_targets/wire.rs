@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use inflight_stats::ingest::Key;
-use inflight_stats::wire::{self, FrameLimits};
+use inflight_stats::scaling::key::Key;
+use inflight_stats::protocol::knative::{self, FrameLimits};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -12,7 +12,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use inflight_stats::Report;
-use inflight_stats::report::CONTENT_TYPE;
+use inflight_stats::protocol::report::CONTENT_TYPE;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;

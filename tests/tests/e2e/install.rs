@@ -12,7 +12,7 @@ use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
 use inflight_e2e::{http, wait};
-use inflight_stats::report::{CONTENT_TYPE, MAX_BYTES};
+use inflight_stats::protocol::report::{CONTENT_TYPE, MAX_BYTES};
 use serde_json::json;
 
 const SETTLED: Duration = Duration::from_secs(15);

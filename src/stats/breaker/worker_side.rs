@@ -1,0 +1,565 @@
+//! One worker's side of the breaker: how many permits its requests hold, and which of them wait.
+//!
+//! Whatever the worker asks of the breaker, it says what it knows of itself. So a worker that was taken for dead and
+//! forgotten, because it was slow for longer than [`PATIENCE_NS`], needs no step of its own to come back: the first thing that
+//! it does makes a new entry with the permits that its requests do hold. Messages under the entry before are void: the
+//! permits that they speak of went to others.
+
+use std::collections::BTreeMap;
+
+use crate::breaker::rules::{Answer, Breaker, Contended, Done, Grant, Line, Own, PATIENCE_NS, Waiter};
+use crate::pod::Store;
+
+/// A worker's desk; `W` is what its owner keeps of a request that waits.
+#[derive(Debug)]
+pub struct Desk<W> {
+    /// The breaker that it belongs to.
+    pub breaker: Breaker,
+    /// The worker's message queue.
+    pub mailbox: u32,
+    worker: u64,
+    seating: u32,
+    holding: u32,
+    waiting: BTreeMap<u64, Waiter<W>>,
+    next_number: u64,
+    settled_ns: u64,
+}
+
+/// What came of something: requests of this worker that go on, and permits of others that they are to be told of.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Outcome<W> {
+    /// They hold permits now.
+    pub admitted: Vec<W>,
+    /// To be posted to their mailboxes ([`Grant::message`]). One that is lost is found at its worker's next [`Desk::settle`].
+    pub grants: Vec<Grant>,
+}
+
+impl<W> Default for Outcome<W> {
+    fn default() -> Self {
+        Self { admitted: Vec::new(), grants: Vec::new() }
+    }
+}
+
+impl Grant {
+    /// What the worker is told.
+    pub fn message(&self) -> [u8; 12] {
+        let mut message = [0; 12];
+        let (number, seating) = message.split_at_mut(8);
+        number.copy_from_slice(&self.ticket.number.to_le_bytes());
+        seating.copy_from_slice(&self.seating.to_le_bytes());
+        message
+    }
+}
+
+impl<W> Desk<W> {
+    /// The desk of `worker` ([`crate::pod::Member`]).
+    pub fn new(breaker: Breaker, worker: u64, mailbox: u32) -> Self {
+        Self {
+            breaker,
+            mailbox,
+            worker,
+            seating: 0,
+            holding: 0,
+            waiting: BTreeMap::new(),
+            next_number: 0,
+            settled_ns: 0,
+        }
+    }
+
+    /// A request comes. If it has to wait, what `waiter` makes of its number is kept.
+    pub fn enter(
+        &mut self,
+        store: &impl Store,
+        line: Line,
+        now_ns: u64,
+        waiter: impl FnOnce(u64) -> W,
+    ) -> Answer {
+        let number = self.next_number;
+        self.next_number += 1;
+        // Without an answer nobody can say that there is room.
+        let Ok(done) = self.breaker.enter(store, &self.own(), line, number) else {
+            return Answer::Full;
+        };
+        let answer = done.result;
+        self.apply(Ok(done));
+        match answer {
+            Answer::Admitted => self.holding = self.holding.saturating_add(1),
+            Answer::Queued => {
+                self.waiting.insert(number, Waiter { line, since_ns: now_ns, of: waiter(number) });
+            }
+            Answer::Full => {}
+        }
+        answer
+    }
+
+    /// A request that held a permit is done. Returns what follows, and whether its permit stays taken for now
+    /// ([`Breaker::leave`]); other requests may be admitted also then.
+    pub fn leave(&mut self, store: &impl Store, must_linger: impl FnMut() -> bool) -> (Outcome<W>, bool) {
+        if self.holding == 0 {
+            // This worker has ended, and given everything back.
+            return (Outcome::default(), false);
+        }
+        let left = self.breaker.leave(store, &self.own(), must_linger);
+        let lingers = matches!(left, Ok(Done { result: false, .. }));
+        if !lingers {
+            self.holding = self.holding.saturating_sub(1);
+        }
+        (self.apply(left), lingers)
+    }
+
+    /// A request stops waiting; what was kept of it, unless it had been admitted.
+    pub fn abandon(&mut self, store: &impl Store, number: u64) -> Option<(W, Outcome<W>)> {
+        if !self.waiting.contains_key(&number) {
+            return None;
+        }
+        let abandoned = self.breaker.abandon(store, &self.own(), number);
+        let waiter = self.waiting.remove(&number)?;
+        Some((waiter.of, self.apply(abandoned)))
+    }
+
+    /// A message has come: the request that it admits.
+    pub fn receive(&mut self, message: &[u8]) -> Option<W> {
+        let (number, seating) = message.split_first_chunk()?;
+        let seating = <[u8; 4]>::try_from(seating).ok()?;
+        // Of a number that is not known here, the permit is back already, or comes back when the desk is settled.
+        if u32::from_le_bytes(seating) == self.seating {
+            self.admit(u64::from_le_bytes(*number))
+        } else {
+            None
+        }
+    }
+
+    /// Compares notes with the breaker: to be called at each tick, and before messages are read if [`Desk::is_late`]. Finds
+    /// permits whose messages were lost, and gives back those that nobody here knows of.
+    pub fn settle(&mut self, store: &impl Store, now_ns: u64) -> Outcome<W> {
+        self.settled_ns = now_ns;
+        if self.seating == 0 {
+            return Outcome::default();
+        }
+        let Ok(mut done) = self.breaker.settle(store, &self.own()) else { return Outcome::default() };
+        let granted = std::mem::take(&mut done.result);
+        let mut outcome = self.apply(Ok(done));
+        outcome.admitted.extend(granted.into_iter().filter_map(|number| self.admit(number)));
+        outcome
+    }
+
+    /// Whether this worker may have been forgotten since it settled.
+    pub fn is_late(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.settled_ns) >= PATIENCE_NS
+    }
+
+    /// Another worker is believed to be gone ([`Breaker::forget_late`]). `None`: not forgotten yet.
+    pub fn forget_late(&mut self, store: &impl Store, worker: u64, now_ns: u64) -> Option<Outcome<W>> {
+        let grants = self.breaker.forget_late(store, worker, now_ns).ok()??;
+        Some(self.deliver(grants))
+    }
+
+    /// This worker ends: what it holds goes to others at once. Those who waited.
+    pub fn close(&mut self, store: &impl Store) -> (Vec<W>, Vec<Grant>) {
+        let grants = match self.seating {
+            0 => Vec::new(),
+            // Else the leader does it.
+            _ => self.breaker.forget(store, self.worker).unwrap_or_default(),
+        };
+        self.holding = 0;
+        let waiting = std::mem::take(&mut self.waiting);
+        (waiting.into_values().map(|waiter| waiter.of).collect(), grants)
+    }
+
+    /// Since when the one waits that has waited longest.
+    pub fn oldest_ns(&self) -> Option<u64> {
+        self.waiting.values().next().map(|waiter| waiter.since_ns)
+    }
+
+    /// The numbers of those who have waited since `ns` or before.
+    pub fn waiting_since(&self, ns: u64) -> Vec<u64> {
+        self.waiting.iter().take_while(|(_, w)| w.since_ns <= ns).map(|(number, _)| *number).collect()
+    }
+
+    fn own(&self) -> Own<'_, W> {
+        Own {
+            worker: self.worker,
+            mailbox: self.mailbox,
+            seating: self.seating,
+            holding: self.holding,
+            waiting: &self.waiting,
+        }
+    }
+
+    /// Takes over what came of a change. Should the store not have taken it, the breaker has a permit or a place more for
+    /// this worker than there should be, until the desk is settled.
+    fn apply<R>(&mut self, change: Result<Done<R>, Contended>) -> Outcome<W> {
+        let Ok(done) = change else { return Outcome::default() };
+        if done.new_entry {
+            self.seating = self.seating.wrapping_add(1);
+        }
+        self.deliver(done.grants)
+    }
+
+    fn deliver(&mut self, grants: Vec<Grant>) -> Outcome<W> {
+        let mut outcome = Outcome::default();
+        for grant in grants {
+            if grant.ticket.worker == self.worker {
+                outcome.admitted.extend(self.admit(grant.ticket.number));
+            } else {
+                outcome.grants.push(grant);
+            }
+        }
+        outcome
+    }
+
+    fn admit(&mut self, number: u64) -> Option<W> {
+        let waiter = self.waiting.remove(&number)?;
+        self.holding = self.holding.saturating_add(1);
+        Some(waiter.of)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::breaker::rules::Limits;
+    use crate::pod::tests::{Dice, Map};
+
+    const SECOND: u64 = 1_000_000_000;
+    const LIMITS: Limits = Limits { concurrency: 3, queue_depth: 8 };
+
+    fn breaker() -> Breaker {
+        Breaker::new("b".into(), LIMITS)
+    }
+
+    /// A worker whose desk is right if it knows of as many permits as it has requests in the app.
+    struct Worker {
+        desk: Desk<u64>,
+        mail: Vec<[u8; 12]>,
+        in_app: u32,
+        waiting: BTreeSet<u64>,
+        stalled_ns: Option<u64>,
+        /// It lost its seat, and has not ticked since.
+        departed: bool,
+    }
+
+    struct World {
+        dice: Dice,
+        store: Map,
+        now_ns: u64,
+        workers: Vec<Worker>,
+        /// Permits that were given away although their requests were in the app.
+        beyond: u32,
+        seed: u64,
+    }
+
+    impl World {
+        fn new(seed: u64) -> Self {
+            let mut world = Self {
+                dice: Dice(seed),
+                store: Map::default(),
+                now_ns: SECOND,
+                workers: Vec::new(),
+                beyond: 0,
+                seed,
+            };
+            for id in 0..3 {
+                world.workers.push(world.worker(id));
+            }
+            world
+        }
+
+        fn worker(&self, id: u64) -> Worker {
+            Worker {
+                desk: Desk::new(breaker(), id + 1, id as u32),
+                mail: Vec::new(),
+                in_app: 0,
+                waiting: BTreeSet::new(),
+                stalled_ns: None,
+                departed: false,
+            }
+        }
+
+        fn take(&mut self, at: usize, outcome: Outcome<u64>) {
+            for number in outcome.admitted {
+                assert!(
+                    self.workers[at].waiting.remove(&number),
+                    "seed {}: {number} did not wait",
+                    self.seed
+                );
+                self.workers[at].in_app += 1;
+            }
+            for grant in outcome.grants {
+                self.workers[grant.mailbox as usize].mail.push(grant.message());
+            }
+        }
+
+        fn tick(&mut self, at: usize) {
+            self.workers[at].departed = false;
+            let outcome = self.workers[at].desk.settle(&self.store, self.now_ns);
+            self.take(at, outcome);
+        }
+
+        fn read_mail(&mut self, at: usize, message: [u8; 12]) {
+            if self.workers[at].desk.is_late(self.now_ns) {
+                self.tick(at);
+            }
+            let admitted = self.workers[at].desk.receive(&message);
+            self.take(at, Outcome { admitted: admitted.into_iter().collect(), ..Outcome::default() });
+        }
+
+        fn finish(&mut self, at: usize, linger: bool) {
+            let (outcome, lingers) = self.workers[at].desk.leave(&self.store, || linger);
+            self.workers[at].in_app -= u32::from(!lingers);
+            self.take(at, outcome);
+        }
+
+        /// Something that one worker does.
+        fn act(&mut self, at: usize) {
+            match self.dice.roll(8) {
+                0..3 => {
+                    let line = if self.dice.roll(5) == 0 { Line::Probes } else { Line::Requests };
+                    let worker = &mut self.workers[at];
+                    let waiting = &mut worker.waiting;
+                    let queue = |number| {
+                        assert!(waiting.insert(number));
+                        number
+                    };
+                    if worker.desk.enter(&self.store, line, self.now_ns, queue) == Answer::Admitted {
+                        worker.in_app += 1;
+                    }
+                }
+                3..5 if self.workers[at].in_app > 0 => {
+                    let linger = self.dice.roll(4) == 0;
+                    self.finish(at, linger);
+                }
+                5 if !self.workers[at].waiting.is_empty() => {
+                    let number = *self.workers[at].waiting.first().unwrap();
+                    if let Some((gone, outcome)) = self.workers[at].desk.abandon(&self.store, number) {
+                        assert!(self.workers[at].waiting.remove(&gone));
+                        self.take(at, outcome);
+                    }
+                }
+                6 if !self.workers[at].mail.is_empty() => {
+                    let which = self.dice.roll(self.workers[at].mail.len() as u64) as usize;
+                    let message = self.workers[at].mail.remove(which);
+                    // Some are lost.
+                    if self.dice.roll(8) > 0 {
+                        self.read_mail(at, message);
+                    }
+                }
+                7 => self.tick(at),
+                _ => {}
+            }
+            self.check();
+        }
+
+        /// Who leads clears up after the departed.
+        fn lead(&mut self, leader: usize) {
+            for at in 0..self.workers.len() {
+                let worker = &self.workers[at];
+                if !worker.departed || at == leader {
+                    continue;
+                }
+                let (id, in_app) = (at as u64 + 1, worker.in_app);
+                let had_entry = self.workers[leader].desk.breaker.has_entry(&self.store, id);
+                let now_ns = self.now_ns;
+                if let Some(outcome) = self.workers[leader].desk.forget_late(&self.store, id, now_ns) {
+                    self.beyond += if had_entry { in_app } else { 0 };
+                    self.take(leader, outcome);
+                }
+            }
+        }
+
+        fn check(&self) {
+            let in_app: u32 = self.workers.iter().map(|worker| worker.in_app).sum();
+            let most = LIMITS.concurrency + self.beyond;
+            assert!(in_app <= most, "seed {}: {in_app} in the app, {} beyond", self.seed, self.beyond);
+            let (running, _) = self.workers[0].desk.breaker.depth(&self.store);
+            assert!(self.beyond > 0 || running <= LIMITS.concurrency.into(), "seed {}", self.seed);
+        }
+
+        /// Workers act, stall for at most so long, lose their seats, and come back.
+        fn run(&mut self, steps: u32, longest_stall_ns: u64) {
+            for _ in 0..steps {
+                self.now_ns += self.dice.roll(SECOND / 20);
+                let at = self.dice.roll(3) as usize;
+                match self.workers[at].stalled_ns {
+                    Some(since_ns) => {
+                        let stalled_ns = self.now_ns - since_ns;
+                        self.workers[at].departed |= stalled_ns > SECOND / 4;
+                        if stalled_ns + SECOND / 5 > longest_stall_ns {
+                            self.wake(at);
+                        }
+                    }
+                    None if longest_stall_ns > 0 && self.dice.roll(60) == 0 => {
+                        self.tick(at);
+                        self.workers[at].stalled_ns = Some(self.now_ns);
+                    }
+                    None => self.act(at),
+                }
+                let leader = self.dice.roll(3) as usize;
+                if self.workers[leader].stalled_ns.is_none() {
+                    self.lead(leader);
+                }
+                let late = |w: &Worker| {
+                    w.stalled_ns.is_some_and(|at| self.now_ns - at + SECOND / 5 > longest_stall_ns)
+                };
+                let late: Vec<usize> = (0..3).filter(|at| late(&self.workers[*at])).collect();
+                late.into_iter().for_each(|at| self.wake(at));
+            }
+            for at in 0..3 {
+                self.wake(at);
+            }
+        }
+
+        /// Its timer is overdue: it ticks after a few things that its sockets bring.
+        fn wake(&mut self, at: usize) {
+            if self.workers[at].stalled_ns.take().is_some() {
+                for _ in 0..self.dice.roll(4) {
+                    self.act(at);
+                }
+                self.tick(at);
+            }
+        }
+
+        /// Everything ends: nobody waits for ever, and no permit is left.
+        fn drain(&mut self) {
+            for _ in 0..1_000 {
+                for at in 0..3 {
+                    for message in std::mem::take(&mut self.workers[at].mail) {
+                        self.read_mail(at, message);
+                    }
+                    self.tick(at);
+                    if self.workers[at].in_app > 0 {
+                        self.finish(at, false);
+                    }
+                }
+                self.check();
+            }
+            let left: Vec<_> = self.workers.iter().map(|w| (w.in_app, w.waiting.len())).collect();
+            assert_eq!(left, [(0, 0); 3], "seed {}", self.seed);
+            assert_eq!(breaker().depth(&self.store), (0, 0), "seed {}", self.seed);
+            self.beyond = 0;
+        }
+    }
+
+    #[test]
+    fn a_worker_that_stalls_for_less_than_the_patience_keeps_its_permits() {
+        for seed in 0..150 {
+            let mut world = World::new(seed);
+            world.run(1_500, PATIENCE_NS);
+            assert_eq!(world.beyond, 0, "seed {seed}");
+            world.drain();
+        }
+    }
+
+    #[test]
+    fn a_worker_that_comes_back_after_it_was_forgotten_loses_and_doubles_no_permit() {
+        let mut forgotten = 0;
+        for seed in 0..150 {
+            let mut world = World::new(seed);
+            world.run(1_500, 3 * PATIENCE_NS);
+            forgotten += world.beyond;
+            world.drain();
+            // As if nothing had been.
+            world.run(300, 0);
+            world.drain();
+        }
+        assert!(forgotten > 100, "{forgotten} permits were given away");
+    }
+
+    #[test]
+    fn the_permits_of_a_dead_worker_come_back() {
+        for seed in 0..50 {
+            let mut world = World::new(seed);
+            world.run(300, 0);
+            // A trap: nobody is told anything.
+            world.workers[2].departed = true;
+            world.workers[2].in_app = 0;
+            world.workers[2].waiting.clear();
+            world.lead(0);
+            world.now_ns += PATIENCE_NS - 1;
+            world.lead(1);
+            let entry = |world: &World| breaker().has_entry(&world.store, 3);
+            let had_entry = entry(&world);
+            world.now_ns += 1;
+            world.lead(1);
+            assert!(!entry(&world), "seed {seed}");
+            assert!(had_entry || seed > 0, "it is waited for");
+            world.workers[2] = world.worker(2);
+            world.workers[2].desk = Desk::new(breaker(), 4, 2);
+            world.drain();
+        }
+    }
+
+    #[test]
+    fn a_message_under_an_entry_that_is_gone_admits_nobody() {
+        let store = Map::default();
+        let mut first = Desk::new(breaker(), 1, 0);
+        let mut second = Desk::new(breaker(), 2, 1);
+        for _ in 0..3 {
+            assert_eq!(first.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
+        }
+        assert_eq!(second.enter(&store, Line::Requests, 0, |n| n), Answer::Queued);
+        let granted = first.leave(&store, || false).0.grants;
+        // The message lies there; its worker is forgotten, and the permit goes to somebody else.
+        assert_eq!(first.forget_late(&store, 2, SECOND), None);
+        assert!(first.forget_late(&store, 2, SECOND + PATIENCE_NS).is_some());
+        assert_eq!(first.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
+        assert_eq!(second.settle(&store, SECOND + PATIENCE_NS), Outcome::default());
+        assert_eq!(second.receive(&granted[0].message()), None);
+        assert_eq!(second.receive(b"too short"), None);
+        assert_eq!(breaker().depth(&store), (3, 1));
+        let granted = first.leave(&store, || false).0.grants;
+        assert_eq!(second.receive(&granted[0].message()), Some(0));
+        second.leave(&store, || false);
+        assert_eq!(breaker().depth(&store), (2, 0));
+    }
+
+    #[test]
+    fn a_permit_that_lingers_keeps_no_free_one_from_those_who_wait() {
+        let store = Map::default();
+        let mut desk = Desk::new(breaker(), 1, 0);
+        for _ in 0..3 {
+            assert_eq!(desk.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
+        }
+        assert_eq!(desk.enter(&store, Line::Requests, 0, |n| n), Answer::Queued);
+        // Another configuration allows more; the first that notices is a request that was broken off.
+        desk.breaker.limits.concurrency = 4;
+        let (outcome, lingers) = desk.leave(&store, || true);
+        assert_eq!((outcome.admitted, lingers), (vec![3], true));
+        for _ in 0..4 {
+            assert!(!desk.leave(&store, || false).1);
+        }
+        assert_eq!(breaker().depth(&store), (0, 0));
+    }
+
+    #[test]
+    fn a_permit_that_nobody_knows_of_is_given_back() {
+        let store = Map::default();
+        let mut lost = Desk::new(breaker(), 1, 0);
+        let mut other = Desk::new(breaker(), 2, 1);
+        for _ in 0..4 {
+            lost.enter(&store, Line::Requests, 0, |n| n);
+        }
+        other.enter(&store, Line::Requests, 0, |n| n);
+        assert_eq!(breaker().depth(&store), (3, 2));
+        // It forgets what it had, as after a change that the store did not take.
+        lost.holding = 1;
+        lost.waiting.clear();
+        let outcome = lost.settle(&store, 1);
+        assert_eq!(outcome.grants.iter().map(|g| g.ticket.worker).collect::<Vec<_>>(), [2]);
+        assert_eq!(breaker().depth(&store), (2, 0));
+    }
+
+    #[test]
+    fn the_one_that_has_waited_longest_is_known() {
+        let store = Map::default();
+        let mut desk = Desk::new(breaker(), 1, 0);
+        for now_ns in 0..6 {
+            desk.enter(&store, Line::Requests, now_ns, |n| n);
+        }
+        assert_eq!((desk.oldest_ns(), desk.waiting_since(4)), (Some(3), vec![3, 4]));
+        assert_eq!(desk.close(&store).0, [3, 4, 5]);
+        assert_eq!((desk.oldest_ns(), breaker().depth(&store)), (None, (0, 0)));
+    }
+}

@@ -1,0 +1,155 @@
+//! One worker's events become snapshots at instants that all workers of a pod agree on.
+//!
+//! Workers tick at slightly different times, and a busy one ticks late. Summing snapshots of
+//! different instants would make a second's average wrong by in-flight requests times the
+//! difference. So every recorder closes its books at the same boundaries ([`Grid`]): between two
+//! events concurrency is constant, hence the integral at a boundary is exact, however late the
+//! worker comes to compute it.
+
+use std::collections::VecDeque;
+
+use crate::counting::grid::Grid;
+use crate::counting::snapshot::Snapshot;
+
+/// How many closed boundaries a worker keeps. The leader sums at the newest boundary that every
+/// live worker has closed; one that is three periods behind no longer counts as alive, so the
+/// others are never further ahead than this.
+pub const KEPT: usize = 6;
+
+/// One worker's counters.
+#[derive(Clone, Debug)]
+pub struct Recorder {
+    now: Snapshot,
+    grid: Grid,
+    next_boundary_ns: u64,
+    closed: VecDeque<Snapshot>,
+}
+
+impl Recorder {
+    /// Starts at zero at `now_ns`.
+    pub fn new(now_ns: u64, grid: Grid) -> Self {
+        Self {
+            now: Snapshot::starting_at(now_ns),
+            grid,
+            next_boundary_ns: grid.after(now_ns),
+            closed: VecDeque::with_capacity(KEPT + 1),
+        }
+    }
+
+    /// A request came in.
+    pub fn request_in(&mut self, now_ns: u64, proxied: bool) {
+        self.close_until(now_ns);
+        self.now.request_in(now_ns, proxied);
+    }
+
+    /// A request that came in here left.
+    pub fn request_out(&mut self, now_ns: u64, proxied: bool) {
+        self.close_until(now_ns);
+        self.now.request_out(now_ns, proxied);
+    }
+
+    /// Lets time go on to `now_ns`, closing the boundaries on the way.
+    pub fn advance(&mut self, now_ns: u64) {
+        self.close_until(now_ns);
+        self.now.advance(now_ns);
+    }
+
+    /// Takes over other boundaries. Those already closed stay as they are.
+    pub fn set_grid(&mut self, grid: Grid) {
+        if grid != self.grid {
+            self.grid = grid;
+            self.next_boundary_ns = grid.after(self.now.as_of_ns);
+        }
+    }
+
+    /// The counters up to the last event or [`Recorder::advance`].
+    pub fn current(&self) -> &Snapshot {
+        &self.now
+    }
+
+    /// The boundaries in force.
+    pub fn grid(&self) -> Grid {
+        self.grid
+    }
+
+    /// The snapshots at the last boundaries, oldest first, at most [`KEPT`].
+    pub fn closed(&self) -> impl DoubleEndedIterator<Item = &Snapshot> {
+        self.closed.iter()
+    }
+
+    fn close_until(&mut self, now_ns: u64) {
+        if now_ns < self.next_boundary_ns {
+            return;
+        }
+        // After a long silence only the last few boundaries matter to anyone.
+        let newest = self.grid.at_or_before(now_ns);
+        let span = (KEPT as u64 - 1).saturating_mul(self.grid.period_ns.max(1));
+        let mut boundary =
+            self.next_boundary_ns.max(self.grid.after(newest.saturating_sub(span).saturating_sub(1)));
+        while boundary <= newest {
+            self.now.advance(boundary);
+            if self.closed.len() == KEPT {
+                self.closed.pop_front();
+            }
+            self.closed.push_back(self.now);
+            boundary = boundary.saturating_add(self.grid.period_ns.max(1));
+            if boundary == u64::MAX {
+                break;
+            }
+        }
+        self.next_boundary_ns = self.grid.after(now_ns);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRID: Grid = Grid { anchor_ns: 1_000, period_ns: 100 };
+
+    #[test]
+    fn a_boundary_is_exact_however_late_it_is_computed() {
+        let mut prompt = Recorder::new(1_000, GRID);
+        let mut late = prompt.clone();
+        for recorder in [&mut prompt, &mut late] {
+            recorder.request_in(1_050, false);
+        }
+        prompt.advance(1_100);
+        prompt.advance(1_200);
+        for recorder in [&mut prompt, &mut late] {
+            recorder.request_out(1_250, false);
+        }
+        assert_eq!(prompt.closed().collect::<Vec<_>>(), late.closed().collect::<Vec<_>>());
+        let at: Vec<_> = late.closed().map(|s| (s.as_of_ns, s.request_ns, s.in_flight)).collect();
+        assert_eq!(at, [(1_100, 50, 1), (1_200, 150, 1)]);
+    }
+
+    #[test]
+    fn an_event_at_a_boundary_belongs_to_the_next_period() {
+        let mut recorder = Recorder::new(1_000, GRID);
+        recorder.request_in(1_100, false);
+        assert_eq!(recorder.closed().map(|s| s.requests).collect::<Vec<_>>(), [0]);
+        assert_eq!(recorder.current().requests, 1);
+    }
+
+    #[test]
+    fn a_long_silence_closes_only_the_last_boundaries_and_loses_no_time() {
+        let mut recorder = Recorder::new(1_000, GRID);
+        recorder.request_in(1_000, true);
+        recorder.advance(1_000_000_049);
+        let closed: Vec<_> = recorder.closed().map(|s| s.as_of_ns).collect();
+        assert_eq!(closed.len(), KEPT);
+        assert_eq!(closed.last(), Some(&1_000_000_000));
+        assert_eq!(closed.first(), Some(&999_999_500));
+        assert_eq!(recorder.current().request_ns, 1_000_000_049 - 1_000);
+    }
+
+    #[test]
+    fn another_grid_takes_effect_from_now_on() {
+        let mut recorder = Recorder::new(1_000, GRID);
+        recorder.advance(1_110);
+        recorder.set_grid(Grid { anchor_ns: 1_130, period_ns: 50 });
+        recorder.advance(1_190);
+        assert_eq!(recorder.closed().map(|s| s.as_of_ns).collect::<Vec<_>>(), [1_100, 1_130, 1_180]);
+    }
+}

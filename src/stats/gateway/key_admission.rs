@@ -1,0 +1,465 @@
+//! Which keys a gateway tracks. A worker asks here for each key that it does not track itself: whether it is the first of all
+//! workers to see it, so that one report leaves at once, and whether there is capacity for another key.
+//!
+//! The shared store cannot delete, so no name that a client chose is the name of a value: keys lie in a fixed number of
+//! *buckets*, by a hash that no client can predict. What is counted does not depend on them (that is the matter of
+//! [`crate::gateway::key_totals`]): only whether a first report leaves early, and whether a key is tracked at all.
+//!
+//! A bucket has a *floor*: what a key's first report says that it had before, as of the last time that a key left the bucket.
+//! No key that left had more, and none that comes begins with less: a first report fits between two lives of its key.
+//! For that, a leader that was replaced without knowing must take no key out any more. So a bucket says who leads, a new leader
+//! writes itself into all of them before it does anything else with them, and nobody else takes keys out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use serde::{Deserialize, Serialize};
+
+use crate::counting::snapshot::Snapshot;
+use crate::gateway::key_name::KeyName;
+use crate::pod::{Expect, Pod, Store};
+
+/// With 10,000 keys a worker reads some 2 KB for each that it does not track.
+const BUCKETS: u64 = 256;
+const ATTEMPTS: usize = 64;
+
+/// What a worker learns of a key that it does not track.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Nobody tracked it: its first request is to be reported at once.
+    First {
+        /// The totals that the report begins with, and their instant, which lies before.
+        floor: Snapshot,
+        /// Whether it has Envoy stats of its own.
+        has_stats: bool,
+    },
+    /// Another worker tracks it.
+    Known {
+        /// Whether it has Envoy stats of its own.
+        has_stats: bool,
+    },
+    /// As many keys are tracked as may be; it goes uncounted.
+    Full,
+}
+
+/// A gateway's keys, as all its workers see them.
+#[derive(Clone, Debug)]
+pub struct KeyAdmission {
+    pod: Pod,
+    secret: u64,
+    started_ns: u64,
+    capacity: u32,
+}
+
+/// How many keys are tracked now, and how many have got Envoy stats: the host never forgets a stat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Taken {
+    tracked: u32,
+    with_stats: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Bucket<'a> {
+    leader: u64,
+    /// The instant of the totals with which it began to lead, or looked through the buckets last.
+    led_since_ns: u64,
+    floor: Snapshot,
+    #[serde(borrow)]
+    entries: Vec<Entry<'a>>,
+}
+
+/// A key that is tracked, or that has stats.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Entry<'a> {
+    namespace: &'a str,
+    name: &'a str,
+    tracked: bool,
+    has_stats: bool,
+}
+
+impl Entry<'_> {
+    fn is(&self, key: &KeyName) -> bool {
+        *self.namespace == *key.namespace && *self.name == *key.name
+    }
+
+    fn key(&self) -> KeyName {
+        KeyName { namespace: self.namespace.into(), name: self.name.into() }
+    }
+}
+
+impl<'a> Bucket<'a> {
+    fn find(&mut self, key: &KeyName) -> Option<&mut Entry<'a>> {
+        self.entries.iter_mut().find(|entry| entry.is(key))
+    }
+
+    fn track(&mut self, key: &'a KeyName, has_stats: bool) {
+        match self.find(key) {
+            Some(entry) => entry.tracked = true,
+            None => self.entries.push(Entry {
+                namespace: &key.namespace,
+                name: &key.name,
+                tracked: true,
+                has_stats,
+            }),
+        }
+    }
+
+    /// Stops tracking keys; returns how many.
+    fn remove<'k>(&mut self, keys: impl IntoIterator<Item = &'k KeyName>) -> u32 {
+        let mut removed = 0;
+        for key in keys {
+            if let Some(entry) = self.find(key).filter(|entry| entry.tracked) {
+                entry.tracked = false;
+                removed += 1;
+            }
+        }
+        self.entries.retain(|entry| entry.tracked || entry.has_stats);
+        removed
+    }
+}
+
+impl KeyAdmission {
+    /// For at most `capacity` keys at once, and as many in this Envoy's life with stats of their own. `secret` and
+    /// `started_ns` are the same for all workers.
+    pub fn new(pod: Pod, secret: u64, started_ns: u64, capacity: u32) -> Self {
+        Self { pod, secret, started_ns, capacity }
+    }
+
+    /// Takes over another capacity.
+    pub fn set_capacity(&mut self, capacity: u32) {
+        self.capacity = capacity;
+    }
+
+    /// A key's first request at a worker that does not track it.
+    pub fn enter(&self, store: &impl Store, key: &KeyName) -> Admission {
+        self.enter_within(store, key, self.capacity)
+    }
+
+    fn enter_within(&self, store: &impl Store, key: &KeyName, capacity: u32) -> Admission {
+        let bucket_key = self.bucket_key(self.bucket_of(key));
+        let mut taken = None;
+        // A key that stays contended for is counted like any other; the leader finds it in the totals.
+        let mut admission = Admission::Known { has_stats: false };
+        for _ in 0..ATTEMPTS {
+            let found = store.get(&bucket_key);
+            let (mut bucket, expect) = self.read(found.as_ref());
+            let entry = bucket.find(key).map(|entry| (entry.tracked, entry.has_stats));
+            if let Some((true, has_stats)) = entry {
+                admission = Admission::Known { has_stats };
+                break;
+            }
+            let had_stats = entry.is_some_and(|(_, has_stats)| has_stats);
+            let Some(now_taken) = taken.or_else(|| self.take(store, !had_stats, capacity)) else {
+                return Admission::Full;
+            };
+            taken = Some(now_taken);
+            let has_stats = had_stats || now_taken.with_stats > 0;
+            let floor = bucket.floor;
+            bucket.track(key, has_stats);
+            if write(store, &bucket_key, &bucket, expect) {
+                return Admission::First { floor, has_stats };
+            }
+        }
+        // Another worker was faster with this key.
+        if let Some(taken) = taken {
+            self.give_back(store, taken);
+        }
+        admission
+    }
+
+    /// The leader has counted these keys: they are tracked, whoever may have taken them out meanwhile. Returns which of
+    /// them have stats.
+    pub fn admit(&self, store: &impl Store, keys: &[KeyName]) -> Vec<KeyName> {
+        let has_stats = |key: &&KeyName| match self.enter_within(store, key, u32::MAX) {
+            Admission::First { has_stats, .. } | Admission::Known { has_stats } => has_stats,
+            Admission::Full => false,
+        };
+        keys.iter().filter(has_stats).cloned().collect()
+    }
+
+    /// Stops tracking keys that left the totals, which were nowhere above `floor`. Only for the worker that leads by
+    /// [`KeyAdmission::reconcile`]; where another does so by now, nothing happens.
+    pub fn leave(&self, store: &impl Store, leader: u64, keys: &[KeyName], floor: &Snapshot) {
+        for (bucket, keys) in self.by_bucket(keys) {
+            let bucket_key = self.bucket_key(bucket);
+            for _ in 0..ATTEMPTS {
+                let found = store.get(&bucket_key);
+                let (mut bucket, expect) = self.read(found.as_ref());
+                if bucket.leader != leader || bucket.led_since_ns > floor.as_of_ns {
+                    break;
+                }
+                let removed = bucket.remove(keys.iter().copied());
+                bucket.floor = bucket.floor.ceiling(floor);
+                if removed == 0 {
+                    break;
+                }
+                if write(store, &bucket_key, &bucket, expect) {
+                    self.give_back(store, Taken { tracked: removed, with_stats: 0 });
+                    break;
+                }
+            }
+        }
+    }
+
+    /// From now on `leader` takes keys out. Makes `keys` tracked, which are all that are in the totals, stops tracking those
+    /// that are `strays` and not among them (with a floor as for [`KeyAdmission::leave`]), and counts anew how much capacity is taken. Returns which keys have stats, and
+    /// which are tracked without being in the totals: their first requests are still to be collected, unless they stay
+    /// so. `None` if another worker leads by now, or others wrote each time in between; then it is to be done again before any
+    /// key leaves.
+    pub fn reconcile<'k>(
+        &self,
+        store: &impl Store,
+        leader: u64,
+        keys: impl IntoIterator<Item = &'k KeyName>,
+        strays: &BTreeSet<KeyName>,
+        floor: &Snapshot,
+    ) -> Option<(Vec<KeyName>, BTreeSet<KeyName>)> {
+        let before = store.get(&self.taken_key());
+        let (mut by_bucket, strays) = (self.by_bucket(keys), self.by_bucket(strays));
+        let (mut with_stats, mut stray) = (Vec::new(), BTreeSet::new());
+        let mut taken = Taken::default();
+        for number in 0..BUCKETS {
+            let bucket_key = self.bucket_key(number);
+            let keys: BTreeSet<&KeyName> =
+                by_bucket.remove(&number).unwrap_or_default().into_iter().collect();
+            let entries = (0..ATTEMPTS).find_map(|_| {
+                let found = store.get(&bucket_key);
+                let (mut bucket, expect) = self.read(found.as_ref());
+                // Another worker has begun to lead meanwhile.
+                if bucket.led_since_ns > floor.as_of_ns {
+                    return None;
+                }
+                (bucket.leader, bucket.led_since_ns) = (leader, floor.as_of_ns);
+                let strays = strays.get(&number).into_iter().flatten().copied();
+                if bucket.remove(strays.filter(|key| !keys.contains(key))) > 0 {
+                    bucket.floor = bucket.floor.ceiling(floor);
+                }
+                for key in &keys {
+                    bucket.track(key, false);
+                }
+                let entries: Vec<(KeyName, bool, bool)> = (bucket.entries.iter())
+                    .map(|entry| (entry.key(), entry.tracked, entry.has_stats))
+                    .collect();
+                write(store, &bucket_key, &bucket, expect).then_some(entries)
+            })?;
+            for (key, tracked, has_stats) in entries {
+                taken.tracked += u32::from(tracked);
+                taken.with_stats += u32::from(has_stats);
+                if has_stats && keys.contains(&key) {
+                    with_stats.push(key);
+                } else if tracked && !keys.contains(&key) {
+                    stray.insert(key);
+                }
+            }
+        }
+        // If somebody came meanwhile, the next time.
+        let expect = before.map_or(Expect::Absent, |(_, version)| Expect::Version(version));
+        write(store, &self.taken_key(), &taken, expect);
+        Some((with_stats, stray))
+    }
+
+    fn by_bucket<'k>(&self, keys: impl IntoIterator<Item = &'k KeyName>) -> BTreeMap<u64, Vec<&'k KeyName>> {
+        let mut by_bucket: BTreeMap<u64, Vec<&KeyName>> = BTreeMap::new();
+        for key in keys {
+            by_bucket.entry(self.bucket_of(key)).or_default().push(key);
+        }
+        by_bucket
+    }
+
+    fn bucket_of(&self, key: &KeyName) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.secret, key).hash(&mut hasher);
+        hasher.finish() % BUCKETS
+    }
+
+    fn bucket_key(&self, bucket: u64) -> String {
+        self.pod.key(&format!("admitted/{bucket:02x}"))
+    }
+
+    fn taken_key(&self) -> String {
+        self.pod.key("taken")
+    }
+
+    fn read<'a>(&self, found: Option<&'a (Vec<u8>, u32)>) -> (Bucket<'a>, Expect) {
+        let empty = || Bucket {
+            leader: 0,
+            led_since_ns: 0,
+            floor: Snapshot::starting_at(self.started_ns),
+            entries: Vec::new(),
+        };
+        match found {
+            None => (empty(), Expect::Absent),
+            Some((bytes, version)) => {
+                (bincode::deserialize(bytes).unwrap_or_else(|_| empty()), Expect::Version(*version))
+            }
+        }
+    }
+
+    /// Takes capacity for a key to track, and for its stats where that is needed and to be had.
+    fn take(&self, store: &impl Store, needs_stats: bool, capacity: u32) -> Option<Taken> {
+        self.change_taken(store, |taken| {
+            let with_stats = u32::from(needs_stats && taken.with_stats < self.capacity);
+            let more = Taken { tracked: 1, with_stats };
+            let sum = Taken {
+                tracked: taken.tracked.checked_add(1)?,
+                with_stats: taken.with_stats.saturating_add(with_stats),
+            };
+            (sum.tracked <= capacity).then_some((sum, more))
+        })
+    }
+
+    fn give_back(&self, store: &impl Store, less: Taken) {
+        self.change_taken(store, |taken| {
+            let rest = Taken {
+                tracked: taken.tracked.saturating_sub(less.tracked),
+                with_stats: taken.with_stats.saturating_sub(less.with_stats),
+            };
+            Some((rest, less))
+        });
+    }
+
+    fn change_taken(
+        &self,
+        store: &impl Store,
+        change: impl Fn(Taken) -> Option<(Taken, Taken)>,
+    ) -> Option<Taken> {
+        let key = self.taken_key();
+        for _ in 0..ATTEMPTS {
+            let (taken, expect) = match store.get(&key) {
+                None => (Taken::default(), Expect::Absent),
+                Some((bytes, version)) => {
+                    (bincode::deserialize(&bytes).unwrap_or_default(), Expect::Version(version))
+                }
+            };
+            let (sum, result) = change(taken)?;
+            if write(store, &key, &sum, expect) {
+                return Some(result);
+            }
+        }
+        None
+    }
+}
+
+fn write(store: &impl Store, key: &str, value: &impl Serialize, expect: Expect) -> bool {
+    bincode::serialize(value).is_ok_and(|bytes| store.set(key, &bytes, expect))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::tests::Map;
+
+    const LEADER: u64 = 3;
+    const FLOOR: Snapshot = Snapshot {
+        as_of_ns: 2_000,
+        requests: 9,
+        proxied_requests: 0,
+        request_ns: 0,
+        proxied_request_ns: 0,
+        in_flight: 0,
+        proxied_in_flight: 0,
+    };
+
+    fn key(name: &str) -> KeyName {
+        KeyName { namespace: "ns".into(), name: name.into() }
+    }
+
+    fn admission(capacity: u32) -> KeyAdmission {
+        KeyAdmission::new(Pod::new("gw"), 7, 1_000, capacity)
+    }
+
+    fn first(has_stats: bool) -> Admission {
+        Admission::First { floor: Snapshot::starting_at(1_000), has_stats }
+    }
+
+    fn lead(admission: &KeyAdmission, store: &Map, keys: &[KeyName]) -> BTreeSet<KeyName> {
+        admission.reconcile(store, LEADER, keys, &BTreeSet::new(), &FLOOR).unwrap().1
+    }
+
+    #[test]
+    fn one_is_the_first_and_the_capacity_of_keys_that_leave_is_used_again() {
+        let (store, admission) = (Map::default(), admission(2));
+        lead(&admission, &store, &[]);
+        assert_eq!(admission.enter(&store, &key("a")), first(true));
+        assert_eq!(admission.enter(&store, &key("a")), Admission::Known { has_stats: true });
+        assert_eq!(admission.enter(&store, &key("b")), first(true));
+        assert_eq!(admission.enter(&store, &key("c")), Admission::Full);
+        admission.leave(&store, LEADER, &[key("a"), key("never came")], &FLOOR);
+        assert!(matches!(admission.enter(&store, &key("c")), Admission::First { has_stats: false, .. }));
+        assert_eq!(admission.enter(&store, &key("a")), Admission::Full);
+        admission.leave(&store, LEADER, &[key("c")], &FLOOR);
+        let again = Admission::First { floor: FLOOR, has_stats: true };
+        assert_eq!(admission.enter(&store, &key("a")), again, "it begins where it left, and keeps its stats");
+    }
+
+    #[test]
+    fn a_client_that_makes_names_up_keeps_a_real_key_out_only_while_they_are_tracked() {
+        let (store, admission) = (Map::default(), admission(20));
+        lead(&admission, &store, &[]);
+        let made_up: Vec<KeyName> = (0..25).map(|n| key(&format!("made-up-{n}"))).collect();
+        let full = made_up.iter().filter(|key| admission.enter(&store, key) == Admission::Full).count();
+        assert_eq!((full, admission.enter(&store, &key("real"))), (5, Admission::Full));
+        admission.leave(&store, LEADER, &made_up, &Snapshot::starting_at(2_000));
+        assert!(matches!(admission.enter(&store, &key("real")), Admission::First { .. }));
+        let values = store.keys().into_iter().filter(|name| name.contains("made-up")).count();
+        assert_eq!(values, 0, "no value is named by a client");
+    }
+
+    #[test]
+    fn a_leader_that_was_replaced_takes_no_key_out() {
+        let (store, admission) = (Map::default(), admission(2));
+        lead(&admission, &store, &[]);
+        admission.enter(&store, &key("a"));
+        admission.reconcile(&store, LEADER + 1, [&key("a")], &BTreeSet::new(), &FLOOR).unwrap();
+        admission.leave(&store, LEADER, &[key("a")], &Snapshot::starting_at(2_000));
+        assert_eq!(admission.enter(&store, &key("a")), Admission::Known { has_stats: true });
+    }
+
+    #[test]
+    fn who_leads_finds_keys_that_nobody_tracks_any_more_and_keys_that_were_taken_out_too_early() {
+        let (store, admission) = (Map::default(), admission(2));
+        admission.enter(&store, &key("dead worker's"));
+        let stray = lead(&admission, &store, &[key("a")]);
+        assert_eq!(stray, BTreeSet::from([key("dead worker's")]));
+        assert_eq!(admission.enter(&store, &key("a")), Admission::Known { has_stats: false });
+        assert_eq!(admission.enter(&store, &key("b")), Admission::Full);
+        // It did not come until the next time.
+        let (_, stray) = admission.reconcile(&store, LEADER, &[key("a")], &stray, &FLOOR).unwrap();
+        assert_eq!(stray, BTreeSet::new());
+        let later = admission.enter(&store, &key("dead worker's"));
+        assert_eq!(later, Admission::First { floor: FLOOR, has_stats: true });
+        admission.leave(&store, LEADER, &[key("dead worker's")], &FLOOR);
+        assert!(matches!(admission.enter(&store, &key("b")), Admission::First { has_stats: true, .. }));
+        // One that came belongs to nobody's strays.
+        let strays = BTreeSet::from([key("a"), key("b")]);
+        let (with_stats, stray) =
+            admission.reconcile(&store, LEADER, &[key("a"), key("b")], &strays, &FLOOR).unwrap();
+        assert_eq!((with_stats, stray), (vec![key("b")], BTreeSet::new()));
+    }
+
+    #[test]
+    fn a_key_that_was_counted_is_tracked_whatever_the_capacity() {
+        let (store, admission) = (Map::default(), admission(1));
+        assert_eq!(admission.admit(&store, &[key("a"), key("b")]), [key("a")]);
+        assert_eq!(admission.enter(&store, &key("b")), Admission::Known { has_stats: false });
+    }
+
+    #[test]
+    fn of_many_threads_one_is_the_first() {
+        let (store, admission) = (Map::default(), admission(500));
+        let firsts: usize = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let (store, admission) = (&store, &admission);
+                    scope.spawn(move || {
+                        let first = |n: &u32| admission.enter(store, &key(&n.to_string())) == first(true);
+                        (0..500).filter(first).count()
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        assert_eq!(firsts, 500, "races gave their capacity back");
+        assert_eq!(admission.enter(&store, &key("one more")), Admission::Full);
+    }
+}

@@ -1,0 +1,600 @@
+//! A gateway worker's part in counting by key, over the store that all workers share: it hands over what it counted, and
+//! brings it together if it leads. Who leads, who lives and who is gone is decided by [`crate::pod`], over all that the gateway
+//! counted.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::counting::grid::Grid;
+use crate::counting::snapshot::Snapshot;
+use crate::gateway::key_admission::{Admission, KeyAdmission};
+use crate::gateway::key_name::KeyName;
+use crate::gateway::key_totals::KeyTotals;
+use crate::gateway::keyed_recorder::{Batch, KeyedRecorder};
+use crate::pod::{Expect, Pod, State, Store};
+
+/// Attempts at a write of the totals; only the leader writes them, and whoever reads an answer.
+const ATTEMPTS: usize = 16;
+/// After so many periods the leader looks for keys that are tracked and never came.
+const SWEEP_PERIODS: u64 = 20;
+
+/// Who wrote the totals, and for which time: in front of them in the store.
+type Stamp = (u64, u64);
+
+/// A worker's counters by key, and what it knows of the others'.
+pub struct KeyedMember {
+    pod: Pod,
+    /// This worker's id among those of the pod.
+    id: u64,
+    started_ns: u64,
+    grid: Grid,
+    admission: KeyAdmission,
+    recorder: KeyedRecorder,
+    outbox_key: String,
+    /// Boundary of the newest batch in the outbox that was written.
+    written_ns: u64,
+    /// The totals as this worker wrote them last, and their stamp: as long as they lie in the store under this stamp, they
+    /// need not be decoded, and no other worker has led meanwhile.
+    totals: Option<(Stamp, KeyTotals)>,
+    stamps: u64,
+    /// What the stats server has acknowledged since the totals were written.
+    acknowledged: Vec<(KeyName, Snapshot)>,
+    /// Whether this worker has written itself into the buckets since it leads.
+    reconciled: bool,
+    swept_ns: u64,
+    strays: BTreeSet<KeyName>,
+}
+
+/// What the leader did at a boundary.
+#[derive(Debug, Default)]
+pub struct Led {
+    /// Keys that came, or were found, and have stats.
+    pub with_stats: Vec<KeyName>,
+    /// Keys that left.
+    pub left: Vec<KeyName>,
+    /// Which of the departed have nothing left to collect.
+    pub settled: Vec<u64>,
+}
+
+impl KeyedMember {
+    /// The worker `id` of a pod in `state`, from the pod's time `now_ns` on; `capacity` as in [`KeyAdmission::new`].
+    pub fn new(pod: &Pod, state: &State, id: u64, now_ns: u64, capacity: u32) -> Self {
+        Self {
+            pod: pod.clone(),
+            id,
+            started_ns: state.started_ns,
+            grid: state.grid,
+            admission: KeyAdmission::new(pod.clone(), state.incarnation, state.started_ns, capacity),
+            recorder: KeyedRecorder::new(now_ns, state.grid),
+            outbox_key: outbox_key(pod, id),
+            written_ns: 0,
+            totals: None,
+            stamps: 0,
+            acknowledged: Vec::new(),
+            reconciled: false,
+            swept_ns: 0,
+            strays: BTreeSet::new(),
+        }
+    }
+
+    /// Takes over another capacity.
+    pub fn set_capacity(&mut self, capacity: u32) {
+        self.admission.set_capacity(capacity);
+    }
+
+    /// Takes over other boundaries.
+    pub fn set_grid(&mut self, grid: Grid) {
+        self.grid = grid;
+        self.recorder.set_grid(grid);
+    }
+
+    /// A request came in. It counts unless the key is [`Admission::Full`].
+    pub fn request_in(&mut self, store: &impl Store, key: &KeyName, now_ns: u64) -> Option<Admission> {
+        self.recorder.advance(now_ns);
+        let admission = (!self.recorder.tracks(key)).then(|| self.admission.enter(store, key));
+        if admission != Some(Admission::Full) {
+            self.recorder.request_in(key, now_ns, false);
+        }
+        admission
+    }
+
+    /// A request that counted left.
+    pub fn request_out(&mut self, key: &KeyName, now_ns: u64) {
+        self.recorder.request_out(key, now_ns, false);
+    }
+
+    /// Closes the boundaries up to now and puts what is new where the leader finds it.
+    pub fn post(&mut self, store: &impl Store, now_ns: u64) {
+        self.recorder.advance(now_ns);
+        let collected: Vec<(u64, u64)> = read(store, &self.collected_key()).unwrap_or_default();
+        let until_ns = collected.iter().find(|(id, _)| *id == self.id).map_or(0, |(_, until_ns)| *until_ns);
+        self.recorder.collected(until_ns);
+        self.write_outbox(store);
+    }
+
+    /// The end of this worker: everything it counted is left to the others.
+    pub fn end(&mut self, store: &impl Store, now_ns: u64) {
+        self.recorder.end(now_ns);
+        self.written_ns = 0;
+        self.write_outbox(store);
+    }
+
+    fn write_outbox(&mut self, store: &impl Store) {
+        let newest_ns = self.recorder.outbox().last().map_or(0, Batch::until_ns);
+        if newest_ns > self.written_ns && write(store, &self.outbox_key, &self.recorder.outbox()) {
+            self.written_ns = newest_ns;
+        }
+    }
+
+    /// At the leader, when all `workers` have closed `as_of_ns`: collects from them and from those that `departed`, and lets idle
+    /// keys go. `None` if the totals could not be written; then the next boundary brings it all.
+    pub fn lead(
+        &mut self,
+        store: &impl Store,
+        workers: &[u64],
+        departed: &[u64],
+        as_of_ns: u64,
+    ) -> Option<Led> {
+        let (outboxes, gone) = self.outboxes(store, workers, departed);
+        let (left, came) = self.update_totals(store, |totals| {
+            let left = totals.take_out_idle();
+            let came = totals.collect(&outboxes, &gone, as_of_ns);
+            (left, came)
+        })?;
+        let (_, totals) = self.totals.as_ref()?;
+        write(store, &self.collected_key(), &totals.collected());
+        let mut led = Led {
+            with_stats: self.admission.admit(store, &came),
+            left: left.into_iter().filter(|key| !totals.has(key)).collect(),
+            settled: settled(totals, departed, &outboxes),
+        };
+        let sweeps =
+            as_of_ns.saturating_sub(self.swept_ns) >= self.grid.period_ns.saturating_mul(SWEEP_PERIODS);
+        if !self.reconciled || sweeps {
+            let keys = totals.keys().map(|(key, _)| key);
+            // Those that were found when this worker began to lead may come yet.
+            let strays = std::mem::take(&mut self.strays);
+            let strays = if sweeps { strays } else { BTreeSet::new() };
+            let reconciled = self.admission.reconcile(store, self.id, keys, &strays, &totals.floor());
+            self.reconciled = reconciled.is_some();
+            if let Some((with_stats, strays)) = reconciled {
+                led.with_stats = with_stats;
+                self.strays = strays;
+                self.swept_ns = as_of_ns;
+            }
+        }
+        if self.reconciled {
+            self.admission.leave(store, self.id, &led.left, &totals.floor());
+        }
+        Some(led)
+    }
+
+    /// At the end of a worker: collects what all have handed over, so that it can be reported. No key leaves.
+    pub fn collect_last(&mut self, store: &impl Store, all: &[u64], as_of_ns: u64) -> Option<&KeyTotals> {
+        let (outboxes, gone) = self.outboxes(store, &[], all);
+        self.update_totals(store, |totals| totals.collect(&outboxes, &gone, as_of_ns))?;
+        self.totals()
+    }
+
+    /// The totals as this worker wrote them last, while it leads.
+    pub fn totals(&self) -> Option<&KeyTotals> {
+        self.totals.as_ref().map(|(_, totals)| totals)
+    }
+
+    /// The stats server knows these keys so far. The leader writes that into the totals at its next boundary, together with
+    /// what it collects then.
+    pub fn acknowledged(&mut self, known: Vec<(KeyName, Snapshot)>) {
+        self.acknowledged.extend(known);
+    }
+
+    /// On a worker that does not lead: notes the acknowledgements that it got when it still did. Returns whether it led until
+    /// now.
+    pub fn follow(&mut self, store: &impl Store) -> bool {
+        if !self.acknowledged.is_empty() {
+            self.update_totals(store, |_| ());
+        }
+        self.reconciled = false;
+        self.totals.take().is_some()
+    }
+
+    fn outboxes(
+        &self,
+        store: &impl Store,
+        workers: &[u64],
+        departed: &[u64],
+    ) -> (Vec<(u64, Vec<Batch>)>, Vec<u64>) {
+        let gone: Vec<u64> = departed.iter().filter(|id| !workers.contains(id)).copied().collect();
+        let ids = workers.iter().chain(&gone);
+        let outbox = |id: &u64| (*id, read(store, &outbox_key(&self.pod, *id)).unwrap_or_default());
+        (ids.map(outbox).collect(), gone)
+    }
+
+    /// Writes the totals with what is acknowledged and a change.
+    fn update_totals<R>(&mut self, store: &impl Store, change: impl Fn(&mut KeyTotals) -> R) -> Option<R> {
+        let key = self.pod.key("totals");
+        for _ in 0..ATTEMPTS {
+            let (mut totals, expect) = match store.get(&key) {
+                None => (KeyTotals::starting_at(self.started_ns), Expect::Absent),
+                Some((bytes, version)) => {
+                    let stamp: Stamp = bincode::deserialize(&bytes).ok()?;
+                    let own = self.totals.take().filter(|(own, _)| *own == stamp);
+                    let totals = match own {
+                        Some((_, totals)) => totals,
+                        None => {
+                            // Another worker wrote them: it may have led.
+                            self.reconciled = false;
+                            let (_, totals): (Stamp, KeyTotals) = bincode::deserialize(&bytes).ok()?;
+                            totals
+                        }
+                    };
+                    (totals, Expect::Version(version))
+                }
+            };
+            totals.acknowledge(&self.acknowledged);
+            let result = change(&mut totals);
+            self.stamps += 1;
+            let stamp = (self.id, self.stamps);
+            if bincode::serialize(&(stamp, &totals)).is_ok_and(|bytes| store.set(&key, &bytes, expect)) {
+                self.acknowledged.clear();
+                self.totals = Some((stamp, totals));
+                return Some(result);
+            }
+        }
+        None
+    }
+
+    fn collected_key(&self) -> String {
+        self.pod.key("collected")
+    }
+}
+
+fn settled(totals: &KeyTotals, departed: &[u64], outboxes: &[(u64, Vec<Batch>)]) -> Vec<u64> {
+    let all_in = |id: &u64| {
+        let batches = outboxes.iter().filter(|(worker, _)| worker == id).flat_map(|(_, batches)| batches);
+        batches.map(Batch::until_ns).all(|until_ns| until_ns <= totals.collected_until(*id))
+    };
+    departed.iter().filter(|id| all_in(id)).copied().collect()
+}
+
+fn outbox_key(pod: &Pod, worker: u64) -> String {
+    pod.key(&format!("outbox/{worker:016x}"))
+}
+
+fn read<T: DeserializeOwned>(store: &impl Store, key: &str) -> Option<T> {
+    let (bytes, _) = store.get(key)?;
+    bincode::deserialize(&bytes).ok()
+}
+
+/// Of a value that only one worker writes.
+fn write<T: Serialize + ?Sized>(store: &impl Store, key: &str, value: &T) -> bool {
+    let expect = store.get(key).map_or(Expect::Absent, |(_, version)| Expect::Version(version));
+    bincode::serialize(value).is_ok_and(|bytes| store.set(key, &bytes, expect))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::counting::recorder::Recorder;
+    use crate::pod::tests::{Dice, Map};
+    use crate::pod::{Member, Stock};
+    use crate::scaling::key::addition;
+
+    const PERIOD: u64 = 1_000;
+    const START: u64 = 1_000_000;
+    const KEYS: u64 = 6;
+
+    fn key(number: u64) -> KeyName {
+        KeyName { namespace: "ns".into(), name: number.to_string().into() }
+    }
+
+    struct Worker {
+        recorder: Recorder,
+        member: Member,
+        keyed: KeyedMember,
+        open: Vec<(KeyName, u64)>,
+        stalled_until: u64,
+        /// The report that was not answered yet, and until when it is waited for.
+        sending: Option<(u64, u64)>,
+    }
+
+    impl Worker {
+        fn new(store: &impl Store, now: u64) -> Self {
+            let pod = Pod::new("gw");
+            let state = pod.open(store, now, now, PERIOD, 7).unwrap();
+            let mut member = Member::new(pod.clone(), now, PERIOD);
+            let id = member.id(store).unwrap();
+            Self {
+                recorder: Recorder::new(now, state.grid),
+                keyed: KeyedMember::new(&pod, &state, id, now, KEYS as u32),
+                member,
+                open: Vec::new(),
+                stalled_until: 0,
+                sending: None,
+            }
+        }
+    }
+
+    /// What is on its way to the server.
+    struct Sent {
+        worker: usize,
+        number: u64,
+        messages: Vec<(KeyName, Snapshot, Snapshot)>,
+    }
+
+    #[derive(Default)]
+    struct Server {
+        known: BTreeMap<KeyName, Snapshot>,
+        counted: BTreeMap<KeyName, (u64, u128)>,
+        said: Vec<(KeyName, Snapshot)>,
+    }
+
+    impl Server {
+        fn take(&mut self, sent: &Sent) {
+            for (key, since, until) in &sent.messages {
+                let known = self.known.get(key).copied();
+                let period = addition(known.as_ref(), since, until).expect("no counter went back");
+                let sum = self.counted.entry(key.clone()).or_default();
+                *sum = (sum.0 + period.requests, sum.1 + period.request_ns);
+                self.known.insert(key.clone(), known.map_or(*until, |known| known.ceiling(until)));
+                self.said.push((key.clone(), *until));
+            }
+        }
+    }
+
+    /// A gateway in which, between any two steps of one worker, others act, stall, end and come back, while reports and answers
+    /// are lost, repeated and overtake each other.
+    struct World {
+        map: Map,
+        dice: RefCell<Dice>,
+        now: Cell<u64>,
+        depth: Cell<u32>,
+        workers: Vec<RefCell<Worker>>,
+        transit: RefCell<Vec<Sent>>,
+        server: RefCell<Server>,
+        truth: RefCell<BTreeMap<KeyName, (u64, u128)>>,
+        firsts: Cell<u64>,
+        numbers: Cell<u64>,
+        calm: Cell<bool>,
+    }
+
+    impl Store for &World {
+        fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
+            self.between();
+            self.map.get(key)
+        }
+
+        fn set(&self, key: &str, value: &[u8], expect: Expect) -> bool {
+            self.between();
+            self.map.set(key, value, expect)
+        }
+    }
+
+    impl World {
+        fn new(seed: u64) -> Self {
+            let map = Map::default();
+            let workers = (0..3).map(|_| RefCell::new(Worker::new(&map, START))).collect();
+            Self {
+                map,
+                dice: RefCell::new(Dice(seed)),
+                now: Cell::new(START),
+                depth: Cell::new(0),
+                workers,
+                transit: RefCell::default(),
+                server: RefCell::default(),
+                truth: RefCell::default(),
+                firsts: Cell::new(0),
+                numbers: Cell::new(0),
+                calm: Cell::new(false),
+            }
+        }
+
+        fn roll(&self, sides: u64) -> u64 {
+            self.dice.borrow_mut().roll(sides)
+        }
+
+        fn between(&self) {
+            if !self.calm.get() && self.depth.get() < 2 && self.roll(40) == 0 {
+                self.depth.set(self.depth.get() + 1);
+                self.act();
+                self.depth.set(self.depth.get() - 1);
+            }
+        }
+
+        fn act(&self) {
+            let index = self.roll(self.workers.len() as u64) as usize;
+            // Busy: this happens in the middle of one of its steps.
+            let Ok(mut worker) = self.workers[index].try_borrow_mut() else { return };
+            let now = self.now.get();
+            if now < worker.stalled_until {
+                return;
+            }
+            match self.roll(400) {
+                0 => worker.stalled_until = now + self.roll(8 * PERIOD),
+                1 => self.end(index, &mut worker),
+                2..70 => self.request_in(&mut worker),
+                70..200 => self.request_out(&mut worker),
+                200..300 => self.tick(index, &mut worker),
+                _ => {
+                    drop(worker);
+                    self.deliver(true);
+                }
+            }
+        }
+
+        fn request_in(&self, worker: &mut Worker) {
+            let now = self.now.get();
+            // Two keys are busy at a time, so that the others become idle.
+            let key = key(2 * (now / (5 * PERIOD) % (KEYS / 2)) + self.roll(2));
+            let admission = worker.keyed.request_in(&self, &key, now);
+            if admission == Some(Admission::Full) {
+                return;
+            }
+            worker.recorder.request_in(now, false);
+            if let Some(Admission::First { floor, .. }) = admission {
+                self.firsts.set(self.firsts.get() + 1);
+                let messages = vec![(key.clone(), floor, Snapshot { in_flight: 1, ..floor })];
+                self.transit.borrow_mut().push(Sent { worker: usize::MAX, number: 0, messages });
+            }
+            self.truth.borrow_mut().entry(key.clone()).or_default().0 += 1;
+            worker.open.push((key, now));
+        }
+
+        fn request_out(&self, worker: &mut Worker) {
+            if worker.open.is_empty() {
+                return;
+            }
+            let (key, since) = worker.open.swap_remove(self.roll(worker.open.len() as u64) as usize);
+            self.out(worker, &key, since);
+        }
+
+        fn out(&self, worker: &mut Worker, key: &KeyName, since: u64) {
+            let now = self.now.get();
+            worker.keyed.request_out(key, now);
+            worker.recorder.request_out(now, false);
+            self.truth.borrow_mut().entry(key.clone()).or_default().1 += u128::from(now - since);
+        }
+
+        fn tick(&self, index: usize, worker: &mut Worker) {
+            let now = self.now.get();
+            worker.recorder.advance(now);
+            let pod = worker.member.pod().clone();
+            let state = pod.state(&self).unwrap();
+            worker.keyed.post(&self, now);
+            if worker.member.post(&self, &worker.recorder).is_err() {
+                return;
+            }
+            let Ok(stock) = worker.member.take_stock(&self, now, 0) else { return };
+            let Stock::Published { latest, .. } = stock else {
+                if stock == Stock::Follow {
+                    worker.keyed.follow(&self);
+                }
+                return;
+            };
+            let departed = pod.state(&self).unwrap().departed;
+            let workers: Vec<u64> = pod.state(&self).unwrap().workers().collect();
+            let Some(led) = worker.keyed.lead(&self, &workers, &departed, latest.as_of_ns) else { return };
+            pod.cleared_up(&self, &led.settled).unwrap();
+            worker.sending = worker.sending.filter(|(_, deadline)| now < *deadline);
+            if worker.sending.is_none() {
+                let number = self.send(index, worker.keyed.totals().unwrap());
+                worker.sending = Some((number, now + 2 * PERIOD));
+            }
+            assert_eq!(state.started_ns, START);
+        }
+
+        fn send(&self, worker: usize, totals: &KeyTotals) -> u64 {
+            let number = self.numbers.get() + 1;
+            self.numbers.set(number);
+            let messages =
+                totals.keys().map(|(key, total)| (key.clone(), total.reported_since(), total.until));
+            self.transit.borrow_mut().push(Sent { worker, number, messages: messages.collect() });
+            number
+        }
+
+        /// A worker ends, as by a panic, and another takes its place.
+        fn end(&self, index: usize, worker: &mut Worker) {
+            for (key, since) in std::mem::take(&mut worker.open) {
+                // Nobody counts a request that its worker leaves behind.
+                let now = self.now.get();
+                self.truth.borrow_mut().entry(key).or_default().1 += u128::from(now - since);
+            }
+            let now = self.now.get();
+            worker.recorder.advance(now);
+            worker.keyed.end(&self, now);
+            worker.member.seal(&self, &worker.recorder).unwrap();
+            if self.roll(2) == 0 {
+                let (until, state) = worker.member.last_figure(&self, now).unwrap();
+                let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
+                if let Some(totals) = worker.keyed.collect_last(&self, &all, until.as_of_ns) {
+                    self.send(index, totals);
+                }
+            }
+            *worker = Worker::new(&self.map, now);
+        }
+
+        fn deliver(&self, faults: bool) {
+            let mut transit = self.transit.borrow_mut();
+            if transit.is_empty() {
+                return;
+            }
+            let next = self.roll(transit.len() as u64) as usize;
+            let sent = transit.swap_remove(next);
+            drop(transit);
+            if faults && self.roll(10) == 0 {
+                return;
+            }
+            self.server.borrow_mut().take(&sent);
+            if faults && self.roll(10) == 0 {
+                self.transit.borrow_mut().push(sent);
+                return;
+            }
+            let Some(worker) = self.workers.get(sent.worker) else { return };
+            let Ok(mut worker) = worker.try_borrow_mut() else { return };
+            if worker.sending.is_some_and(|(number, _)| number == sent.number) {
+                worker.sending = None;
+                let known = sent.messages.into_iter().map(|(key, _, until)| (key, until)).collect();
+                worker.keyed.acknowledged(known);
+            }
+        }
+
+        /// Everybody is there again, all requests end, and nothing is lost any more.
+        fn settle(&self) {
+            self.calm.set(true);
+            for worker in &self.workers {
+                let mut worker = worker.borrow_mut();
+                for (key, since) in std::mem::take(&mut worker.open) {
+                    self.out(&mut worker, &key, since);
+                }
+            }
+            for _ in 0..200 {
+                self.now.set(self.now.get() + PERIOD / 4);
+                for (index, worker) in self.workers.iter().enumerate() {
+                    self.tick(index, &mut worker.borrow_mut());
+                }
+                for _ in 0..8 {
+                    self.deliver(false);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn whoever_stalls_dies_or_leads_every_request_counts_once_and_no_total_goes_back() {
+        let (mut firsts, mut lives) = (0, 0);
+        for seed in 0..400 {
+            let world = World::new(seed);
+            for _ in 0..1_500 {
+                world.now.set(world.now.get() + world.roll(PERIOD / 15));
+                world.act();
+            }
+            world.settle();
+            let server = world.server.borrow();
+            let truth = world.truth.borrow();
+            let counted: BTreeMap<_, _> =
+                server.counted.clone().into_iter().filter(|(key, _)| truth.contains_key(key)).collect();
+            assert_eq!(counted, *truth, "seed {seed}");
+            for key in truth.keys() {
+                let mut said: Vec<Snapshot> =
+                    server.said.iter().filter(|(said, _)| said == key).map(|(_, until)| *until).collect();
+                said.sort_by_key(|until| (until.as_of_ns, until.requests, until.request_ns));
+                for pair in said.windows(2) {
+                    assert!(pair[1].holds_totals_of(&pair[0]), "seed {seed}: {pair:?}");
+                }
+            }
+            let left: usize = world
+                .workers
+                .iter()
+                .filter_map(|w| w.borrow().keyed.totals().map(|t| t.keys().count()))
+                .sum();
+            assert_eq!(left, 0, "seed {seed}: idle keys leave");
+            firsts += world.firsts.get();
+            lives += truth.len() as u64;
+        }
+        assert!(firsts > 2 * lives, "keys left and came back: {firsts} firsts of {lives} keys");
+    }
+}

@@ -1,0 +1,134 @@
+//! One worker's counters per key, for a gateway: many keys come and go.
+//!
+//! A worker hands over what happened between two boundaries as a [`Batch`], a few bytes for each key that was active and none
+//! for the others. Its *outbox* keeps batches until the leader has collected them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::counting::grid::Grid;
+use crate::counting::snapshot::Snapshot;
+use crate::gateway::key_name::KeyName;
+
+/// What happened to all keys of one worker between two boundaries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Batch {
+    pub(crate) from_ns: u64,
+    pub(crate) until_ns: u64,
+    /// The totals of this batch alone, and what is in flight at its end.
+    pub(crate) keys: Vec<(KeyName, Snapshot)>,
+}
+
+impl Batch {
+    /// The boundary at its end.
+    pub fn until_ns(&self) -> u64 {
+        self.until_ns
+    }
+}
+
+/// One worker's counters per key.
+#[derive(Clone, Debug)]
+pub struct KeyedRecorder {
+    grid: Grid,
+    closed_ns: u64,
+    next_boundary_ns: u64,
+    /// Since the last closed boundary.
+    keys: BTreeMap<KeyName, Snapshot>,
+    outbox: Vec<Batch>,
+}
+
+impl KeyedRecorder {
+    /// Nothing yet, at `now_ns`.
+    pub fn new(now_ns: u64, grid: Grid) -> Self {
+        let next_boundary_ns = grid.after(now_ns);
+        Self { grid, closed_ns: now_ns, next_boundary_ns, keys: BTreeMap::new(), outbox: Vec::new() }
+    }
+
+    /// Whether a key is being tracked here.
+    pub fn tracks(&self, key: &KeyName) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    /// A request came in.
+    pub fn request_in(&mut self, key: &KeyName, now_ns: u64, proxied: bool) {
+        self.advance(now_ns);
+        match self.keys.get_mut(key) {
+            Some(snapshot) => snapshot.request_in(now_ns, proxied),
+            None => {
+                let mut snapshot = Snapshot::starting_at(now_ns);
+                snapshot.request_in(now_ns, proxied);
+                self.keys.insert(key.clone(), snapshot);
+            }
+        }
+    }
+
+    /// A request that came in here left.
+    pub fn request_out(&mut self, key: &KeyName, now_ns: u64, proxied: bool) {
+        self.advance(now_ns);
+        if let Some(snapshot) = self.keys.get_mut(key) {
+            snapshot.request_out(now_ns, proxied);
+        }
+    }
+
+    /// Lets time go on; past a boundary, what happened before it goes into the outbox. A worker that is late by several periods
+    /// hands over the last of them apart: that one is as new as what the others have.
+    pub fn advance(&mut self, now_ns: u64) {
+        if now_ns >= self.next_boundary_ns {
+            let newest_ns = self.grid.at_or_before(now_ns);
+            let before_ns = newest_ns.saturating_sub(self.grid.period_ns);
+            if before_ns > self.closed_ns {
+                self.close(before_ns);
+            }
+            self.close(newest_ns);
+        }
+    }
+
+    /// Takes over other boundaries.
+    pub fn set_grid(&mut self, grid: Grid) {
+        if grid != self.grid {
+            self.grid = grid;
+            self.next_boundary_ns = grid.after(self.closed_ns);
+        }
+    }
+
+    /// The end of this worker: everything up to now goes into the outbox, with nothing in flight.
+    pub fn end(&mut self, now_ns: u64) {
+        self.close(now_ns.max(self.closed_ns));
+        if let Some(batch) = self.outbox.last_mut() {
+            for (_, delta) in &mut batch.keys {
+                *delta = delta.finished();
+            }
+        }
+        self.keys.clear();
+    }
+
+    /// Drops what the leader has collected.
+    pub fn collected(&mut self, until_ns: u64) {
+        self.outbox.retain(|batch| batch.until_ns > until_ns);
+    }
+
+    /// The last closed boundary, or the beginning.
+    pub fn closed_ns(&self) -> u64 {
+        self.closed_ns
+    }
+
+    /// The batches that are still to be collected, oldest first.
+    pub fn outbox(&self) -> &[Batch] {
+        &self.outbox
+    }
+
+    fn close(&mut self, boundary_ns: u64) {
+        let mut keys = Vec::new();
+        self.keys.retain(|key, snapshot| {
+            snapshot.advance(boundary_ns);
+            keys.push((key.clone(), *snapshot));
+            // What is in flight stays; the totals begin anew.
+            *snapshot = snapshot.less_totals_of(snapshot);
+            snapshot.in_flight > 0
+        });
+        self.outbox.push(Batch { from_ns: self.closed_ns, until_ns: boundary_ns, keys });
+        self.closed_ns = boundary_ns;
+        self.next_boundary_ns = self.grid.after(boundary_ns);
+    }
+}

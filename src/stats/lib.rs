@@ -1,0 +1,53 @@
+//! What Inflight counts, merges, reports and decides, without any I/O: the same code runs inside
+//! Envoy's wasm VMs (the filter) and in the stats server, and every rule is tested natively here.
+//!
+//! The layers, from the lowest: a module imports only modules of its own or of lower layers, and no two import each other.
+//!
+//! | layer | what it has |
+//! |---|---|
+//! | [`counting`] | one worker: events in, cumulative snapshots out; the pod's clock |
+//! | [`protocol`] | what crosses the network: reports, Knative's stats |
+//! | [`pod`] | many workers, one figure: slots, the leader's lease, the ledger |
+//! | [`breaker`] | a limit on the requests in the app, and one queue over all workers |
+//! | [`gateway`] | a gateway's keys: which are tracked, and their totals |
+//! | [`config`] | the plugin's JSON configuration, and who an Envoy serves |
+//! | [`exporter`] | the role `exporter`: the answers to a scrape |
+//! | [`scaling`] | the receiver: windows, totals and decisions by key |
+//!
+//! The whole idea in a few lines:
+//!
+//! ```
+//! use inflight_stats::Snapshot;
+//!
+//! let second = 1_000_000_000;
+//! let mut now = Snapshot::starting_at(10 * second);
+//! let before = now;
+//! now.request_in(10 * second, false);
+//! now.request_out(10 * second + second / 2, false);
+//! now.advance(11 * second);
+//!
+//! let period = now.since(&before).expect("time went on");
+//! assert_eq!(period.requests, 1);
+//! assert_eq!(period.average_milli(), 500); // one request for half of the second
+//! ```
+#![deny(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
+
+pub mod breaker;
+pub mod config;
+pub mod counting;
+pub mod exporter;
+pub mod gateway;
+pub mod pod;
+pub mod protocol;
+pub mod scaling;
+
+pub use config::Config;
+pub use config::identity::Identity;
+pub use counting::grid::Grid;
+pub use counting::recorder::Recorder;
+pub use counting::snapshot::{Period, Snapshot};
+pub use protocol::report::{KeyReport, Report};
+
+#[cfg(test)]
+mod vectors;

@@ -1,0 +1,202 @@
+//! Knative's stats as protobuf: what its autoscaler scrapes, and what its activators stream to it
+//! (knative/serving, `pkg/autoscaler/metrics/stat.proto`, package `metrics`).
+//!
+//! Strings are declared as bytes: the same on the wire, but decoded they are parts of the frame and no copies, so
+//! that a stat costs no allocation. [`decode`] checks that they are UTF-8, as every proto3 reader must.
+
+use bytes::Bytes;
+use prost::Message;
+use prost::encoding::DecodeContext;
+
+use crate::protocol::gob;
+
+/// How much of a frame is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameLimits {
+    /// The largest one in bytes; an activator with 5,000 revisions sends half of the default.
+    pub bytes: usize,
+    /// The most stats in one: an empty one takes two bytes of the frame and two hundred in memory.
+    pub messages: usize,
+    /// How deep a gob stream's values may lie in each other.
+    pub depth: usize,
+}
+
+impl Default for FrameLimits {
+    fn default() -> Self {
+        Self { bytes: 1 << 20, messages: 10_000, depth: gob::MAX_DEPTH }
+    }
+}
+
+/// What one pod had to do in one period.
+#[derive(Clone, PartialEq, Message)]
+pub struct Stat {
+    /// The pod, or the activator.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub pod_name: Bytes,
+    /// Requests in flight, on average.
+    #[prost(double, tag = "2")]
+    pub average_concurrent_requests: f64,
+    /// Of these, proxied ones.
+    #[prost(double, tag = "3")]
+    pub average_proxied_concurrent_requests: f64,
+    /// Requests that came in, a second.
+    #[prost(double, tag = "4")]
+    pub request_count: f64,
+    /// Of these, proxied ones.
+    #[prost(double, tag = "5")]
+    pub proxied_request_count: f64,
+    /// Seconds since the sender's counters began.
+    #[prost(double, tag = "6")]
+    pub process_uptime: f64,
+    /// Unix seconds; receivers use their own clock.
+    #[prost(int64, tag = "7")]
+    pub timestamp: i64,
+}
+
+/// A stat and the key it is of.
+#[derive(Clone, PartialEq, Message)]
+pub struct WireStatMessage {
+    /// The key's namespace.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub namespace: Bytes,
+    /// The key's name.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub name: Bytes,
+    /// A message without a stat is skipped.
+    #[prost(message, optional, tag = "3")]
+    pub stat: Option<Stat>,
+}
+
+/// A frame of the stream.
+#[derive(Clone, PartialEq, Message)]
+pub struct WireStatMessages {
+    /// One for each key, or more.
+    #[prost(message, repeated, tag = "1")]
+    pub messages: Vec<WireStatMessage>,
+}
+
+/// Why a frame was dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrameError {
+    /// More bytes than allowed: how many, and the limit.
+    TooLarge(usize, usize),
+    /// More stats than allowed; the limit.
+    TooMany(usize),
+    /// Neither of the two: the protobuf decoder's reason.
+    Protobuf(String),
+    /// A gob stream, and not of a `StatMessage`.
+    Gob(gob::GobError),
+    /// A name that is not UTF-8.
+    NotUtf8,
+}
+
+impl std::fmt::Display for FrameError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::TooLarge(bytes, most) => write!(f, "the frame has {bytes} bytes, allowed are {most}"),
+            Self::TooMany(most) => write!(f, "the frame has more than the allowed {most} stats"),
+            Self::Protobuf(reason) => write!(f, "not a WireStatMessages: {reason}"),
+            Self::Gob(error) => write!(f, "not a gob StatMessage: {error}"),
+            Self::NotUtf8 => f.write_str("a name is not UTF-8"),
+        }
+    }
+}
+
+impl std::error::Error for FrameError {}
+
+/// Decodes a frame of either kind. A protobuf frame begins with the tag of field 1, or (being from a later
+/// version) of a field that is skipped; a gob stream begins with the definition of a type.
+///
+/// # Errors
+/// Every variant of [`FrameError`]. A frame is taken as a whole or not at all.
+pub fn decode(frame: Bytes, limits: &FrameLimits) -> Result<Vec<WireStatMessage>, FrameError> {
+    if frame.len() > limits.bytes {
+        return Err(FrameError::TooLarge(frame.len(), limits.bytes));
+    }
+    if gob::begins_one(&frame) {
+        let decoded = gob::decode(&frame, limits.depth).map_err(FrameError::Gob)?;
+        return Ok(vec![decoded.message]);
+    }
+    let protobuf = |error: prost::DecodeError| FrameError::Protobuf(error.to_string());
+    if count(&frame).map_err(protobuf)? > limits.messages {
+        return Err(FrameError::TooMany(limits.messages));
+    }
+    let messages = WireStatMessages::decode(frame).map_err(protobuf)?.messages;
+    let utf8 = |bytes: &Bytes| std::str::from_utf8(bytes).is_ok();
+    let whole = |message: &WireStatMessage| {
+        let pod = message.stat.as_ref().is_none_or(|stat| utf8(&stat.pod_name));
+        pod && utf8(&message.namespace) && utf8(&message.name)
+    };
+    if messages.iter().all(whole) { Ok(messages) } else { Err(FrameError::NotUtf8) }
+}
+
+/// How many fields a protobuf message has, without decoding any: of a frame, its stats.
+fn count(mut frame: &[u8]) -> Result<usize, prost::DecodeError> {
+    let mut fields = 0;
+    while !frame.is_empty() {
+        let (tag, wire_type) = prost::encoding::decode_key(&mut frame)?;
+        prost::encoding::skip_field(wire_type, tag, &mut frame, DecodeContext::default())?;
+        fields += 1;
+    }
+    Ok(fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(frame: Bytes) -> Result<Vec<WireStatMessage>, FrameError> {
+        super::decode(frame, &FrameLimits::default())
+    }
+
+    fn message(namespace: &'static [u8]) -> WireStatMessage {
+        let stat = Stat { pod_name: Bytes::from_static(b"pod"), request_count: 2.0, ..Stat::default() };
+        WireStatMessage {
+            namespace: Bytes::from_static(namespace),
+            name: Bytes::from_static(b"rev"),
+            stat: Some(stat),
+        }
+    }
+
+    fn frame(messages: Vec<WireStatMessage>) -> Bytes {
+        WireStatMessages { messages }.encode_to_vec().into()
+    }
+
+    #[test]
+    fn a_frame_is_taken_as_a_whole_or_not_at_all() {
+        assert_eq!(decode(frame(vec![message(b"a"), message(b"b")])).unwrap().len(), 2);
+        assert_eq!(decode(frame(vec![message(b"a"), message(b"\xff")])), Err(FrameError::NotUtf8));
+        let whole = frame(vec![message(b"a"), message(b"b")]);
+        let cut = whole.slice(..whole.len() - 1);
+        assert!(matches!(decode(cut), Err(FrameError::Protobuf(_))));
+        let most = FrameLimits::default().bytes;
+        let large = decode(Bytes::from(vec![0; most + 1]));
+        assert_eq!(large, Err(FrameError::TooLarge(most + 1, most)));
+    }
+
+    #[test]
+    fn stats_are_counted_before_they_take_memory() {
+        let most = FrameLimits::default().messages;
+        let empty = |count| Bytes::from([10, 0].repeat(count));
+        assert_eq!(decode(empty(most)).unwrap().len(), most);
+        assert_eq!(decode(empty(most + 1)), Err(FrameError::TooMany(most)));
+        // A field that is skipped takes its bytes all the same.
+        assert_eq!(decode(Bytes::from([0x4a, 0].repeat(most + 1))), Err(FrameError::TooMany(most)));
+    }
+
+    #[test]
+    fn fields_of_a_later_version_are_skipped() {
+        // Field 9, length-delimited, in front of a message.
+        let mut bytes = vec![0x4a, 2, 1, 2];
+        bytes.extend(frame(vec![message(b"a")]));
+        assert_eq!(decode(bytes.into()).unwrap(), [message(b"a")]);
+    }
+
+    #[test]
+    fn names_are_parts_of_the_frame() {
+        let frame = frame(vec![message(b"namespace")]);
+        let within = frame.as_ptr_range();
+        let decoded = decode(frame.clone()).unwrap();
+        assert!(within.contains(&decoded[0].namespace.as_ptr()), "a copy");
+    }
+}

@@ -1,0 +1,6 @@
+//! What the stats server makes of reports: windows, totals and decisions by key.
+
+pub mod decider;
+pub mod key;
+pub mod settings;
+pub mod windows;

@@ -1,0 +1,483 @@
+use clap::Parser;
+use http_body_util::BodyExt;
+use inflight_stats::scaling::settings::DEFAULT_RPS_TARGET;
+use inflight_stats::{KeyReport, Snapshot};
+use tower::ServiceExt;
+
+use super::*;
+
+fn app() -> Arc<App> {
+    guarded(Access::load(None, false, crate::net::auth::Without::Loopback).unwrap())
+}
+
+fn guarded(access: Access) -> Arc<App> {
+    let room =
+        crate::key_table::Room { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
+    let keys = Keys::new(Arc::default(), room, 0);
+    Arc::new(App {
+        told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
+        keys,
+        access,
+        limits: crate::cli::flags::Flags::parse_from(["inflight-statserver"]).limits,
+        budget: Budget::new(1 << 20),
+        answers: Budget::new(1 << 20),
+        calls: Arc::new(Semaphore::new(9)),
+        listing: tokio::sync::Mutex::default(),
+        metrics: Arc::default(),
+        forward: None,
+        rps_target: DEFAULT_RPS_TARGET,
+        draining: AtomicBool::new(false),
+        ending: CancellationToken::new(),
+        connections: TaskTracker::new(),
+        seldom: Seldom::default(),
+    })
+}
+
+async fn ask(app: &Arc<App>, request: Request) -> (StatusCode, String) {
+    let response = router(Arc::clone(app)).oneshot(request).await.unwrap();
+    let status = response.status();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+async fn read(app: &Arc<App>, path: &str) -> (StatusCode, String) {
+    ask(app, Request::get(path).body(Body::empty()).unwrap()).await
+}
+
+async fn send(app: &Arc<App>, body: Vec<u8>) -> (StatusCode, String) {
+    let request = Request::post("/v1/reports").header("content-type", CONTENT_TYPE);
+    ask(app, request.body(Body::from(body)).unwrap()).await
+}
+
+async fn put(app: &Arc<App>, path: &str, json: &str) -> (StatusCode, String) {
+    ask(app, Request::put(path).body(Body::from(json.to_owned())).unwrap()).await
+}
+
+fn count(app: &App) -> usize {
+    let all = app.access.check(None, Peer::default()).unwrap();
+    app.keys.views(&all, "", usize::MAX, now_ns()).1
+}
+
+fn sample(name: &str, requests: u64) -> Report {
+    let since = Snapshot::starting_at(1_000_000_000);
+    let until = Snapshot {
+        as_of_ns: 2_000_000_000,
+        requests,
+        request_ns: 3_000_000_000,
+        in_flight: 2,
+        ..Snapshot::default()
+    };
+    Report {
+        version: 1,
+        pod: "pod".into(),
+        incarnation: 1,
+        messages: vec![KeyReport {
+            namespace: "ns".into(),
+            name: name.into(),
+            from_gateway: false,
+            since,
+            until,
+        }],
+    }
+}
+
+#[tokio::test]
+async fn a_report_shows_up_under_its_key() {
+    let app = app();
+    assert_eq!(send(&app, sample("rev", 7).encode().unwrap()).await, (StatusCode::ACCEPTED, String::new()));
+    let (status, body) = read(&app, "/v1/keys/ns/rev").await;
+    let value: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(value["requests_total"], 7);
+    assert_eq!(value["in_flight"], 2);
+    assert_eq!(value["pods"], 1);
+    assert_eq!(value["stable"]["concurrency"], 3.0);
+    assert_eq!(value["panic"]["requests_per_second"], 7.0);
+    assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&1.into(), &false.into()), "one at once");
+    assert_eq!(value["excess_burst_capacity"], serde_json::Value::Null);
+    put(&app, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
+    app.keys.decide(now_ns());
+    let (_, body) = read(&app, "/v1/keys/ns/rev").await;
+    let decided: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&decided["desired_pods"], &decided["panic_mode"]), (&3.into(), &true.into()));
+    assert_eq!(decided["excess_burst_capacity"], 1 - 211 - 3);
+    assert!(value["last_report_age_ms"].as_u64().unwrap() < 60_000);
+    let (_, all) = read(&app, "/v1/keys").await;
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&all).unwrap()["keys"][0]["name"], "rev");
+}
+
+#[tokio::test]
+async fn names_in_paths_are_percent_encoded() {
+    let app = app();
+    send(&app, sample("outbound|80||a/b", 1).encode().unwrap()).await;
+    assert_eq!(read(&app, "/v1/keys/ns/outbound%7C80%7C%7Ca%2Fb").await.0, StatusCode::OK);
+    assert_eq!(read(&app, "/v1/keys/ns/none").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn names_that_no_path_can_have_are_in_the_query() {
+    let app = app();
+    send(&app, sample("..", 1).encode().unwrap()).await;
+    let (status, key) = read(&app, "/v1/key?namespace=ns&name=..").await;
+    assert!(status == StatusCode::OK && key.contains(r#""name":"..""#), "{key}");
+    assert_eq!(read(&app, "/v1/key/history?name=%2E%2E&namespace=ns").await.0, StatusCode::OK);
+    let path = "/v1/key/settings?namespace=ns&name=a%2F%26b";
+    assert_eq!(put(&app, path, r#"{"target": 7}"#).await.0, StatusCode::OK);
+    assert!(read(&app, "/v1/keys/ns/a%2F&b").await.1.contains(r#""target":7.0"#));
+    assert_eq!(read(&app, "/v1/key?namespace=ns").await.0, StatusCode::BAD_REQUEST);
+    assert_eq!(read(&app, "/v1/key?namespace=ns&name=none").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn settings_for_which_there_is_no_room_change_nothing() {
+    let app = app();
+    for number in 0..100 {
+        send(&app, sample(&number.to_string(), 1).encode().unwrap()).await;
+    }
+    let (status, text) = put(&app, "/v1/keys/ns/more/settings", r#"{"target": 7}"#).await;
+    assert_eq!(status, StatusCode::INSUFFICIENT_STORAGE, "{text}");
+    assert!(text.contains("nothing was changed: ") && text.contains("100 keys"), "{text}");
+    assert_eq!(read(&app, "/v1/keys/ns/more/settings").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(put(&app, "/v1/keys/ns/7/settings", r#"{"target": 7}"#).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants() {
+    let mut app = app();
+    let room = crate::key_table::Room { keys: 9, keys_per_namespace: 9, pods_per_key: 9, bytes: 1 << 20 };
+    // As if it had not quite started: however slow this machine is.
+    Arc::get_mut(&mut app).unwrap().keys = Keys::new(Arc::default(), room, now_ns() + 3_600_000_000_000);
+    send(&app, sample("rev", 7).encode().unwrap()).await;
+    app.keys.decide(now_ns());
+    let value: serde_json::Value = serde_json::from_str(&read(&app, "/v1/keys/ns/rev").await.1).unwrap();
+
+    assert_eq!(
+        (&value["desired_pods"], &value["excess_burst_capacity"]),
+        (&serde_json::Value::Null, &serde_json::Value::Null)
+    );
+    let (_, text) = read(&app, "/metrics").await;
+    assert!(text.contains("key_pods{") && !text.contains("key_desired_pods{"), "{text}");
+    assert_eq!(app.keys.of("ns", "rev", |key| key.is_active(now_ns())), Some(true));
+}
+
+#[tokio::test]
+async fn what_is_refused_says_why_and_changes_nothing() {
+    let app = app();
+    let mut unknown_version = sample("rev", 7).encode().unwrap();
+    unknown_version[0] = 9;
+    let mut broken = sample("rev", 7).encode().unwrap();
+    broken.pop();
+    let cases = [
+        (unknown_version, StatusCode::BAD_REQUEST, "version 9"),
+        (broken, StatusCode::BAD_REQUEST, "does not decode"),
+        (vec![], StatusCode::BAD_REQUEST, "empty"),
+        (vec![1; inflight_stats::protocol::report::MAX_BYTES + 1], StatusCode::PAYLOAD_TOO_LARGE, "1048576"),
+    ];
+    for (body, status, reason) in cases {
+        let (got, text) = send(&app, body).await;
+        assert_eq!(got, status, "{text}");
+        assert!(text.contains(reason), "{text}");
+    }
+    let request = Request::post("/v1/reports").header("content-type", "application/json");
+    let (status, text) =
+        ask(&app, request.body(Body::from(sample("rev", 7).encode().unwrap())).unwrap()).await;
+    assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE, "{text}");
+    assert_eq!(count(&app), 0);
+}
+
+#[tokio::test]
+async fn of_a_report_with_a_key_that_went_back_the_others_are_taken() {
+    let app = app();
+    send(&app, sample("b", 7).encode().unwrap()).await;
+    let mut report = sample("a", 5);
+    report.messages.extend(sample("b", 3).messages);
+    report.messages.extend(sample("c", 4).messages);
+    report.messages[1].until.as_of_ns += 1;
+    let (status, text) = send(&app, report.encode().unwrap()).await;
+    assert_eq!((status, count(&app)), (StatusCode::CONFLICT, 3), "{text}");
+    assert!(text.contains("ns/b") && text.contains("went back"), "{text}");
+    let total = |name: &str| app.keys.view("ns", name, now_ns()).unwrap().figures.requests_total;
+    assert_eq!([total("a"), total("b"), total("c")], [5, 7, 4]);
+}
+
+#[tokio::test]
+async fn of_a_report_the_keys_that_are_granted_are_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, "reporter-of-ns-0123 ns\n").unwrap();
+    let app = guarded(Access::load(Some(&file), false, crate::net::auth::Without::Nothing).unwrap());
+    let send = async |report: &Report| {
+        let request = Request::post("/v1/reports").header("authorization", "Bearer reporter-of-ns-0123");
+        ask(&app, request.body(Body::from(report.encode().unwrap())).unwrap()).await.0
+    };
+    let mut report = sample("a", 5);
+    report.messages.extend(sample("b", 3).messages);
+    report.messages[0].namespace = "other".into();
+    let is_there = |namespace: &str, name: &str| app.keys.view(namespace, name, now_ns()).is_some();
+    assert_eq!(send(&report).await, StatusCode::ACCEPTED);
+    assert_eq!((is_there("other", "a"), is_there("ns", "b")), (false, true));
+    report.messages.pop();
+    assert_eq!((send(&report).await, is_there("other", "a")), (StatusCode::FORBIDDEN, false));
+}
+
+#[tokio::test]
+async fn of_a_report_that_names_a_key_twice_or_comes_from_the_future_nothing_is_taken() {
+    let app = app();
+    let mut report = sample("a", 5);
+    report.messages.extend(sample("b", 3).messages);
+    report.messages.extend(sample("a", 6).messages);
+    let (status, text) = send(&app, report.encode().unwrap()).await;
+    assert_eq!((status, count(&app)), (StatusCode::BAD_REQUEST, 0), "{text}");
+    assert!(text.contains("ns/a more than once"), "{text}");
+    let mut report = sample("a", 5);
+    report.messages[0].until.as_of_ns = u64::MAX;
+    let (status, text) = send(&app, report.encode().unwrap()).await;
+    assert_eq!((status, count(&app)), (StatusCode::BAD_REQUEST, 0), "{text}");
+    assert!(text.contains("ahead of the receiver's clock"), "{text}");
+    let hour = 3600 * 1_000_000_000;
+    report.messages[0].until.as_of_ns = now_ns() + hour;
+    assert_eq!(send(&app, report.encode().unwrap()).await.0, StatusCode::ACCEPTED, "an hour is no future");
+}
+
+#[tokio::test]
+async fn health_and_probes() {
+    let app = app();
+    assert_eq!(read(&app, "/healthz").await.0, StatusCode::OK);
+    assert_eq!(read(&app, "/readyz").await.0, StatusCode::OK);
+    app.draining.store(true, Ordering::Relaxed);
+    assert_eq!(read(&app, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(read(&app, "/nothing").await.0, StatusCode::NOT_FOUND);
+    let probe = Request::get("/nothing").header("user-agent", "kube-probe/1.33").body(Body::empty()).unwrap();
+    assert_eq!(ask(&app, probe).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn metrics_count_reports_by_their_answer() {
+    let app = app();
+    send(&app, sample("rev", 7).encode().unwrap()).await;
+    send(&app, vec![]).await;
+    let (_, text) = read(&app, "/metrics").await;
+    assert!(text.contains("inflight_statserver_reports_total{code=\"202\"} 1\n"), "{text}");
+    assert!(text.contains("inflight_statserver_reports_total{code=\"400\"} 1\n"), "{text}");
+    assert!(text.contains("inflight_statserver_keys 1\n"), "{text}");
+    let of_key = r#"inflight_statserver_key_stable_concurrency{namespace="ns",name="rev"} 3.0"#;
+    assert!(text.contains(of_key), "{text}");
+}
+
+#[tokio::test]
+async fn a_key_is_told_its_settings_and_told_otherwise() {
+    let app = app();
+    let path = "/v1/keys/ns/rev/settings";
+    assert_eq!(read(&app, path).await.0, StatusCode::NOT_FOUND);
+    let (status, text) = put(&app, path, r#"{"target": 7, "min_scale": 2}"#).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    assert_eq!(read(&app, path).await, (StatusCode::OK, text));
+    app.keys.decide(now_ns());
+    let (_, key) = read(&app, "/v1/keys/ns/rev").await;
+    let key: serde_json::Value = serde_json::from_str(&key).unwrap();
+    assert_eq!((&key["settings"]["target"], &key["desired_pods"]), (&7.0.into(), &2.into()));
+    assert_eq!(key["last_report_age_ms"], serde_json::Value::Null, "nobody has reported");
+    let history: serde_json::Value =
+        serde_json::from_str(&read(&app, "/v1/keys/ns/rev/history").await.1).unwrap();
+    assert_eq!((&history["seconds_between"], &history["points"][0]["desired_pods"]), (&2.into(), &2.into()));
+
+    for (json, reason) in [
+        (r#"{"target": 0}"#, "`target` was 0"),
+        (r#"{"tarjet": 1}"#, "`tarjet` was an unknown key"),
+        ("{", "not JSON"),
+        (&format!("[{}]", "1,".repeat(20_000)), "allowed 16384 bytes"),
+        (&format!("{}1{}", "[".repeat(5_000), "]".repeat(5_000)), "not JSON"),
+    ] {
+        let (status, text) = put(&app, path, json).await;
+        assert!(status.is_client_error() && text.contains(reason), "{status} {text}");
+    }
+    let (_, unchanged) = read(&app, path).await;
+    assert!(unchanged.contains(r#""target":7.0"#), "{unchanged}");
+
+    let untell = Request::delete(path).body(Body::empty()).unwrap();
+    assert_eq!(ask(&app, untell).await.0, StatusCode::NO_CONTENT);
+    assert!(read(&app, path).await.1.contains(r#""target":100.0"#));
+}
+
+#[tokio::test]
+async fn keys_are_found_by_a_part_of_their_name_and_no_more_than_asked_for() {
+    let app = app();
+    for name in ["b", "a", "ab"] {
+        send(&app, sample(name, 1).encode().unwrap()).await;
+    }
+    let names = async |query: &str| {
+        let (_, text) = read(&app, &format!("/v1/keys{query}")).await;
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let names =
+            value["keys"].as_array().unwrap().iter().map(|key| key["name"].as_str().unwrap().to_owned());
+        (names.collect::<Vec<_>>().join(" "), value["found"].as_u64().unwrap())
+    };
+    assert_eq!(names("").await, ("a ab b".into(), 3));
+    assert_eq!(names("?limit=1").await, ("a".into(), 3));
+    assert_eq!(names("?search=s%2Fa").await, ("a ab".into(), 2));
+    assert_eq!(read(&app, "/v1/keys?limit=-1").await.0, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn the_page_loads_nothing_from_elsewhere() {
+    let app = app();
+    for path in ["/", "/page.css", "/page.js"] {
+        let (status, text) = read(&app, path).await;
+        assert_eq!(status, StatusCode::OK);
+        let outside = text.matches("//").count() - text.matches(r#""http://www.w3.org/2000/svg""#).count();
+        let comments = text.lines().filter(|line| line.trim_start().starts_with("// ")).count();
+        assert_eq!(outside, comments, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn with_tokens_nobody_gets_beyond_theirs() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    std::fs::write(
+        &file,
+        "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
+    )
+    .unwrap();
+    let app = guarded(Access::load(Some(&file), false, crate::net::auth::Without::Loopback).unwrap());
+    let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
+        let mut request = Request::builder().method(method).uri(path);
+        if !token.is_empty() {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        ask(&app, request.body(Body::from(body)).unwrap()).await
+    };
+    let report = sample("rev", 7).encode().unwrap();
+    let settings = r#"{"target": 3}"#.as_bytes().to_vec();
+    let (reporter, admin, elsewhere) = ("reporter-of-ns-0123", "admin-of-all-012345", "elsewhere-0123456789");
+    for (token, method, path, body, code) in [
+        ("", "POST", "/v1/reports", &report, 401),
+        (elsewhere, "POST", "/v1/reports", &report, 403),
+        (reporter, "POST", "/v1/reports", &report, 202),
+        ("", "GET", "/v1/keys/ns/rev", &vec![], 401),
+        (elsewhere, "GET", "/v1/keys/ns/rev", &vec![], 403),
+        (elsewhere, "GET", "/v1/keys/ns/rev/history", &vec![], 403),
+        (elsewhere, "GET", "/v1/keys/ns/rev/settings", &vec![], 403),
+        (reporter, "GET", "/v1/keys/ns/rev", &vec![], 200),
+        (reporter, "PUT", "/v1/keys/ns/rev/settings", &settings, 403),
+        (reporter, "DELETE", "/v1/keys/ns/rev/settings", &vec![], 403),
+        (admin, "PUT", "/v1/keys/ns/rev/settings", &settings, 200),
+        ("", "GET", "/", &vec![], 401),
+        ("", "GET", "/page.js", &vec![], 401),
+        ("", "GET", "/metrics", &vec![], 401),
+        ("", "GET", "/v1/keys", &vec![], 401),
+        (reporter, "GET", "/", &vec![], 200),
+        ("", "GET", "/healthz", &vec![], 200),
+        ("", "GET", "/readyz", &vec![], 200),
+    ] {
+        let (status, text) = ask_as(token, method, path, body.clone()).await;
+        assert_eq!(status.as_u16(), code, "{token} {method} {path}: {text}");
+    }
+    assert!(ask_as(elsewhere, "GET", "/v1/keys", vec![]).await.1.contains(r#""found":0"#));
+    assert!(ask_as(reporter, "GET", "/v1/keys", vec![]).await.1.contains(r#""found":1"#));
+    assert!(!ask_as(elsewhere, "GET", "/metrics", vec![]).await.1.contains("rev"));
+    let (_, metrics) = ask_as(admin, "GET", "/metrics", vec![]).await;
+    assert!(metrics.contains("inflight_statserver_unauthorized_total 12\n"), "{metrics}");
+    assert!(!metrics.contains("0123"), "no secret");
+}
+
+#[tokio::test]
+async fn what_is_misspelt_is_refused_with_what_is_allowed() {
+    let app = app();
+    for (path, reason) in [
+        ("/v1/keys?serach=x", "parameter \"serach\" is not known, allowed here: search, limit"),
+        ("/v1/keys/ns/rev?limit=1", "parameter \"limit\" is not known, allowed here: none"),
+        ("/v1/keys?limit=abc", "`limit` was \"abc\", allowed is a whole number from 0 to 10000"),
+        ("/v1/keys?limit=10001", "`limit` was \"10001\", allowed is a whole number from 0 to 10000"),
+        ("/v1/keys?limit=", "`limit` was \"\", allowed is a whole number from 0 to 10000"),
+    ] {
+        let (status, text) = read(&app, path).await;
+        assert_eq!((status, text.trim_end()), (StatusCode::BAD_REQUEST, reason));
+    }
+    let (status, text) = read(&app, "/v2/keys").await;
+    assert!(status == 404 && text.contains("no such path; there are /, "), "{status} {text}");
+    let (status, text) = put(&app, "/v1/keys", "").await;
+    assert!(status == 405 && text.contains("does not take this method"), "{status} {text}");
+    assert_eq!(read(&app, "/v1/keys?search=a%2Fb&limit=0").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_list_has_a_hundred_keys_unless_it_is_asked_for_more() {
+    let app = app();
+    for number in 0..101 {
+        let mut report = sample("rev", 1);
+        report.messages[0].namespace = format!("ns-{number}");
+        assert_eq!(send(&app, report.encode().unwrap()).await.0, 202);
+    }
+    let count = async |path: &str| {
+        let json: serde_json::Value = serde_json::from_str(&read(&app, path).await.1).unwrap();
+        (json["keys"].as_array().unwrap().len(), json["found"].as_u64())
+    };
+    assert_eq!(count("/v1/keys").await, (100, Some(101)));
+    assert_eq!(count("/v1/keys?limit=1000").await, (101, Some(101)));
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_changes_nothing() {
+    let app = app();
+    let body = sample("rev", 5).encode().unwrap();
+    let from = async |headers: &[(&str, &str)], upgrade: bool| {
+        let mut request = Request::post("/v1/reports").header("host", "localhost:8080");
+        if upgrade {
+            request = Request::get("/").header("host", "localhost:8080").header("upgrade", "websocket");
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        ask(&app, request.body(Body::from(body.clone())).unwrap()).await.0
+    };
+    for headers in [
+        &[("origin", "http://evil.example")][..],
+        &[("origin", "null")],
+        &[("origin", "http://localhost:8081")],
+        &[("sec-fetch-site", "cross-site")],
+        &[("sec-fetch-site", "same-site"), ("origin", "http://localhost:8080")],
+    ] {
+        for upgrade in [false, true] {
+            assert_eq!(from(headers, upgrade).await, 403, "{headers:?}");
+        }
+    }
+    assert_eq!(count(&app), 0);
+    for headers in [
+        &[][..],
+        &[("origin", "http://localhost:8080")],
+        &[("origin", "https://localhost:8080"), ("sec-fetch-site", "same-origin")],
+    ] {
+        assert_eq!(from(headers, false).await, 202, "{headers:?}");
+        assert_ne!(from(headers, true).await, 403, "{headers:?}");
+    }
+    let request = Request::get("/v1/keys").header("origin", "http://evil.example");
+    assert_eq!(ask(&app, request.body(Body::empty()).unwrap()).await.0, 200, "a browser shows it to nobody");
+}
+
+#[tokio::test]
+async fn answers_that_nobody_reads_take_no_more_than_they_may() {
+    let app = app();
+    let mut report = sample("rev", 1);
+    report.messages[0].name = "n".repeat(500);
+    assert_eq!(send(&app, report.encode().unwrap()).await.0, 202);
+    let ask = async || {
+        let request = Request::get("/metrics").body(Body::empty()).unwrap();
+        router(Arc::clone(&app)).oneshot(request).await.unwrap()
+    };
+    let (mut unread, mut refused) = (Vec::new(), None);
+    while refused.is_none() {
+        let answer = ask().await;
+        match answer.status() {
+            StatusCode::OK => unread.push(answer),
+            _ => refused = Some(answer),
+        }
+        assert!(unread.len() < 1_000, "more than a MiB");
+    }
+    let refused = refused.unwrap();
+    assert_eq!(refused.status(), 503);
+    let text = refused.into_body().collect().await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&text).contains("--max-answer-bytes"));
+    unread.pop();
+    assert_eq!(ask().await.status(), 200, "one was read");
+}

@@ -1,0 +1,389 @@
+//! Who may do what: bearer tokens out of a file, each good for some namespaces; and whoever has a certificate.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use inflight_stats::protocol::report::is_name;
+use subtle::{Choice, ConstantTimeEq};
+use tokio::sync::watch;
+use tracing::{error, info};
+
+use crate::files;
+use crate::net::listener::Peer;
+
+/// The most tokens in the file.
+const MOST: usize = 10_000;
+const MOST_BYTES: u64 = 4 << 20;
+/// Shorter ones can be guessed.
+const SHORTEST: usize = 16;
+const LONGEST: usize = 4096;
+
+/// What somebody may do.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// For these namespaces; `None`: for all.
+    namespaces: Option<Arc<[String]>>,
+    /// Also tell keys what they are scaled by.
+    pub admin: bool,
+    /// The token that grants it, to be looked for again when the file has changed.
+    secret: Option<Arc<[u8]>>,
+}
+
+/// Without the secret: this may stand in a log.
+impl fmt::Debug for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grant").field("namespaces", &self.namespaces).field("admin", &self.admin).finish()
+    }
+}
+
+impl Grant {
+    /// Without tokens everybody on this machine may do everything.
+    const ALL: Self = Self { namespaces: None, admin: true, secret: None };
+    /// Reports and asks for every namespace, and tells keys nothing: who shows a certificate, and everybody if the address is
+    /// open to others.
+    const EVERY_NAMESPACE: Self = Self { namespaces: None, admin: false, secret: None };
+
+    /// Whether it is good for a namespace.
+    pub fn covers(&self, namespace: &str) -> bool {
+        self.namespaces.as_ref().is_none_or(|namespaces| namespaces.iter().any(|own| own == namespace))
+    }
+}
+
+/// No token, or none of those in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unknown;
+
+/// What somebody may do who shows neither a token nor a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Without {
+    /// Nothing: there are tokens, or a client CA.
+    Nothing,
+    /// Everything: only this machine can connect.
+    Loopback,
+    /// Report and ask, of every namespace: others can connect, by `--insecure`.
+    Insecure,
+}
+
+struct Token {
+    secret: Arc<[u8]>,
+    grant: Grant,
+}
+
+/// The tokens, as the file has them now.
+pub struct Access {
+    file: Option<PathBuf>,
+    /// Whether a certificate lets somebody in.
+    certificates: bool,
+    without: Without,
+    tokens: RwLock<(Vec<u8>, Arc<[Token]>)>,
+    /// How often the tokens have changed.
+    changes: watch::Sender<u64>,
+}
+
+/// A line that is no token. It does not show the line: that may hold a secret.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadLine(usize, Cow<'static, str>);
+
+impl fmt::Display for BadLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(line, reason) = self;
+        write!(f, "line {line}: {reason}; allowed is `TOKEN NAMESPACES [admin]`")
+    }
+}
+
+impl Access {
+    /// Reads the file, if there is one.
+    ///
+    /// # Errors
+    /// In one line, without a secret.
+    pub fn load(file: Option<&Path>, certificates: bool, without: Without) -> Result<Self, String> {
+        let tokens = match file {
+            None => (Vec::new(), Arc::default()),
+            Some(path) => {
+                read(path).map_err(|reason| format!("--token-file {}: {reason}", path.display()))?
+            }
+        };
+        let without = if file.is_some() || certificates { Without::Nothing } else { without };
+        let (tokens, changes) = (RwLock::new(tokens), watch::Sender::default());
+        Ok(Self { file: file.map(Path::to_owned), certificates, without, tokens, changes })
+    }
+
+    /// Takes over what the file says now. A file that is wrong changes nothing.
+    pub fn reload(&self) {
+        let Some(path) = &self.file else { return };
+        match read(path) {
+            Err(reason) => error!(file = %path.display(), reason, "the tokens stay as they were"),
+            Ok(new) => {
+                let mut tokens = self.tokens.write().unwrap_or_else(PoisonError::into_inner);
+                if tokens.0 != new.0 {
+                    info!(file = %path.display(), tokens = new.1.len(), "the tokens have changed");
+                    *tokens = new;
+                    drop(tokens);
+                    self.changes.send_modify(|changes| *changes += 1);
+                }
+            }
+        }
+    }
+
+    /// What the value of an `authorization` header allows: `Bearer TOKEN`, or `Basic` with the token as the password,
+    /// which is what a browser can send; and without one, a certificate. Every token is compared, each in constant time.
+    ///
+    /// # Errors
+    /// [`Unknown`].
+    pub fn check(&self, authorization: Option<&[u8]>, peer: Peer) -> Result<Grant, Unknown> {
+        match self.without {
+            Without::Loopback => return Ok(Grant::ALL),
+            Without::Insecure => return Ok(Grant::EVERY_NAMESPACE),
+            Without::Nothing => {}
+        }
+        match (&self.file, authorization) {
+            (None, _) | (Some(_), None) => {
+                let is_certified = self.certificates && peer.certified;
+                return if is_certified { Ok(Grant::EVERY_NAMESPACE) } else { Err(Unknown) };
+            }
+            // A token that is shown must be right, also beside a certificate.
+            (Some(_), Some(_)) => {}
+        }
+        let secret = authorization.and_then(secret).ok_or(Unknown)?;
+        self.find(&secret).ok_or(Unknown)
+    }
+
+    fn find(&self, secret: &[u8]) -> Option<Grant> {
+        let tokens = Arc::clone(&self.tokens.read().unwrap_or_else(PoisonError::into_inner).1);
+        let mut found = None;
+        for token in tokens.iter() {
+            let same: Choice = token.secret.ct_eq(secret);
+            if bool::from(same) {
+                found = Some(token.grant.clone());
+            }
+        }
+        found
+    }
+
+    /// Resolves once the token that granted this is no longer in the file, or grants something else: what was opened with it
+    /// has to end then.
+    pub async fn revoked(&self, grant: &Grant) {
+        let Some(secret) = &grant.secret else { return std::future::pending().await };
+        let mut changes = self.changes.subscribe();
+        while self.find(secret).as_ref() == Some(grant) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Whether anybody who connects is let in.
+    pub fn is_open(&self) -> bool {
+        !matches!(self.without, Without::Nothing)
+    }
+}
+
+fn secret(authorization: &[u8]) -> Option<Vec<u8>> {
+    let space = authorization.iter().position(|byte| *byte == b' ')?;
+    let (scheme, value) = authorization.split_at_checked(space)?;
+    let value = value.trim_ascii();
+    if scheme.eq_ignore_ascii_case(b"bearer") {
+        Some(value.to_vec())
+    } else if scheme.eq_ignore_ascii_case(b"basic") {
+        let decoded = STANDARD.decode(value).ok()?;
+        let colon = decoded.iter().position(|byte| *byte == b':')?;
+        decoded.get(colon + 1..).map(<[u8]>::to_vec)
+    } else {
+        None
+    }
+}
+
+type Tokens = (Vec<u8>, Arc<[Token]>);
+
+fn read(path: &Path) -> Result<Tokens, String> {
+    let bytes = files::read(path, MOST_BYTES).map_err(|error| error.to_string())?;
+    let tokens = parse(&bytes).map_err(|bad| bad.to_string())?;
+    if tokens.is_empty() {
+        return Err("no token in it".into());
+    }
+    Ok((bytes, tokens.into()))
+}
+
+fn parse(bytes: &[u8]) -> Result<Vec<Token>, BadLine> {
+    let mut tokens = Vec::new();
+    let mut known = HashMap::new();
+    // What some editors begin a file with would become a part of the first token.
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
+        let bad = |reason: &'static str| BadLine(number, reason.into());
+        let line = std::str::from_utf8(line).map_err(|_| bad("not UTF-8"))?.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let mut words = line.split_ascii_whitespace();
+        let (Some(secret), Some(namespaces)) = (words.next(), words.next()) else {
+            return Err(bad("no namespaces"));
+        };
+        let admin = match (words.next(), words.next()) {
+            (None, None) => false,
+            (Some("admin"), None) => true,
+            _ => return Err(bad("more words than known")),
+        };
+        if !(SHORTEST..=LONGEST).contains(&secret.len()) {
+            return Err(bad("a token has from 16 to 4096 bytes"));
+        }
+        let namespaces = match namespaces {
+            "*" => None,
+            list => {
+                let list: Vec<String> = list.split(',').map(str::to_owned).collect();
+                if list.iter().any(|namespace| namespace == "*") {
+                    return Err(bad("`*` stands alone, for all namespaces"));
+                }
+                if !list.iter().all(|namespace| is_name(namespace)) {
+                    return Err(bad("a namespace is a name of 1 to 512 bytes"));
+                }
+                Some(list.into())
+            }
+        };
+        if tokens.len() == MOST {
+            return Err(bad("more than 10,000 tokens"));
+        }
+        let secret: Arc<[u8]> = secret.as_bytes().into();
+        if let Some(first) = known.insert(Arc::clone(&secret), number) {
+            return Err(BadLine(number, format!("the token of line {first} again").into()));
+        }
+        let grant = Grant { namespaces, admin, secret: Some(Arc::clone(&secret)) };
+        tokens.push(Token { secret, grant });
+    }
+    Ok(tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str =
+        "# who may report\nshop-token-0123456789 shop,cart\n\n  root-token-0123456789   *  admin \n";
+
+    const NOBODY: Peer = Peer { certified: false };
+    const CERTIFIED: Peer = Peer { certified: true };
+
+    #[test]
+    fn a_certificate_is_good_for_every_namespace_and_for_no_settings() {
+        let (folder, _) = access(FILE);
+        let file = folder.path().join("tokens");
+        for file in [None, Some(&*file)] {
+            let access = Access::load(file, true, Without::Loopback).unwrap();
+            assert_eq!(access.check(None, NOBODY), Err(Unknown));
+            let grant = access.check(None, CERTIFIED).unwrap();
+            assert_eq!((grant.covers("anything"), grant.admin), (true, false));
+        }
+        let both = Access::load(Some(&file), true, Without::Insecure).unwrap();
+        assert_eq!(both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED), Err(Unknown));
+        assert!(!both.check(Some(b"Bearer shop-token-0123456789"), CERTIFIED).unwrap().covers("other"));
+        // A certificate that nobody asked for is none.
+        let tokens = Access::load(Some(&file), false, Without::Insecure).unwrap();
+        assert_eq!(tokens.check(None, CERTIFIED), Err(Unknown));
+    }
+
+    fn access(text: &str) -> (tempfile::TempDir, Result<Access, String>) {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tokens");
+        std::fs::write(&file, text).unwrap();
+        let access = Access::load(Some(&file), false, Without::Insecure);
+        (folder, access)
+    }
+
+    #[test]
+    fn a_token_is_good_for_its_namespaces_alone() {
+        let (_folder, access) = access(FILE);
+        let access = access.unwrap();
+        let shop = access.check(Some(b"Bearer shop-token-0123456789"), NOBODY).unwrap();
+        assert_eq!(
+            (shop.covers("shop"), shop.covers("cart"), shop.covers("shopx"), shop.admin),
+            (true, true, false, false)
+        );
+        let root = access.check(Some(b"bearer  root-token-0123456789"), NOBODY).unwrap();
+        assert_eq!((root.covers("anything"), root.admin), (true, true));
+        let browser = format!("Basic {}", STANDARD.encode("anyone:shop-token-0123456789"));
+        assert_eq!(access.check(Some(browser.as_bytes()), NOBODY).unwrap(), shop);
+        for wrong in [
+            &b"Bearer shop-token-012345678"[..],
+            b"Bearer",
+            b"Bearer ",
+            b"Basic !!!",
+            b"Basic YWJj",
+            b"",
+            b"\xff \xff",
+        ] {
+            assert_eq!(access.check(Some(wrong), NOBODY), Err(Unknown), "{wrong:?}");
+        }
+        assert_eq!(access.check(None, NOBODY), Err(Unknown));
+    }
+
+    #[test]
+    fn without_a_file_everybody_on_this_machine_may_and_others_may_not_tell_keys_anything() {
+        let access = |without| Access::load(None, false, without).unwrap().check(None, NOBODY);
+        assert_eq!(access(Without::Loopback), Ok(Grant::ALL));
+        let insecure = access(Without::Insecure).unwrap();
+        assert_eq!((insecure.covers("anything"), insecure.admin), (true, false));
+        assert_eq!(access(Without::Nothing), Err(Unknown));
+    }
+
+    #[test]
+    fn what_an_editor_begins_a_file_with_is_no_part_of_the_first_token() {
+        let (_folder, access) = access("\u{feff}shop-token-0123456789 shop\r\n\r\n");
+        let access = access.unwrap();
+        assert!(access.check(Some(b"Bearer shop-token-0123456789"), NOBODY).unwrap().covers("shop"));
+    }
+
+    #[tokio::test]
+    async fn whoever_had_a_token_that_is_gone_or_grants_something_else_is_told() {
+        let (folder, access) = access(FILE);
+        let access = access.unwrap();
+        let file = folder.path().join("tokens");
+        let grant = |token: &str| access.check(Some(format!("Bearer {token}").as_bytes()), NOBODY).unwrap();
+        let (shop, root) = (grant("shop-token-0123456789"), grant("root-token-0123456789"));
+        let mut revoked = std::pin::pin!(access.revoked(&shop));
+        let is_revoked = async |revoked: &mut std::pin::Pin<&mut _>| {
+            futures_util::future::poll_immediate(revoked).await.is_some()
+        };
+        assert!(!is_revoked(&mut revoked).await);
+        std::fs::write(&file, "shop-token-0123456789 shop,cart\nroot-token-0123456789 *\n").unwrap();
+        access.reload();
+        assert!(!is_revoked(&mut revoked).await, "another line changed");
+        access.revoked(&root).await;
+        std::fs::write(&file, "root-token-0123456789 *\n").unwrap();
+        access.reload();
+        revoked.await;
+    }
+
+    #[test]
+    fn a_wrong_file_is_refused_without_its_secrets() {
+        for (text, reason) in [
+            ("secret-secret-secret", "line 1: no namespaces"),
+            ("\nsecret *", "line 2: a token has from 16"),
+            ("secret-secret-secret * root", "more words"),
+            ("# nothing\n", "no token in it"),
+            ("secret-secret-secret *,x", "line 1: `*` stands alone"),
+            ("secret-secret-secret a,,b", "line 1: a namespace is a name"),
+            ("secret-secret-secret a\n\nsecret-secret-secret b", "line 3: the token of line 1 again"),
+        ] {
+            let error = access(text).1.err().unwrap();
+            assert!(error.contains(reason) && !error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_changed_file_is_taken_over_and_a_wrong_one_is_not() {
+        let (folder, access) = access(FILE);
+        let access = access.unwrap();
+        let file = folder.path().join("tokens");
+        std::fs::write(&file, "other-token-0123456789 *\n").unwrap();
+        access.reload();
+        assert_eq!(access.check(Some(b"Bearer shop-token-0123456789"), NOBODY), Err(Unknown));
+        std::fs::write(&file, "short *\n").unwrap();
+        access.reload();
+        assert!(access.check(Some(b"Bearer other-token-0123456789"), NOBODY).is_ok());
+    }
+}
