@@ -1,29 +1,29 @@
 //! Faults on request, for tests of what happens after. Not part of a shipped module.
 
-use inflight_stats::pod::{Expect, Store};
+use inflight_stats::pod::store::Expect;
 
-use crate::host::{self, Headers, SharedData};
+use crate::host::{HeaderMap, Host};
 
 const KEY: &str = "inflight/fault";
 
-/// `x-inflight-fault: panic` and `trap` end this worker's VM; `panic-leader` and `trap-leader` leave a note
-/// that ends the leader's.
-pub fn of_request() {
-    match host::header(Headers::Request, "x-inflight-fault").as_deref() {
+/// `x-inflight-fault: panic` and `trap` end this worker's VM; `panic-leader` and `trap-leader` leave
+/// a note that ends the leader's.
+pub fn of_request(host: impl Host) {
+    match host.header(HeaderMap::Request, "x-inflight-fault").as_deref() {
         Some(b"panic") => boom(),
         Some(b"trap") => trap(),
         Some(note @ (b"panic-leader" | b"trap-leader")) => {
-            let expect = SharedData.get(KEY).map_or(Expect::Absent, |(_, version)| Expect::Version(version));
-            SharedData.set(KEY, note, expect);
+            let expect = host.get(KEY).map_or(Expect::Absent, |(_, version)| Expect::Version(version));
+            host.set(KEY, note, expect);
         }
         _ => {}
     }
 }
 
 /// Called by the leader after its report.
-pub fn of_leader() {
-    let Some((note, version)) = SharedData.get(KEY) else { return };
-    if note.is_empty() || !SharedData.set(KEY, b"", Expect::Version(version)) {
+pub fn of_leader(host: impl Host) {
+    let Some((note, version)) = host.get(KEY) else { return };
+    if note.is_empty() || !host.set(KEY, b"", Expect::Version(version)) {
         return;
     }
     match note.as_slice() {

@@ -1,40 +1,33 @@
 //! Inflight's Envoy plugin: glue between proxy-wasm's callbacks and `inflight-stats`, where the
-//! rules live. Nothing here could be tested without Envoy.
+//! rules live. All of it runs over the trait [`Host`](host::Host), and so natively under this
+//! crate's tests; what only Envoy can show is tested in `tests/e2e`.
 //!
-//! | module | its one job |
+//! The layers, from the lowest: a module imports only modules of its own or of lower layers, and no
+//! two import each other.
+//!
+//! | layer | what it has |
 //! |---|---|
-//! | `host` | the host calls, with every error as a value: a panic would end this worker's VM |
-//! | `exporter` | the role `exporter`: the pod's figures at `/metrics` |
-//! | `gate` | the breaker at this worker: its requests in the app, its requests that wait |
-//! | `keyed_worker` | the gateway's side of a worker: counts by key, and Envoy's stats of each |
-//! | `passage` | one request through a gateway |
-//! | `root` | the root context: configuration, ticks, the call to the stats server and its answer |
-//! | `stream` | one request: in, out, what it was |
-//! | `worker` | what this VM counted for one pod, shared by all its root and stream contexts |
-//! | `metrics` | Envoy's stats |
-#![deny(missing_docs)]
+//! | `host` | the host calls as a trait, Envoy behind it, handles of stats |
+//! | `fault_injection` | faults on request; never in a shipped module |
+//! | `vm` | what one VM keeps: counters, its part in the pod's figure, the local breaker, reports |
+//! | `roles` | one request: at a sidecar, a gateway, the exporter |
+//! | `root` | the root context: configuration, ticks, the answers of the stats server |
+//! | `panic_hook` | what a panic leaves behind |
+//! | `entry` | what Envoy calls |
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
+// Natively there is nobody to call the entry.
+#![cfg_attr(not(any(test, target_arch = "wasm32")), allow(dead_code))]
 
-mod exporter;
+#[cfg(target_arch = "wasm32")]
+#[allow(missing_docs)]
+mod entry;
 #[cfg(feature = "fault-injection")]
 mod fault_injection;
-mod gateway;
 mod host;
-mod keyed_worker;
-mod local_breaker;
-mod metrics;
+#[cfg(target_arch = "wasm32")]
+mod panic_hook;
+mod roles;
 mod root;
-mod sidecar;
-mod worker;
-
-/// What the host calls first. The macro's function carries no documentation of its own.
-#[allow(missing_docs)]
-mod entry {
-    use proxy_wasm::types::LogLevel;
-
-    proxy_wasm::main! {{
-        // Envoy filters its component `wasm` too; this only keeps traces from being formatted.
-        proxy_wasm::set_log_level(LogLevel::Info);
-        crate::worker::seal_on_panic();
-        proxy_wasm::set_root_context(|id| Box::new(crate::root::Root::new(id)));
-    }}
-}
+#[cfg(test)]
+mod simulation;
+mod vm;

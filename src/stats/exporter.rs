@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use crate::config::identity::Identity;
-use crate::pod::State;
+use crate::pod::pod_state::PodState;
 use crate::protocol::knative::Stat;
 
 /// The content type that Knative's autoscaler insists on.
@@ -14,7 +14,7 @@ pub const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// A pod's figures of the last period, its uptime included: whoever tells periods apart by it sees each one once,
 /// however often it asks. All zero before the first period. The receiver sets the time.
-pub fn stat_of(pod_name: &str, state: Option<&State>) -> Stat {
+pub fn stat_of(pod_name: &str, state: Option<&PodState>) -> Stat {
     let stat = Stat { pod_name: pod_name.as_bytes().to_vec().into(), ..Stat::default() };
     let Some(state) = state else { return stat };
     let [before, latest] = state.published;

@@ -18,12 +18,13 @@
 //!
 //! ```
 //! use inflight_stats::Snapshot;
+//! use inflight_stats::counting::request::Origin;
 //!
 //! let second = 1_000_000_000;
 //! let mut now = Snapshot::starting_at(10 * second);
 //! let before = now;
-//! now.request_in(10 * second, false);
-//! now.request_out(10 * second + second / 2, false);
+//! now.request_in(10 * second, Origin::Direct);
+//! now.request_out(10 * second + second / 2, Origin::Direct);
 //! now.advance(11 * second);
 //!
 //! let period = now.since(&before).expect("time went on");
@@ -49,5 +50,7 @@ pub use counting::recorder::Recorder;
 pub use counting::snapshot::{Period, Snapshot};
 pub use protocol::report::{KeyReport, Report};
 
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod vectors;

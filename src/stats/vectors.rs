@@ -1,5 +1,6 @@
 //! The answers of the real Knative code in `vectors/` at the crate's root, against ours.
 
+use crate::counting::request::Origin;
 use crate::counting::snapshot::Snapshot;
 use crate::protocol::gob;
 use crate::protocol::knative::{self, FrameLimits, Stat, WireStatMessage};
@@ -29,10 +30,10 @@ fn replay(name: &str) -> usize {
                 now = Snapshot::starting_at(at);
                 reported = now;
             }
-            "ReqIn" => now.request_in(at, false),
-            "ReqOut" => now.request_out(at, false),
-            "ProxiedIn" => now.request_in(at, true),
-            "ProxiedOut" => now.request_out(at, true),
+            "ReqIn" => now.request_in(at, Origin::Direct),
+            "ReqOut" => now.request_out(at, Origin::Direct),
+            "ProxiedIn" => now.request_in(at, Origin::Proxied),
+            "ProxiedOut" => now.request_out(at, Origin::Proxied),
             "Report" => {
                 now.advance(at);
                 let period = now.since(&reported).unwrap();

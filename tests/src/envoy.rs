@@ -214,7 +214,7 @@ impl Envoy {
 
     /// Waits until so many more reports were acknowledged.
     pub async fn reports(&self, more: u32) {
-        let acknowledged = async || self.stat("inflight_reports_sent", &[]).await;
+        let acknowledged = async || self.stat("inflight_reports_sent_total", &[]).await;
         let enough = acknowledged().await + f64::from(more);
         wait::until(&format!("{more} more reports"), Duration::from_secs(20), || async {
             let now = acknowledged().await;

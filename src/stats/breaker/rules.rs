@@ -3,12 +3,12 @@
 //!
 //! Its state lies in the shared store as one value, changed by compare-and-swap: who holds how many
 //! permits, and who waits, in the order of arrival. A permit that is given back goes straight to the one who
-//! has waited longest, whichever worker has it; nobody can slip in between. Probes have a short line of their own, which
+//! has waited longest, whichever worker has it; nobody can slip in between. Probes have a short queue of their own, which
 //! is served first: they take permits as requests do, or anybody could pass the breaker by calling themselves a
 //! probe, but a full queue must not make a healthy pod look dead.
 //!
 //! The worker that gave a permit back tells the other by a message ([`Grant`]). What a worker holds and who of it waits
-//! is known twice, here and in its [`crate::breaker::worker_side::Desk`]. The worker settles the two at each tick
+//! is known twice, here and in its [`WorkerSide`](crate::breaker::worker_side::WorkerSide). The worker settles the two at each tick
 //! ([`Breaker::settle`]), and so finds lost messages; if its entry is gone, it makes a new one with its next change,
 //! whatever that is.
 
@@ -16,19 +16,18 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::pod::{Expect, Store};
+use crate::counting::time::MonotonicNs;
+use crate::pod::store::{self, Attempt, Store, StoreError};
 
-/// Attempts at a conditional write. Each one that fails means that another worker's went through.
+/// Attempts at a change. Each one that fails means that another worker's went through; to give up
+/// would turn a request away, or keep a permit until the next tick, so it hardly ever does.
 const ATTEMPTS: usize = 4096;
-
-/// What the state of a few workers takes without a queue; with one the buffer grows.
-const ROOM: usize = 256;
 
 /// The most probes that wait.
 pub const MOST_WAITING_PROBES: usize = 4;
 
-/// For so long after it lost its seat a worker keeps its permits: it may only be slow, with its requests in the app all
-/// the time. Longer than a seat is kept, because one that comes back finds its counts, but its permits with others. Five
+/// For so long after its membership ended a worker keeps its permits: it may only be slow, with its requests in the app all
+/// the time. Longer than a membership, because one that comes back finds its counts, but its permits with others. Five
 /// seconds, and one for what a busy machine takes to let it tick.
 pub const PATIENCE_NS: u64 = 6_000_000_000;
 
@@ -43,8 +42,8 @@ pub struct Limits {
 
 /// Where a request waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Line {
-    /// The probes' own line.
+pub enum Queue {
+    /// The probes' own queue.
     Probes,
     /// The queue.
     Requests,
@@ -53,7 +52,7 @@ pub enum Line {
 /// A waiting request: the worker that has it, and the worker's number for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ticket {
-    /// The worker's id ([`crate::pod::Member`]).
+    /// The worker's id ([`crate::pod::member::Member`]).
     pub worker: u64,
     /// Counted by the worker.
     pub number: u64,
@@ -65,7 +64,7 @@ pub struct Grant {
     /// To whom.
     pub ticket: Ticket,
     /// Under which of its worker's entries: with the entry the permit is gone, too.
-    pub seating: u32,
+    pub epoch: u32,
     /// The message queue of its worker, as that worker entered it.
     pub mailbox: u32,
 }
@@ -85,22 +84,22 @@ pub enum Answer {
 #[derive(Clone, Debug)]
 pub struct Waiter<W> {
     /// Where it waits.
-    pub line: Line,
+    pub queue: Queue,
     /// Since when.
-    pub since_ns: u64,
+    pub since: MonotonicNs,
     /// What its worker keeps of it.
-    pub of: W,
+    pub data: W,
 }
 
 /// A worker as it knows itself.
 #[derive(Clone, Copy, Debug)]
-pub struct Own<'a, W> {
+pub struct LocalView<'a, W> {
     /// Its id.
     pub worker: u64,
     /// Its message queue.
     pub mailbox: u32,
     /// Its entry's number; a new entry has the next one.
-    pub seating: u32,
+    pub epoch: u32,
     /// The permits that its requests hold.
     pub holding: u32,
     /// Those of its requests that wait as far as it knows, by their numbers: in order of arrival.
@@ -109,7 +108,7 @@ pub struct Own<'a, W> {
 
 /// What came of a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Done<R> {
+pub struct Update<R> {
     /// The change's own result.
     pub result: R,
     /// Who has permits now.
@@ -119,7 +118,7 @@ pub struct Done<R> {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct State {
+struct BreakerState {
     entries: Vec<Entry>,
     probes: VecDeque<Ticket>,
     waiting: VecDeque<Ticket>,
@@ -129,14 +128,19 @@ struct State {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     worker: u64,
-    seating: u32,
+    epoch: u32,
     mailbox: u32,
     running: u32,
-    /// Since when the worker is believed to be gone, by the raw clock.
-    gone_since_ns: Option<u64>,
+    /// Since when the worker is believed to be gone, by the monotonic clock.
+    gone_since: Option<MonotonicNs>,
 }
 
-impl State {
+impl BreakerState {
+    /// What cannot be decoded cannot be waited for either: it begins anew.
+    fn decode(bytes: &[u8]) -> Self {
+        bincode::deserialize(bytes).unwrap_or_default()
+    }
+
     fn running(&self) -> u32 {
         self.entries.iter().fold(0, |sum, entry| sum.saturating_add(entry.running))
     }
@@ -147,29 +151,29 @@ impl State {
 
     /// The worker does something, so it lives. If it has no entry, the permits that its requests hold are taken again, beyond
     /// the limit if need be, and those who wait stand at the end.
-    fn sit_down<W>(&mut self, own: &Own<'_, W>) -> Seated {
-        if let Some(entry) = self.entry(own.worker) {
-            entry.mailbox = own.mailbox;
-            let believed_gone = entry.gone_since_ns.take().is_some();
-            return if believed_gone { Seated::Again } else { Seated::Already };
+    fn ensure_entry<W>(&mut self, local: &LocalView<'_, W>) -> EntryState {
+        if let Some(entry) = self.entry(local.worker) {
+            entry.mailbox = local.mailbox;
+            let believed_gone = entry.gone_since.take().is_some();
+            return if believed_gone { EntryState::Returned } else { EntryState::Present };
         }
         self.entries.push(Entry {
-            worker: own.worker,
-            seating: own.seating.wrapping_add(1),
-            mailbox: own.mailbox,
-            running: own.holding,
-            gone_since_ns: None,
+            worker: local.worker,
+            epoch: local.epoch.wrapping_add(1),
+            mailbox: local.mailbox,
+            running: local.holding,
+            gone_since: None,
         });
-        for (&number, waiter) in own.waiting {
-            self.line(waiter.line).push_back(Ticket { worker: own.worker, number });
+        for (&number, waiter) in local.waiting {
+            self.queue(waiter.queue).push_back(Ticket { worker: local.worker, number });
         }
-        Seated::Anew
+        EntryState::Created
     }
 
-    fn line(&mut self, line: Line) -> &mut VecDeque<Ticket> {
-        match line {
-            Line::Probes => &mut self.probes,
-            Line::Requests => &mut self.waiting,
+    fn queue(&mut self, queue: Queue) -> &mut VecDeque<Ticket> {
+        match queue {
+            Queue::Probes => &mut self.probes,
+            Queue::Requests => &mut self.waiting,
         }
     }
 
@@ -199,24 +203,20 @@ impl State {
             if let Some(entry) = self.entry(ticket.worker) {
                 entry.running = entry.running.saturating_add(1);
                 running = running.saturating_add(1);
-                grants.push(Grant { ticket, seating: entry.seating, mailbox: entry.mailbox });
+                grants.push(Grant { ticket, epoch: entry.epoch, mailbox: entry.mailbox });
             }
         }
         grants
     }
 }
 
-/// The store did not take a change. Nothing was changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Contended;
-
 /// How a worker came by its entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seated {
-    Already,
+enum EntryState {
+    Present,
     /// It was believed to be gone.
-    Again,
-    Anew,
+    Returned,
+    Created,
 }
 
 /// Whether a change left everything as it was.
@@ -248,33 +248,33 @@ impl Breaker {
         Self { key, limits }
     }
 
-    /// A request comes; should it have to wait, it does so in `line` as `number`.
+    /// A request comes; should it have to wait, it does so in `queue` as `number`.
     ///
     /// # Errors
-    /// [`Contended`].
+    /// [`StoreError`].
     pub fn enter<W>(
         &self,
         store: &impl Store,
-        own: &Own<'_, W>,
-        line: Line,
+        local: &LocalView<'_, W>,
+        queue: Queue,
         number: u64,
-    ) -> Result<Done<Answer>, Contended> {
+    ) -> Result<Update<Answer>, StoreError> {
         let Limits { concurrency, queue_depth } = self.limits;
-        let places = if line == Line::Probes { MOST_WAITING_PROBES } else { queue_depth as usize };
+        let capacity = if queue == Queue::Probes { MOST_WAITING_PROBES } else { queue_depth as usize };
         // Without grants: a place in the queue is no permit, not even where there is room for both.
-        self.update_own(store, own, Grants::None, |state| {
+        self.update_local(store, local, Grants::None, |state| {
             // Nobody overtakes those who wait, but for probes.
-            let first = state.probes.is_empty() && (line == Line::Probes || state.waiting.is_empty());
+            let first = state.probes.is_empty() && (queue == Queue::Probes || state.waiting.is_empty());
             if first && state.running() < concurrency {
-                if let Some(entry) = state.entry(own.worker) {
+                if let Some(entry) = state.entry(local.worker) {
                     entry.running = entry.running.saturating_add(1);
                 }
                 return (Answer::Admitted, Changed::Yes);
             }
-            if state.line(line).len() >= places {
+            if state.queue(queue).len() >= capacity {
                 return (Answer::Full, Changed::No);
             }
-            state.line(line).push_back(Ticket { worker: own.worker, number });
+            state.queue(queue).push_back(Ticket { worker: local.worker, number });
             (Answer::Queued, Changed::Yes)
         })
     }
@@ -284,20 +284,20 @@ impl Breaker {
     /// only while more than half of the permits are taken: otherwise it would be long until the app could see one too many.
     ///
     /// # Errors
-    /// [`Contended`]; the permit is still taken.
+    /// [`StoreError`]; the permit is still taken.
     pub fn leave<W>(
         &self,
         store: &impl Store,
-        own: &Own<'_, W>,
+        local: &LocalView<'_, W>,
         mut must_linger: impl FnMut() -> bool,
-    ) -> Result<Done<bool>, Contended> {
-        self.update_own(store, own, Grants::Free, |state| {
+    ) -> Result<Update<bool>, StoreError> {
+        self.update_local(store, local, Grants::Free, |state| {
             let wait = !state.waiting.is_empty() || !state.probes.is_empty();
             let crowded = wait || state.running() > self.limits.concurrency / 2;
             if crowded && must_linger() {
                 return (false, Changed::No);
             }
-            state.release(own.worker);
+            state.release(local.worker);
             (true, Changed::Yes)
         })
     }
@@ -305,19 +305,19 @@ impl Breaker {
     /// A waiting request gives up. If it had been given a permit meanwhile, that goes to others.
     ///
     /// # Errors
-    /// [`Contended`]; it still waits.
+    /// [`StoreError`]; it still waits.
     pub fn abandon<W>(
         &self,
         store: &impl Store,
-        own: &Own<'_, W>,
+        local: &LocalView<'_, W>,
         number: u64,
-    ) -> Result<Done<()>, Contended> {
-        let ticket = Ticket { worker: own.worker, number };
-        self.update_own(store, own, Grants::Free, |state| {
+    ) -> Result<Update<()>, StoreError> {
+        let ticket = Ticket { worker: local.worker, number };
+        self.update_local(store, local, Grants::Free, |state| {
             let before = state.probes.len() + state.waiting.len();
             state.keep_tickets(|waiting| *waiting != ticket);
             if state.probes.len() + state.waiting.len() == before {
-                state.release(own.worker);
+                state.release(local.worker);
             }
             ((), Changed::Yes)
         })
@@ -327,39 +327,43 @@ impl Breaker {
     /// numbers of those who wait, as it believes, and have permits.
     ///
     /// # Errors
-    /// [`Contended`].
-    pub fn settle<W>(&self, store: &impl Store, own: &Own<'_, W>) -> Result<Done<Vec<u64>>, Contended> {
-        self.update_own(store, own, Grants::Free, |state| {
+    /// [`StoreError`].
+    pub fn settle<W>(
+        &self,
+        store: &impl Store,
+        local: &LocalView<'_, W>,
+    ) -> Result<Update<Vec<u64>>, StoreError> {
+        self.update_local(store, local, Grants::Free, |state| {
             let mut still = Vec::new();
-            let mut strangers = false;
-            for ticket in state.probes.iter().chain(&state.waiting).filter(|t| t.worker == own.worker) {
-                match own.waiting.contains_key(&ticket.number) {
+            let mut unknown = false;
+            for ticket in state.probes.iter().chain(&state.waiting).filter(|t| t.worker == local.worker) {
+                match local.waiting.contains_key(&ticket.number) {
                     true => still.push(ticket.number),
-                    false => strangers = true,
+                    false => unknown = true,
                 }
             }
-            if strangers {
+            if unknown {
                 state.keep_tickets(|ticket| {
-                    ticket.worker != own.worker || own.waiting.contains_key(&ticket.number)
+                    ticket.worker != local.worker || local.waiting.contains_key(&ticket.number)
                 });
             }
             still.sort_unstable();
             let granted: Vec<u64> =
-                own.waiting.keys().filter(|number| still.binary_search(number).is_err()).copied().collect();
-            let running = own.holding.saturating_add(u32::try_from(granted.len()).unwrap_or(u32::MAX));
-            let wrong = state.entry(own.worker).is_some_and(|entry| entry.running != running);
-            if let Some(entry) = state.entry(own.worker) {
+                local.waiting.keys().filter(|number| still.binary_search(number).is_err()).copied().collect();
+            let running = local.holding.saturating_add(u32::try_from(granted.len()).unwrap_or(u32::MAX));
+            let differs = state.entry(local.worker).is_some_and(|entry| entry.running != running);
+            if let Some(entry) = state.entry(local.worker) {
                 entry.running = running;
             }
-            (granted, if wrong || strangers { Changed::Yes } else { Changed::No })
+            (granted, if differs || unknown { Changed::Yes } else { Changed::No })
         })
     }
 
     /// A worker ends: its permits go to others, its tickets are void.
     ///
     /// # Errors
-    /// [`Contended`]; to be tried again.
-    pub fn forget(&self, store: &impl Store, worker: u64) -> Result<Vec<Grant>, Contended> {
+    /// [`StoreError`]; to be tried again.
+    pub fn forget(&self, store: &impl Store, worker: u64) -> Result<Vec<Grant>, StoreError> {
         let (_, grants) = self.update(store, Grants::Free, |state| {
             state.remove(worker);
             ((), Changed::Yes)
@@ -367,27 +371,27 @@ impl Breaker {
         Ok(grants)
     }
 
-    /// Another worker is believed to be gone, now by the raw clock. It is forgotten if it has done nothing here for
+    /// Another worker is believed to be gone, now by the monotonic clock. It is forgotten if it has done nothing here for
     /// [`PATIENCE_NS`] since this was said first; `None`: not yet.
     ///
     /// # Errors
-    /// [`Contended`]; to be tried again.
+    /// [`StoreError`]; to be tried again.
     pub fn forget_late(
         &self,
         store: &impl Store,
         worker: u64,
-        now_ns: u64,
-    ) -> Result<Option<Vec<Grant>>, Contended> {
+        now: MonotonicNs,
+    ) -> Result<Option<Vec<Grant>>, StoreError> {
         let (gone, grants) = self.update(store, Grants::Free, |state| {
             let Some(entry) = state.entry(worker) else { return (true, Changed::No) };
-            match entry.gone_since_ns {
-                Some(since_ns) if now_ns.saturating_sub(since_ns) < PATIENCE_NS => (false, Changed::No),
+            match entry.gone_since {
+                Some(since) if now.since(since) < PATIENCE_NS => (false, Changed::No),
                 Some(_) => {
                     state.remove(worker);
                     (true, Changed::Yes)
                 }
                 None => {
-                    entry.gone_since_ns = Some(now_ns);
+                    entry.gone_since = Some(now);
                     (false, Changed::Yes)
                 }
             }
@@ -398,39 +402,33 @@ impl Breaker {
     /// Whether a worker has an entry.
     #[cfg(test)]
     pub(crate) fn has_entry(&self, store: &impl Store, worker: u64) -> bool {
-        self.read(store).0.entry(worker).is_some()
+        self.read(store).entry(worker).is_some()
     }
 
     /// Requests in the app and requests that wait, probes included.
     pub fn depth(&self, store: &impl Store) -> (u64, u64) {
-        let (state, _) = self.read(store);
+        let state = self.read(store);
         (u64::from(state.running()), (state.probes.len() + state.waiting.len()) as u64)
     }
 
-    fn read(&self, store: &impl Store) -> (State, Expect) {
-        match store.get(&self.key) {
-            None => (State::default(), Expect::Absent),
-            // What cannot be read cannot be waited for either: begin anew.
-            Some((bytes, version)) => {
-                (bincode::deserialize(&bytes).unwrap_or_default(), Expect::Version(version))
-            }
-        }
+    fn read(&self, store: &impl Store) -> BreakerState {
+        store.get(&self.key).map(|(bytes, _)| BreakerState::decode(&bytes)).unwrap_or_default()
     }
 
-    fn update_own<R, W>(
+    fn update_local<R, W>(
         &self,
         store: &impl Store,
-        own: &Own<'_, W>,
+        local: &LocalView<'_, W>,
         which: Grants,
-        mut change: impl FnMut(&mut State) -> (R, Changed),
-    ) -> Result<Done<R>, Contended> {
+        mut change: impl FnMut(&mut BreakerState) -> (R, Changed),
+    ) -> Result<Update<R>, StoreError> {
         let ((result, new_entry), grants) = self.update(store, which, |state| {
-            let seated = state.sit_down(own);
+            let found = state.ensure_entry(local);
             let (result, changed) = change(state);
-            let changed = if seated == Seated::Already { changed } else { Changed::Yes };
-            ((result, seated == Seated::Anew), changed)
+            let changed = if found == EntryState::Present { changed } else { Changed::Yes };
+            ((result, found == EntryState::Created), changed)
         })?;
-        Ok(Done { result, grants, new_entry })
+        Ok(Update { result, grants, new_entry })
     }
 
     /// Changes the state, and grants in the same write.
@@ -438,26 +436,23 @@ impl Breaker {
         &self,
         store: &impl Store,
         which: Grants,
-        mut change: impl FnMut(&mut State) -> (R, Changed),
-    ) -> Result<(R, Vec<Grant>), Contended> {
-        for _ in 0..ATTEMPTS {
-            let (mut state, expect) = self.read(store);
+        mut change: impl FnMut(&mut BreakerState) -> (R, Changed),
+    ) -> Result<(R, Vec<Grant>), StoreError> {
+        store::update_bytes(store, &self.key, ATTEMPTS, |found| {
+            let mut state = found.map(BreakerState::decode).unwrap_or_default();
             let (result, changed) = change(&mut state);
             let grants = match which {
                 Grants::Free => state.grant(self.limits.concurrency),
                 Grants::None => Vec::new(),
             };
             if changed == Changed::No && grants.is_empty() {
-                return Ok((result, grants));
+                return Attempt::Keep((result, grants));
             }
-            // Not measured first: this is done twice a request.
-            let mut bytes = Vec::with_capacity(ROOM);
-            let written = bincode::serialize_into(&mut bytes, &state).is_ok();
-            if written && store.set(&self.key, &bytes, expect) {
-                return Ok((result, grants));
+            match store::encode(&state) {
+                Some(bytes) => Attempt::Write(bytes, (result, grants)),
+                None => Attempt::Retry,
             }
-        }
-        Err(Contended)
+        })
     }
 }
 
@@ -466,7 +461,7 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
-    use crate::pod::tests::{Dice, Map};
+    use crate::testing::{Dice, Map};
 
     const ONE: Limits = Limits { concurrency: 1, queue_depth: 2 };
 
@@ -475,22 +470,22 @@ mod tests {
     }
 
     /// A worker that has nothing but what its entry has; its queue's number is its id and a hundred.
-    fn own(worker: u64) -> Own<'static, ()> {
+    fn local(worker: u64) -> LocalView<'static, ()> {
         static NOBODY: BTreeMap<u64, Waiter<()>> = BTreeMap::new();
         let mailbox = u32::try_from(worker).unwrap() + 100;
-        Own { worker, mailbox, seating: 0, holding: 0, waiting: &NOBODY }
+        LocalView { worker, mailbox, epoch: 0, holding: 0, waiting: &NOBODY }
     }
 
     fn enter(breaker: &Breaker, store: &Map, worker: u64, number: u64) -> Answer {
-        breaker.enter(store, &own(worker), Line::Requests, number).unwrap().result
+        breaker.enter(store, &local(worker), Queue::Requests, number).unwrap().result
     }
 
     fn leave(breaker: &Breaker, store: &Map, worker: u64) -> Vec<Grant> {
-        breaker.leave(store, &own(worker), || false).unwrap().grants
+        breaker.leave(store, &local(worker), || false).unwrap().grants
     }
 
     fn abandon(breaker: &Breaker, store: &Map, ticket: Ticket) -> Vec<Grant> {
-        breaker.abandon(store, &own(ticket.worker), ticket.number).unwrap().grants
+        breaker.abandon(store, &local(ticket.worker), ticket.number).unwrap().grants
     }
 
     #[test]
@@ -502,10 +497,10 @@ mod tests {
         assert_eq!(enter(1, 1), Answer::Queued);
         assert_eq!(enter(3, 0), Answer::Full);
         assert_eq!(breaker.depth(&store), (1, 2));
-        let second = Grant { ticket: Ticket { worker: 2, number: 0 }, seating: 1, mailbox: 102 };
+        let second = Grant { ticket: Ticket { worker: 2, number: 0 }, epoch: 1, mailbox: 102 };
         assert_eq!(leave(&breaker, &store, 1), [second]);
         assert_eq!(enter(3, 0), Answer::Queued, "a place in the queue, not the permit");
-        let third = Grant { ticket: Ticket { worker: 1, number: 1 }, seating: 1, mailbox: 101 };
+        let third = Grant { ticket: Ticket { worker: 1, number: 1 }, epoch: 1, mailbox: 101 };
         assert_eq!(leave(&breaker, &store, 2), [third]);
     }
 
@@ -513,7 +508,7 @@ mod tests {
     fn probes_take_permits_and_are_served_first_and_a_fifth_is_turned_away() {
         let (store, breaker) = (Map::default(), breaker(ONE));
         let probe =
-            |worker, number| breaker.enter(&store, &own(worker), Line::Probes, number).unwrap().result;
+            |worker, number| breaker.enter(&store, &local(worker), Queue::Probes, number).unwrap().result;
         assert_eq!(probe(1, 0), Answer::Admitted);
         assert_eq!(enter(&breaker, &store, 2, 0), Answer::Queued, "the probe has the permit");
         assert_eq!(enter(&breaker, &store, 2, 1), Answer::Queued);
@@ -562,9 +557,9 @@ mod tests {
     fn who_shows_a_sign_of_life_is_waited_for_anew() {
         let (store, breaker) = (Map::default(), breaker(ONE));
         enter(&breaker, &store, 1, 0);
-        let gone = |now_ns| breaker.forget_late(&store, 1, now_ns).unwrap().is_some();
+        let gone = |ns| breaker.forget_late(&store, 1, MonotonicNs(ns)).unwrap().is_some();
         assert!(!gone(5) && !gone(4 + PATIENCE_NS));
-        let holding = Own { holding: 1, ..own(1) };
+        let holding = LocalView { holding: 1, ..local(1) };
         assert_eq!(breaker.settle(&store, &holding).unwrap().grants, []);
         assert!(!gone(5 + PATIENCE_NS) && !gone(4 + 2 * PATIENCE_NS));
         assert_eq!(breaker.depth(&store), (1, 0));
@@ -578,7 +573,7 @@ mod tests {
         for number in 0..3 {
             enter(&breaker, &store, 1, number);
         }
-        let left = |lingers: bool| breaker.leave(&store, &own(1), || lingers).unwrap().result;
+        let left = |lingers: bool| breaker.leave(&store, &local(1), || lingers).unwrap().result;
         assert!(!left(true));
         assert_eq!(breaker.depth(&store), (3, 0));
         assert!(left(false));

@@ -7,22 +7,23 @@
 
 use std::collections::BTreeMap;
 
-use crate::breaker::rules::{Answer, Breaker, Contended, Done, Grant, Line, Own, PATIENCE_NS, Waiter};
-use crate::pod::Store;
+use crate::breaker::rules::{Answer, Breaker, Grant, LocalView, PATIENCE_NS, Queue, Update, Waiter};
+use crate::counting::time::MonotonicNs;
+use crate::pod::store::{Store, StoreError};
 
-/// A worker's desk; `W` is what its owner keeps of a request that waits.
+/// A worker's side; `W` is what its owner keeps of a request that waits.
 #[derive(Debug)]
-pub struct Desk<W> {
+pub struct WorkerSide<W> {
     /// The breaker that it belongs to.
     pub breaker: Breaker,
     /// The worker's message queue.
     pub mailbox: u32,
     worker: u64,
-    seating: u32,
+    epoch: u32,
     holding: u32,
     waiting: BTreeMap<u64, Waiter<W>>,
     next_number: u64,
-    settled_ns: u64,
+    settled: MonotonicNs,
 }
 
 /// What came of something: requests of this worker that go on, and permits of others that they are to be told of.
@@ -30,7 +31,7 @@ pub struct Desk<W> {
 pub struct Outcome<W> {
     /// They hold permits now.
     pub admitted: Vec<W>,
-    /// To be posted to their mailboxes ([`Grant::message`]). One that is lost is found at its worker's next [`Desk::settle`].
+    /// To be posted to their mailboxes ([`Grant::message`]). One that is lost is found at its worker's next [`WorkerSide::settle`].
     pub grants: Vec<Grant>,
 }
 
@@ -44,25 +45,25 @@ impl Grant {
     /// What the worker is told.
     pub fn message(&self) -> [u8; 12] {
         let mut message = [0; 12];
-        let (number, seating) = message.split_at_mut(8);
+        let (number, epoch) = message.split_at_mut(8);
         number.copy_from_slice(&self.ticket.number.to_le_bytes());
-        seating.copy_from_slice(&self.seating.to_le_bytes());
+        epoch.copy_from_slice(&self.epoch.to_le_bytes());
         message
     }
 }
 
-impl<W> Desk<W> {
-    /// The desk of `worker` ([`crate::pod::Member`]).
+impl<W> WorkerSide<W> {
+    /// The side of `worker` ([`crate::pod::member::Member`]).
     pub fn new(breaker: Breaker, worker: u64, mailbox: u32) -> Self {
         Self {
             breaker,
             mailbox,
             worker,
-            seating: 0,
+            epoch: 0,
             holding: 0,
             waiting: BTreeMap::new(),
             next_number: 0,
-            settled_ns: 0,
+            settled: MonotonicNs::default(),
         }
     }
 
@@ -70,14 +71,14 @@ impl<W> Desk<W> {
     pub fn enter(
         &mut self,
         store: &impl Store,
-        line: Line,
-        now_ns: u64,
+        queue: Queue,
+        now: MonotonicNs,
         waiter: impl FnOnce(u64) -> W,
     ) -> Answer {
         let number = self.next_number;
         self.next_number += 1;
         // Without an answer nobody can say that there is room.
-        let Ok(done) = self.breaker.enter(store, &self.own(), line, number) else {
+        let Ok(done) = self.breaker.enter(store, &self.local(), queue, number) else {
             return Answer::Full;
         };
         let answer = done.result;
@@ -85,7 +86,7 @@ impl<W> Desk<W> {
         match answer {
             Answer::Admitted => self.holding = self.holding.saturating_add(1),
             Answer::Queued => {
-                self.waiting.insert(number, Waiter { line, since_ns: now_ns, of: waiter(number) });
+                self.waiting.insert(number, Waiter { queue, since: now, data: waiter(number) });
             }
             Answer::Full => {}
         }
@@ -99,8 +100,8 @@ impl<W> Desk<W> {
             // This worker has ended, and given everything back.
             return (Outcome::default(), false);
         }
-        let left = self.breaker.leave(store, &self.own(), must_linger);
-        let lingers = matches!(left, Ok(Done { result: false, .. }));
+        let left = self.breaker.leave(store, &self.local(), must_linger);
+        let lingers = matches!(left, Ok(Update { result: false, .. }));
         if !lingers {
             self.holding = self.holding.saturating_sub(1);
         }
@@ -112,31 +113,27 @@ impl<W> Desk<W> {
         if !self.waiting.contains_key(&number) {
             return None;
         }
-        let abandoned = self.breaker.abandon(store, &self.own(), number);
+        let abandoned = self.breaker.abandon(store, &self.local(), number);
         let waiter = self.waiting.remove(&number)?;
-        Some((waiter.of, self.apply(abandoned)))
+        Some((waiter.data, self.apply(abandoned)))
     }
 
     /// A message has come: the request that it admits.
     pub fn receive(&mut self, message: &[u8]) -> Option<W> {
-        let (number, seating) = message.split_first_chunk()?;
-        let seating = <[u8; 4]>::try_from(seating).ok()?;
-        // Of a number that is not known here, the permit is back already, or comes back when the desk is settled.
-        if u32::from_le_bytes(seating) == self.seating {
-            self.admit(u64::from_le_bytes(*number))
-        } else {
-            None
-        }
+        let (number, epoch) = message.split_first_chunk()?;
+        let epoch = <[u8; 4]>::try_from(epoch).ok()?;
+        // Of a number that is not known here, the permit is back already, or comes back when the side is settled.
+        if u32::from_le_bytes(epoch) == self.epoch { self.admit(u64::from_le_bytes(*number)) } else { None }
     }
 
-    /// Compares notes with the breaker: to be called at each tick, and before messages are read if [`Desk::is_late`]. Finds
+    /// Compares notes with the breaker: to be called at each tick, and before messages are read if [`WorkerSide::is_late`]. Finds
     /// permits whose messages were lost, and gives back those that nobody here knows of.
-    pub fn settle(&mut self, store: &impl Store, now_ns: u64) -> Outcome<W> {
-        self.settled_ns = now_ns;
-        if self.seating == 0 {
+    pub fn settle(&mut self, store: &impl Store, now: MonotonicNs) -> Outcome<W> {
+        self.settled = now;
+        if self.epoch == 0 {
             return Outcome::default();
         }
-        let Ok(mut done) = self.breaker.settle(store, &self.own()) else { return Outcome::default() };
+        let Ok(mut done) = self.breaker.settle(store, &self.local()) else { return Outcome::default() };
         let granted = std::mem::take(&mut done.result);
         let mut outcome = self.apply(Ok(done));
         outcome.admitted.extend(granted.into_iter().filter_map(|number| self.admit(number)));
@@ -144,54 +141,54 @@ impl<W> Desk<W> {
     }
 
     /// Whether this worker may have been forgotten since it settled.
-    pub fn is_late(&self, now_ns: u64) -> bool {
-        now_ns.saturating_sub(self.settled_ns) >= PATIENCE_NS
+    pub fn is_late(&self, now: MonotonicNs) -> bool {
+        now.since(self.settled) >= PATIENCE_NS
     }
 
     /// Another worker is believed to be gone ([`Breaker::forget_late`]). `None`: not forgotten yet.
-    pub fn forget_late(&mut self, store: &impl Store, worker: u64, now_ns: u64) -> Option<Outcome<W>> {
-        let grants = self.breaker.forget_late(store, worker, now_ns).ok()??;
+    pub fn forget_late(&mut self, store: &impl Store, worker: u64, now: MonotonicNs) -> Option<Outcome<W>> {
+        let grants = self.breaker.forget_late(store, worker, now).ok()??;
         Some(self.deliver(grants))
     }
 
     /// This worker ends: what it holds goes to others at once. Those who waited.
     pub fn close(&mut self, store: &impl Store) -> (Vec<W>, Vec<Grant>) {
-        let grants = match self.seating {
+        let grants = match self.epoch {
             0 => Vec::new(),
             // Else the leader does it.
             _ => self.breaker.forget(store, self.worker).unwrap_or_default(),
         };
         self.holding = 0;
         let waiting = std::mem::take(&mut self.waiting);
-        (waiting.into_values().map(|waiter| waiter.of).collect(), grants)
+        (waiting.into_values().map(|waiter| waiter.data).collect(), grants)
     }
 
     /// Since when the one waits that has waited longest.
-    pub fn oldest_ns(&self) -> Option<u64> {
-        self.waiting.values().next().map(|waiter| waiter.since_ns)
+    pub fn oldest(&self) -> Option<MonotonicNs> {
+        self.waiting.values().next().map(|waiter| waiter.since)
     }
 
     /// The numbers of those who have waited since `ns` or before.
-    pub fn waiting_since(&self, ns: u64) -> Vec<u64> {
-        self.waiting.iter().take_while(|(_, w)| w.since_ns <= ns).map(|(number, _)| *number).collect()
+    pub fn waiting_since(&self, latest: MonotonicNs) -> Vec<u64> {
+        self.waiting.iter().take_while(|(_, w)| w.since <= latest).map(|(number, _)| *number).collect()
     }
 
-    fn own(&self) -> Own<'_, W> {
-        Own {
+    fn local(&self) -> LocalView<'_, W> {
+        LocalView {
             worker: self.worker,
             mailbox: self.mailbox,
-            seating: self.seating,
+            epoch: self.epoch,
             holding: self.holding,
             waiting: &self.waiting,
         }
     }
 
     /// Takes over what came of a change. Should the store not have taken it, the breaker has a permit or a place more for
-    /// this worker than there should be, until the desk is settled.
-    fn apply<R>(&mut self, change: Result<Done<R>, Contended>) -> Outcome<W> {
+    /// this worker than there should be, until the side is settled.
+    fn apply<R>(&mut self, change: Result<Update<R>, StoreError>) -> Outcome<W> {
         let Ok(done) = change else { return Outcome::default() };
         if done.new_entry {
-            self.seating = self.seating.wrapping_add(1);
+            self.epoch = self.epoch.wrapping_add(1);
         }
         self.deliver(done.grants)
     }
@@ -211,7 +208,7 @@ impl<W> Desk<W> {
     fn admit(&mut self, number: u64) -> Option<W> {
         let waiter = self.waiting.remove(&number)?;
         self.holding = self.holding.saturating_add(1);
-        Some(waiter.of)
+        Some(waiter.data)
     }
 }
 
@@ -221,7 +218,7 @@ mod tests {
 
     use super::*;
     use crate::breaker::rules::Limits;
-    use crate::pod::tests::{Dice, Map};
+    use crate::testing::{Dice, Map};
 
     const SECOND: u64 = 1_000_000_000;
     const LIMITS: Limits = Limits { concurrency: 3, queue_depth: 8 };
@@ -230,14 +227,14 @@ mod tests {
         Breaker::new("b".into(), LIMITS)
     }
 
-    /// A worker whose desk is right if it knows of as many permits as it has requests in the app.
+    /// A worker whose side is right if it knows of as many permits as it has requests in the app.
     struct Worker {
-        desk: Desk<u64>,
+        side: WorkerSide<u64>,
         mail: Vec<[u8; 12]>,
         in_app: u32,
         waiting: BTreeSet<u64>,
         stalled_ns: Option<u64>,
-        /// It lost its seat, and has not ticked since.
+        /// It is no member any more, and has not ticked since.
         departed: bool,
     }
 
@@ -269,7 +266,7 @@ mod tests {
 
         fn worker(&self, id: u64) -> Worker {
             Worker {
-                desk: Desk::new(breaker(), id + 1, id as u32),
+                side: WorkerSide::new(breaker(), id + 1, id as u32),
                 mail: Vec::new(),
                 in_app: 0,
                 waiting: BTreeSet::new(),
@@ -294,20 +291,20 @@ mod tests {
 
         fn tick(&mut self, at: usize) {
             self.workers[at].departed = false;
-            let outcome = self.workers[at].desk.settle(&self.store, self.now_ns);
+            let outcome = self.workers[at].side.settle(&self.store, MonotonicNs(self.now_ns));
             self.take(at, outcome);
         }
 
         fn read_mail(&mut self, at: usize, message: [u8; 12]) {
-            if self.workers[at].desk.is_late(self.now_ns) {
+            if self.workers[at].side.is_late(MonotonicNs(self.now_ns)) {
                 self.tick(at);
             }
-            let admitted = self.workers[at].desk.receive(&message);
+            let admitted = self.workers[at].side.receive(&message);
             self.take(at, Outcome { admitted: admitted.into_iter().collect(), ..Outcome::default() });
         }
 
         fn finish(&mut self, at: usize, linger: bool) {
-            let (outcome, lingers) = self.workers[at].desk.leave(&self.store, || linger);
+            let (outcome, lingers) = self.workers[at].side.leave(&self.store, || linger);
             self.workers[at].in_app -= u32::from(!lingers);
             self.take(at, outcome);
         }
@@ -316,14 +313,15 @@ mod tests {
         fn act(&mut self, at: usize) {
             match self.dice.roll(8) {
                 0..3 => {
-                    let line = if self.dice.roll(5) == 0 { Line::Probes } else { Line::Requests };
+                    let queue = if self.dice.roll(5) == 0 { Queue::Probes } else { Queue::Requests };
                     let worker = &mut self.workers[at];
                     let waiting = &mut worker.waiting;
-                    let queue = |number| {
+                    let waiter = |number| {
                         assert!(waiting.insert(number));
                         number
                     };
-                    if worker.desk.enter(&self.store, line, self.now_ns, queue) == Answer::Admitted {
+                    let now = MonotonicNs(self.now_ns);
+                    if worker.side.enter(&self.store, queue, now, waiter) == Answer::Admitted {
                         worker.in_app += 1;
                     }
                 }
@@ -333,7 +331,7 @@ mod tests {
                 }
                 5 if !self.workers[at].waiting.is_empty() => {
                     let number = *self.workers[at].waiting.first().unwrap();
-                    if let Some((gone, outcome)) = self.workers[at].desk.abandon(&self.store, number) {
+                    if let Some((gone, outcome)) = self.workers[at].side.abandon(&self.store, number) {
                         assert!(self.workers[at].waiting.remove(&gone));
                         self.take(at, outcome);
                     }
@@ -360,9 +358,9 @@ mod tests {
                     continue;
                 }
                 let (id, in_app) = (at as u64 + 1, worker.in_app);
-                let had_entry = self.workers[leader].desk.breaker.has_entry(&self.store, id);
-                let now_ns = self.now_ns;
-                if let Some(outcome) = self.workers[leader].desk.forget_late(&self.store, id, now_ns) {
+                let had_entry = self.workers[leader].side.breaker.has_entry(&self.store, id);
+                let now = MonotonicNs(self.now_ns);
+                if let Some(outcome) = self.workers[leader].side.forget_late(&self.store, id, now) {
                     self.beyond += if had_entry { in_app } else { 0 };
                     self.take(leader, outcome);
                 }
@@ -373,11 +371,11 @@ mod tests {
             let in_app: u32 = self.workers.iter().map(|worker| worker.in_app).sum();
             let most = LIMITS.concurrency + self.beyond;
             assert!(in_app <= most, "seed {}: {in_app} in the app, {} beyond", self.seed, self.beyond);
-            let (running, _) = self.workers[0].desk.breaker.depth(&self.store);
+            let (running, _) = self.workers[0].side.breaker.depth(&self.store);
             assert!(self.beyond > 0 || running <= LIMITS.concurrency.into(), "seed {}", self.seed);
         }
 
-        /// Workers act, stall for at most so long, lose their seats, and come back.
+        /// Workers act, stall for at most so long, lose their membership, and come back.
         fn run(&mut self, steps: u32, longest_stall_ns: u64) {
             for _ in 0..steps {
                 self.now_ns += self.dice.roll(SECOND / 20);
@@ -486,7 +484,7 @@ mod tests {
             assert!(!entry(&world), "seed {seed}");
             assert!(had_entry || seed > 0, "it is waited for");
             world.workers[2] = world.worker(2);
-            world.workers[2].desk = Desk::new(breaker(), 4, 2);
+            world.workers[2].side = WorkerSide::new(breaker(), 4, 2);
             world.drain();
         }
     }
@@ -494,18 +492,18 @@ mod tests {
     #[test]
     fn a_message_under_an_entry_that_is_gone_admits_nobody() {
         let store = Map::default();
-        let mut first = Desk::new(breaker(), 1, 0);
-        let mut second = Desk::new(breaker(), 2, 1);
+        let mut first = WorkerSide::new(breaker(), 1, 0);
+        let mut second = WorkerSide::new(breaker(), 2, 1);
         for _ in 0..3 {
-            assert_eq!(first.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
+            assert_eq!(first.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
         }
-        assert_eq!(second.enter(&store, Line::Requests, 0, |n| n), Answer::Queued);
+        assert_eq!(second.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Queued);
         let granted = first.leave(&store, || false).0.grants;
         // The message lies there; its worker is forgotten, and the permit goes to somebody else.
-        assert_eq!(first.forget_late(&store, 2, SECOND), None);
-        assert!(first.forget_late(&store, 2, SECOND + PATIENCE_NS).is_some());
-        assert_eq!(first.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
-        assert_eq!(second.settle(&store, SECOND + PATIENCE_NS), Outcome::default());
+        assert_eq!(first.forget_late(&store, 2, MonotonicNs(SECOND)), None);
+        assert!(first.forget_late(&store, 2, MonotonicNs(SECOND + PATIENCE_NS)).is_some());
+        assert_eq!(first.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
+        assert_eq!(second.settle(&store, MonotonicNs(SECOND + PATIENCE_NS)), Outcome::default());
         assert_eq!(second.receive(&granted[0].message()), None);
         assert_eq!(second.receive(b"too short"), None);
         assert_eq!(breaker().depth(&store), (3, 1));
@@ -518,17 +516,17 @@ mod tests {
     #[test]
     fn a_permit_that_lingers_keeps_no_free_one_from_those_who_wait() {
         let store = Map::default();
-        let mut desk = Desk::new(breaker(), 1, 0);
+        let mut side = WorkerSide::new(breaker(), 1, 0);
         for _ in 0..3 {
-            assert_eq!(desk.enter(&store, Line::Requests, 0, |n| n), Answer::Admitted);
+            assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
         }
-        assert_eq!(desk.enter(&store, Line::Requests, 0, |n| n), Answer::Queued);
+        assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Queued);
         // Another configuration allows more; the first that notices is a request that was broken off.
-        desk.breaker.limits.concurrency = 4;
-        let (outcome, lingers) = desk.leave(&store, || true);
+        side.breaker.limits.concurrency = 4;
+        let (outcome, lingers) = side.leave(&store, || true);
         assert_eq!((outcome.admitted, lingers), (vec![3], true));
         for _ in 0..4 {
-            assert!(!desk.leave(&store, || false).1);
+            assert!(!side.leave(&store, || false).1);
         }
         assert_eq!(breaker().depth(&store), (0, 0));
     }
@@ -536,17 +534,17 @@ mod tests {
     #[test]
     fn a_permit_that_nobody_knows_of_is_given_back() {
         let store = Map::default();
-        let mut lost = Desk::new(breaker(), 1, 0);
-        let mut other = Desk::new(breaker(), 2, 1);
+        let mut lost = WorkerSide::new(breaker(), 1, 0);
+        let mut other = WorkerSide::new(breaker(), 2, 1);
         for _ in 0..4 {
-            lost.enter(&store, Line::Requests, 0, |n| n);
+            lost.enter(&store, Queue::Requests, MonotonicNs(0), |n| n);
         }
-        other.enter(&store, Line::Requests, 0, |n| n);
+        other.enter(&store, Queue::Requests, MonotonicNs(0), |n| n);
         assert_eq!(breaker().depth(&store), (3, 2));
         // It forgets what it had, as after a change that the store did not take.
         lost.holding = 1;
         lost.waiting.clear();
-        let outcome = lost.settle(&store, 1);
+        let outcome = lost.settle(&store, MonotonicNs(1));
         assert_eq!(outcome.grants.iter().map(|g| g.ticket.worker).collect::<Vec<_>>(), [2]);
         assert_eq!(breaker().depth(&store), (2, 0));
     }
@@ -554,12 +552,12 @@ mod tests {
     #[test]
     fn the_one_that_has_waited_longest_is_known() {
         let store = Map::default();
-        let mut desk = Desk::new(breaker(), 1, 0);
+        let mut side = WorkerSide::new(breaker(), 1, 0);
         for now_ns in 0..6 {
-            desk.enter(&store, Line::Requests, now_ns, |n| n);
+            side.enter(&store, Queue::Requests, MonotonicNs(now_ns), |n| n);
         }
-        assert_eq!((desk.oldest_ns(), desk.waiting_since(4)), (Some(3), vec![3, 4]));
-        assert_eq!(desk.close(&store).0, [3, 4, 5]);
-        assert_eq!((desk.oldest_ns(), breaker().depth(&store)), (None, (0, 0)));
+        assert_eq!((side.oldest(), side.waiting_since(MonotonicNs(4))), (Some(MonotonicNs(3)), vec![3, 4]));
+        assert_eq!(side.close(&store).0, [3, 4, 5]);
+        assert_eq!((side.oldest(), breaker().depth(&store)), (None, (0, 0)));
     }
 }

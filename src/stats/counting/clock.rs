@@ -3,27 +3,29 @@
 //! backwards counts as no time at all. Should the monotonic clock itself jump (a frozen process, a
 //! faked clock), only a few periods of the jump count.
 
-/// Nanoseconds from raw readings of one thread, never going back, bounded forwards.
+use crate::counting::time::{MonotonicNs, PodNs};
+
+/// The pod's time by the readings of one thread: never going back, bounded forwards.
 #[derive(Clone, Debug)]
 pub struct Clock {
-    last_raw_ns: u64,
-    now_ns: u64,
+    last: MonotonicNs,
+    now: PodNs,
     longest_step_ns: u64,
 }
 
 impl Clock {
-    /// `offset_ns` is the pod's time minus raw, wrapping; `longest_step_ns` the most that may pass
-    /// between two readings (see [`longest_step_ns`]).
-    pub fn new(offset_ns: u64, raw_ns: u64, longest_step_ns: u64) -> Self {
-        Self { last_raw_ns: raw_ns, now_ns: raw_ns.wrapping_add(offset_ns), longest_step_ns }
+    /// `offset_ns` is the pod's time minus the monotonic one, wrapping; `longest_step_ns` the most
+    /// that may pass between two readings (see [`longest_step_ns`]).
+    pub fn new(offset_ns: u64, reading: MonotonicNs, longest_step_ns: u64) -> Self {
+        Self { last: reading, now: PodNs(reading.0.wrapping_add(offset_ns)), longest_step_ns }
     }
 
-    /// The pod's time at a raw reading.
-    pub fn read(&mut self, raw_ns: u64) -> u64 {
-        let step = raw_ns.saturating_sub(self.last_raw_ns).min(self.longest_step_ns);
-        self.last_raw_ns = raw_ns;
-        self.now_ns = self.now_ns.saturating_add(step);
-        self.now_ns
+    /// The pod's time at a reading.
+    pub fn read(&mut self, reading: MonotonicNs) -> PodNs {
+        let step = reading.since(self.last).min(self.longest_step_ns);
+        self.last = reading;
+        self.now = PodNs(self.now.0.saturating_add(step));
+        self.now
     }
 
     /// For another reporting period.
@@ -31,28 +33,29 @@ impl Clock {
         self.longest_step_ns = longest_step_ns;
     }
 
-    /// Whether of the time up to a raw reading only a part would count.
-    pub fn cuts(&self, raw_ns: u64) -> bool {
-        raw_ns.saturating_sub(self.last_raw_ns) > self.longest_step_ns
+    /// Whether of the time up to a reading only a part would count.
+    pub fn cuts(&self, reading: MonotonicNs) -> bool {
+        reading.since(self.last) > self.longest_step_ns
     }
 
-    /// Takes over an instant of the pod's time that others have reached, with the offset that they had then. So time that
-    /// only this worker slept through counts, and a jump of everybody's clock still does not. Never goes back.
-    pub fn catch_up(&mut self, reached_ns: u64, offset_ns: u64) {
-        if reached_ns > self.now_ns {
-            self.now_ns = reached_ns;
-            self.last_raw_ns = reached_ns.wrapping_sub(offset_ns);
+    /// Takes over an instant that others have reached, with the offset that they had then. So time
+    /// that only this worker slept through counts, and a jump of everybody's clock still does not.
+    /// Never goes back.
+    pub fn catch_up(&mut self, reached: PodNs, offset_ns: u64) {
+        if reached > self.now {
+            self.now = reached;
+            self.last = MonotonicNs(reached.0.wrapping_sub(offset_ns));
         }
     }
 
     /// Takes over the time of workers that are ahead, by their offset. Never goes back.
     pub fn follow(&mut self, offset_ns: u64) {
-        self.now_ns = self.now_ns.max(self.last_raw_ns.wrapping_add(offset_ns));
+        self.now = self.now.max(PodNs(self.last.0.wrapping_add(offset_ns)));
     }
 
-    /// The pod's time minus raw, wrapping: what a worker that joins later starts from.
+    /// The pod's time minus the monotonic one, wrapping: what a worker that joins later starts from.
     pub fn offset_ns(&self) -> u64 {
-        self.now_ns.wrapping_sub(self.last_raw_ns)
+        self.now.0.wrapping_sub(self.last.0)
     }
 }
 
@@ -68,58 +71,58 @@ mod tests {
 
     #[test]
     fn time_never_goes_back() {
-        let mut clock = Clock::new(1_000, 50, 100);
-        assert_eq!(clock.read(60), 1_060);
-        assert_eq!(clock.read(40), 1_060);
-        assert_eq!(clock.read(41), 1_061, "and goes on from where it stood");
+        let mut clock = Clock::new(1_000, MonotonicNs(50), 100);
+        assert_eq!(clock.read(MonotonicNs(60)), PodNs(1_060));
+        assert_eq!(clock.read(MonotonicNs(40)), PodNs(1_060));
+        assert_eq!(clock.read(MonotonicNs(41)), PodNs(1_061), "and goes on from where it stood");
     }
 
     #[test]
     fn a_jump_forwards_counts_for_the_longest_step_alone() {
-        let mut clock = Clock::new(0, 50, 100);
-        assert_eq!(clock.read(1_000_000), 150);
-        assert_eq!(clock.read(1_000_010), 160);
+        let mut clock = Clock::new(0, MonotonicNs(50), 100);
+        assert_eq!(clock.read(MonotonicNs(1_000_000)), PodNs(150));
+        assert_eq!(clock.read(MonotonicNs(1_000_010)), PodNs(160));
         assert_eq!(clock.offset_ns(), 160u64.wrapping_sub(1_000_010));
     }
 
     #[test]
     fn a_wall_clock_behind_the_monotonic_one_wraps_the_offset_and_nothing_else() {
-        let mut clock = Clock::new(5u64.wrapping_sub(1_000), 1_000, 100);
-        assert_eq!(clock.read(1_001), 6);
+        let mut clock = Clock::new(5u64.wrapping_sub(1_000), MonotonicNs(1_000), 100);
+        assert_eq!(clock.read(MonotonicNs(1_001)), PodNs(6));
     }
 
     #[test]
     fn what_only_this_worker_slept_through_counts_and_a_jump_of_all_clocks_does_not() {
-        let mut clock = Clock::new(0, 50, 100);
-        assert!(!clock.cuts(150) && clock.cuts(1_000));
+        let mut clock = Clock::new(0, MonotonicNs(50), 100);
+        assert!(!clock.cuts(MonotonicNs(150)) && clock.cuts(MonotonicNs(1_000)));
         // The others reached 960 when their raw clock said so.
-        clock.catch_up(960, 0);
-        assert_eq!(clock.read(1_000), 1_000);
+        clock.catch_up(PodNs(960), 0);
+        assert_eq!(clock.read(MonotonicNs(1_000)), PodNs(1_000));
         // All clocks jump by 4,000, and a worker that was there before counts 100 of it.
-        assert!(clock.cuts(5_000));
-        clock.catch_up(990, 0);
-        assert_eq!(clock.clone().read(5_000), 1_100, "nobody has got further yet");
-        clock.catch_up(1_090, 1_090u64.wrapping_sub(4_990));
-        assert_eq!(clock.read(5_000), 1_100, "by the time of one that has");
-        clock.catch_up(500, 0);
-        assert_eq!(clock.read(5_010), 1_110, "never back");
+        assert!(clock.cuts(MonotonicNs(5_000)));
+        clock.catch_up(PodNs(990), 0);
+        assert_eq!(clock.clone().read(MonotonicNs(5_000)), PodNs(1_100), "nobody has got further yet");
+        clock.catch_up(PodNs(1_090), 1_090u64.wrapping_sub(4_990));
+        assert_eq!(clock.read(MonotonicNs(5_000)), PodNs(1_100), "by the time of one that has");
+        clock.catch_up(PodNs(500), 0);
+        assert_eq!(clock.read(MonotonicNs(5_010)), PodNs(1_110), "never back");
     }
 
     #[test]
     fn a_clock_that_is_behind_follows_and_never_goes_back() {
-        let mut clock = Clock::new(0, 50, 100);
-        clock.read(1_000);
+        let mut clock = Clock::new(0, MonotonicNs(50), 100);
+        clock.read(MonotonicNs(1_000));
         clock.follow(0);
-        assert_eq!(clock.read(1_010), 1_010);
+        assert_eq!(clock.read(MonotonicNs(1_010)), PodNs(1_010));
         clock.follow(0u64.wrapping_sub(500));
-        assert_eq!(clock.read(1_020), 1_020);
+        assert_eq!(clock.read(MonotonicNs(1_020)), PodNs(1_020));
     }
 
     #[test]
     fn a_shorter_longest_step_holds_from_then_on() {
-        let mut clock = Clock::new(0, 50, 100);
+        let mut clock = Clock::new(0, MonotonicNs(50), 100);
         clock.set_longest_step_ns(1);
-        assert_eq!(clock.read(70), 51);
+        assert_eq!(clock.read(MonotonicNs(70)), PodNs(51));
     }
 
     #[test]

@@ -31,6 +31,8 @@ impl Grid {
 mod tests {
     use super::*;
     use crate::counting::recorder::Recorder;
+    use crate::counting::request::Origin;
+    use crate::counting::time::PodNs;
 
     const GRID: Grid = Grid { anchor_ns: 1_000, period_ns: 100 };
 
@@ -41,8 +43,8 @@ mod tests {
         let zero = Grid { anchor_ns: 0, period_ns: 0 };
         assert_eq!((zero.at_or_before(7), zero.after(7)), (7, 8));
         assert_eq!(GRID.after(u64::MAX), u64::MAX);
-        let mut recorder = Recorder::new(u64::MAX - 10, GRID);
-        recorder.request_in(u64::MAX, false);
+        let mut recorder = Recorder::new(PodNs(u64::MAX - 10), GRID);
+        recorder.request_in(PodNs(u64::MAX), Origin::Direct);
         assert_eq!(recorder.current().requests, 1);
     }
 }

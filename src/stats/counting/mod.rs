@@ -5,3 +5,4 @@ pub mod grid;
 pub mod recorder;
 pub mod request;
 pub mod snapshot;
+pub mod time;

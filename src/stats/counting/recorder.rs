@@ -2,14 +2,16 @@
 //!
 //! Workers tick at slightly different times, and a busy one ticks late. Summing snapshots of
 //! different instants would make a second's average wrong by in-flight requests times the
-//! difference. So every recorder closes its books at the same boundaries ([`Grid`]): between two
+//! difference. So every recorder takes a snapshot at the same boundaries ([`Grid`]): between two
 //! events concurrency is constant, hence the integral at a boundary is exact, however late the
 //! worker comes to compute it.
 
 use std::collections::VecDeque;
 
 use crate::counting::grid::Grid;
+use crate::counting::request::Origin;
 use crate::counting::snapshot::Snapshot;
+use crate::counting::time::PodNs;
 
 /// How many closed boundaries a worker keeps. The leader sums at the newest boundary that every
 /// live worker has closed; one that is three periods behind no longer counts as alive, so the
@@ -26,32 +28,32 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts at zero at `now_ns`.
-    pub fn new(now_ns: u64, grid: Grid) -> Self {
+    /// Starts at zero.
+    pub fn new(now: PodNs, grid: Grid) -> Self {
         Self {
-            now: Snapshot::starting_at(now_ns),
+            now: Snapshot::starting_at(now.0),
             grid,
-            next_boundary_ns: grid.after(now_ns),
+            next_boundary_ns: grid.after(now.0),
             closed: VecDeque::with_capacity(KEPT + 1),
         }
     }
 
     /// A request came in.
-    pub fn request_in(&mut self, now_ns: u64, proxied: bool) {
-        self.close_until(now_ns);
-        self.now.request_in(now_ns, proxied);
+    pub fn request_in(&mut self, now: PodNs, origin: Origin) {
+        self.close_until(now.0);
+        self.now.request_in(now.0, origin);
     }
 
     /// A request that came in here left.
-    pub fn request_out(&mut self, now_ns: u64, proxied: bool) {
-        self.close_until(now_ns);
-        self.now.request_out(now_ns, proxied);
+    pub fn request_out(&mut self, now: PodNs, origin: Origin) {
+        self.close_until(now.0);
+        self.now.request_out(now.0, origin);
     }
 
-    /// Lets time go on to `now_ns`, closing the boundaries on the way.
-    pub fn advance(&mut self, now_ns: u64) {
-        self.close_until(now_ns);
-        self.now.advance(now_ns);
+    /// Lets time go on to `now`, closing the boundaries on the way.
+    pub fn advance(&mut self, now: PodNs) {
+        self.close_until(now.0);
+        self.now.advance(now.0);
     }
 
     /// Takes over other boundaries. Those already closed stay as they are.
@@ -109,15 +111,15 @@ mod tests {
 
     #[test]
     fn a_boundary_is_exact_however_late_it_is_computed() {
-        let mut prompt = Recorder::new(1_000, GRID);
+        let mut prompt = Recorder::new(PodNs(1_000), GRID);
         let mut late = prompt.clone();
         for recorder in [&mut prompt, &mut late] {
-            recorder.request_in(1_050, false);
+            recorder.request_in(PodNs(1_050), Origin::Direct);
         }
-        prompt.advance(1_100);
-        prompt.advance(1_200);
+        prompt.advance(PodNs(1_100));
+        prompt.advance(PodNs(1_200));
         for recorder in [&mut prompt, &mut late] {
-            recorder.request_out(1_250, false);
+            recorder.request_out(PodNs(1_250), Origin::Direct);
         }
         assert_eq!(prompt.closed().collect::<Vec<_>>(), late.closed().collect::<Vec<_>>());
         let at: Vec<_> = late.closed().map(|s| (s.as_of_ns, s.request_ns, s.in_flight)).collect();
@@ -126,17 +128,17 @@ mod tests {
 
     #[test]
     fn an_event_at_a_boundary_belongs_to_the_next_period() {
-        let mut recorder = Recorder::new(1_000, GRID);
-        recorder.request_in(1_100, false);
+        let mut recorder = Recorder::new(PodNs(1_000), GRID);
+        recorder.request_in(PodNs(1_100), Origin::Direct);
         assert_eq!(recorder.closed().map(|s| s.requests).collect::<Vec<_>>(), [0]);
         assert_eq!(recorder.current().requests, 1);
     }
 
     #[test]
     fn a_long_silence_closes_only_the_last_boundaries_and_loses_no_time() {
-        let mut recorder = Recorder::new(1_000, GRID);
-        recorder.request_in(1_000, true);
-        recorder.advance(1_000_000_049);
+        let mut recorder = Recorder::new(PodNs(1_000), GRID);
+        recorder.request_in(PodNs(1_000), Origin::Proxied);
+        recorder.advance(PodNs(1_000_000_049));
         let closed: Vec<_> = recorder.closed().map(|s| s.as_of_ns).collect();
         assert_eq!(closed.len(), KEPT);
         assert_eq!(closed.last(), Some(&1_000_000_000));
@@ -146,10 +148,10 @@ mod tests {
 
     #[test]
     fn another_grid_takes_effect_from_now_on() {
-        let mut recorder = Recorder::new(1_000, GRID);
-        recorder.advance(1_110);
+        let mut recorder = Recorder::new(PodNs(1_000), GRID);
+        recorder.advance(PodNs(1_110));
         recorder.set_grid(Grid { anchor_ns: 1_130, period_ns: 50 });
-        recorder.advance(1_190);
+        recorder.advance(PodNs(1_190));
         assert_eq!(recorder.closed().map(|s| s.as_of_ns).collect::<Vec<_>>(), [1_100, 1_130, 1_180]);
     }
 }

@@ -16,9 +16,20 @@ pub fn is_kubelet_agent(user_agent: &[u8]) -> bool {
     user_agent.starts_with(KUBE_PROBE_AGENT_PREFIX)
 }
 
-/// Whether the value of the proxied header says that an activator or gateway counted the request.
-pub fn is_proxied(value: &[u8]) -> bool {
-    value == PROXIED_VALUE
+/// Whether a proxy in front of the pod has counted the request already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Nobody has.
+    Direct,
+    /// An activator or a gateway has.
+    Proxied,
+}
+
+impl Origin {
+    /// By the value of the proxied header.
+    pub fn of_header(value: Option<&[u8]>) -> Self {
+        if value == Some(PROXIED_VALUE) { Self::Proxied } else { Self::Direct }
+    }
 }
 
 /// Whether a gateway in front of Knative's revisions passes a network probe on: only that of the ingress controller,
@@ -47,9 +58,10 @@ mod tests {
 
     #[test]
     fn only_the_activators_value_makes_a_request_proxied() {
-        assert!(is_proxied(b"activator"));
-        assert!(!is_proxied(b"Activator"));
-        assert!(!is_proxied(b""));
+        assert_eq!(Origin::of_header(Some(b"activator")), Origin::Proxied);
+        assert_eq!(Origin::of_header(Some(b"Activator")), Origin::Direct);
+        assert_eq!(Origin::of_header(Some(b"")), Origin::Direct);
+        assert_eq!(Origin::of_header(None), Origin::Direct);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::counting::request::Origin;
+
 /// All that was counted up to one instant. Also the wire type: the order and width of the fields
 /// are fixed (see [`crate::protocol::report`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,21 +44,21 @@ impl Snapshot {
     }
 
     /// A request came in at `now_ns`. A proxied one counts in both columns.
-    pub fn request_in(&mut self, now_ns: u64, proxied: bool) {
+    pub fn request_in(&mut self, now_ns: u64, origin: Origin) {
         self.advance(now_ns);
         self.requests = self.requests.saturating_add(1);
         self.in_flight = self.in_flight.saturating_add(1);
-        if proxied {
+        if origin == Origin::Proxied {
             self.proxied_requests = self.proxied_requests.saturating_add(1);
             self.proxied_in_flight = self.proxied_in_flight.saturating_add(1);
         }
     }
 
     /// A request that came in earlier left at `now_ns`.
-    pub fn request_out(&mut self, now_ns: u64, proxied: bool) {
+    pub fn request_out(&mut self, now_ns: u64, origin: Origin) {
         self.advance(now_ns);
         self.in_flight = self.in_flight.saturating_sub(1);
-        if proxied {
+        if origin == Origin::Proxied {
             self.proxied_in_flight = self.proxied_in_flight.saturating_sub(1);
         }
     }
@@ -215,8 +217,8 @@ mod tests {
     #[test]
     fn a_late_event_moves_the_count_but_not_the_time() {
         let mut snapshot = Snapshot::starting_at(10 * S);
-        snapshot.request_in(11 * S, false);
-        snapshot.request_in(10 * S + S / 2, false);
+        snapshot.request_in(11 * S, Origin::Direct);
+        snapshot.request_in(10 * S + S / 2, Origin::Direct);
         assert_eq!((snapshot.as_of_ns, snapshot.requests, snapshot.in_flight), (11 * S, 2, 2));
         assert_eq!(snapshot.request_ns, 0);
     }
@@ -225,7 +227,7 @@ mod tests {
     fn a_period_of_no_length_reports_zero() {
         let mut now = Snapshot::starting_at(S);
         let before = now;
-        now.request_in(S, false);
+        now.request_in(S, Origin::Direct);
         let period = now.since(&before).unwrap();
         assert_eq!((period.average(), period.average_milli(), period.requests), (0.0, 0, 1));
         assert_eq!(period.requests_per_second_milli(), 0);
@@ -234,10 +236,10 @@ mod tests {
     #[test]
     fn a_proxied_request_counts_in_both_columns() {
         let mut snapshot = Snapshot::starting_at(0);
-        snapshot.request_in(0, true);
-        snapshot.request_in(0, false);
-        snapshot.request_out(3, true);
-        snapshot.request_out(5, false);
+        snapshot.request_in(0, Origin::Proxied);
+        snapshot.request_in(0, Origin::Direct);
+        snapshot.request_out(3, Origin::Proxied);
+        snapshot.request_out(5, Origin::Direct);
         assert_eq!((snapshot.request_ns, snapshot.proxied_request_ns), (8, 3));
         assert_eq!((snapshot.requests, snapshot.proxied_requests), (2, 1));
         assert_eq!((snapshot.in_flight, snapshot.proxied_in_flight), (0, 0));
@@ -246,7 +248,7 @@ mod tests {
     #[test]
     fn an_out_without_an_in_does_not_wrap() {
         let mut snapshot = Snapshot::starting_at(0);
-        snapshot.request_out(1, true);
+        snapshot.request_out(1, Origin::Proxied);
         snapshot.advance(2);
         assert_eq!((snapshot.in_flight, snapshot.request_ns), (0, 0));
     }
@@ -254,7 +256,7 @@ mod tests {
     #[test]
     fn counters_that_went_back_are_no_period() {
         let mut later = Snapshot::starting_at(0);
-        later.request_in(0, false);
+        later.request_in(0, Origin::Direct);
         assert_eq!(Snapshot::starting_at(1).since(&later), None);
         assert_eq!(Snapshot::starting_at(0).since(&Snapshot::starting_at(1)), None);
     }
@@ -272,7 +274,7 @@ mod tests {
         };
         let sum = snapshot.plus(&snapshot);
         assert_eq!(sum, snapshot);
-        snapshot.request_in(u64::MAX, true);
+        snapshot.request_in(u64::MAX, Origin::Proxied);
         assert_eq!(snapshot.in_flight, u32::MAX);
         let period = Period { elapsed_ns: 1, requests: u64::MAX, request_ns: u128::MAX, ..Period::default() };
         assert_eq!((period.average_milli(), period.requests_per_second_milli()), (u64::MAX, u64::MAX));

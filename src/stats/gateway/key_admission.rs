@@ -10,6 +10,7 @@
 //! For that, a leader that was replaced without knowing must take no key out any more. So a bucket says who leads, a new leader
 //! writes itself into all of them before it does anything else with them, and nobody else takes keys out.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -17,11 +18,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::counting::snapshot::Snapshot;
 use crate::gateway::key_name::KeyName;
-use crate::pod::{Expect, Pod, Store};
+use crate::pod::pod_state::PodStore;
+use crate::pod::store::{self, ATTEMPTS, Attempt, Expect, Store, StoreError, encode};
 
 /// With 10,000 keys a worker reads some 2 KB for each that it does not track.
 const BUCKETS: u64 = 256;
-const ATTEMPTS: usize = 64;
 
 /// What a worker learns of a key that it does not track.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +46,7 @@ pub enum Admission {
 /// A gateway's keys, as all its workers see them.
 #[derive(Clone, Debug)]
 pub struct KeyAdmission {
-    pod: Pod,
+    pod: PodStore,
     secret: u64,
     started_ns: u64,
     capacity: u32,
@@ -53,7 +54,7 @@ pub struct KeyAdmission {
 
 /// How many keys are tracked now, and how many have got Envoy stats: the host never forgets a stat.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Taken {
+struct Usage {
     tracked: u32,
     with_stats: u32,
 }
@@ -69,10 +70,12 @@ struct Bucket<'a> {
 }
 
 /// A key that is tracked, or that has stats.
-#[derive(Clone, Copy, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Entry<'a> {
-    namespace: &'a str,
-    name: &'a str,
+    #[serde(borrow)]
+    namespace: Cow<'a, str>,
+    #[serde(borrow)]
+    name: Cow<'a, str>,
     tracked: bool,
     has_stats: bool,
 }
@@ -83,7 +86,7 @@ impl Entry<'_> {
     }
 
     fn key(&self) -> KeyName {
-        KeyName { namespace: self.namespace.into(), name: self.name.into() }
+        KeyName { namespace: (*self.namespace).into(), name: (*self.name).into() }
     }
 }
 
@@ -92,12 +95,12 @@ impl<'a> Bucket<'a> {
         self.entries.iter_mut().find(|entry| entry.is(key))
     }
 
-    fn track(&mut self, key: &'a KeyName, has_stats: bool) {
+    fn track(&mut self, key: &KeyName, has_stats: bool) {
         match self.find(key) {
             Some(entry) => entry.tracked = true,
             None => self.entries.push(Entry {
-                namespace: &key.namespace,
-                name: &key.name,
+                namespace: Cow::Owned(key.namespace.to_string()),
+                name: Cow::Owned(key.name.to_string()),
                 tracked: true,
                 has_stats,
             }),
@@ -121,7 +124,7 @@ impl<'a> Bucket<'a> {
 impl KeyAdmission {
     /// For at most `capacity` keys at once, and as many in this Envoy's life with stats of their own. `secret` and
     /// `started_ns` are the same for all workers.
-    pub fn new(pod: Pod, secret: u64, started_ns: u64, capacity: u32) -> Self {
+    pub fn new(pod: PodStore, secret: u64, started_ns: u64, capacity: u32) -> Self {
         Self { pod, secret, started_ns, capacity }
     }
 
@@ -136,33 +139,26 @@ impl KeyAdmission {
     }
 
     fn enter_within(&self, store: &impl Store, key: &KeyName, capacity: u32) -> Admission {
-        let bucket_key = self.bucket_key(self.bucket_of(key));
-        let mut taken = None;
-        // A key that stays contended for is counted like any other; the leader finds it in the totals.
-        let mut admission = Admission::Known { has_stats: false };
-        for _ in 0..ATTEMPTS {
-            let found = store.get(&bucket_key);
-            let (mut bucket, expect) = self.read(found.as_ref());
+        let mut reserved = None;
+        let entered = self.change_bucket(store, self.bucket_of(key), |bucket| {
             let entry = bucket.find(key).map(|entry| (entry.tracked, entry.has_stats));
             if let Some((true, has_stats)) = entry {
-                admission = Admission::Known { has_stats };
-                break;
+                return Attempt::Keep(Admission::Known { has_stats });
             }
             let had_stats = entry.is_some_and(|(_, has_stats)| has_stats);
-            let Some(now_taken) = taken.or_else(|| self.take(store, !had_stats, capacity)) else {
-                return Admission::Full;
+            let Some(usage) = reserved.or_else(|| self.reserve(store, !had_stats, capacity)) else {
+                return Attempt::Keep(Admission::Full);
             };
-            taken = Some(now_taken);
-            let has_stats = had_stats || now_taken.with_stats > 0;
-            let floor = bucket.floor;
+            reserved = Some(usage);
+            let has_stats = had_stats || usage.with_stats > 0;
             bucket.track(key, has_stats);
-            if write(store, &bucket_key, &bucket, expect) {
-                return Admission::First { floor, has_stats };
-            }
-        }
-        // Another worker was faster with this key.
-        if let Some(taken) = taken {
-            self.give_back(store, taken);
+            Attempt::Write((), Admission::First { floor: bucket.floor, has_stats })
+        });
+        // A key that stays contended for is counted like any other; the leader finds it in the totals.
+        let admission = entered.unwrap_or(Admission::Known { has_stats: false });
+        if let (Admission::Known { .. }, Some(usage)) = (admission, reserved) {
+            // Another worker was faster with this key.
+            self.give_back(store, usage);
         }
         admission
     }
@@ -177,85 +173,104 @@ impl KeyAdmission {
         keys.iter().filter(has_stats).cloned().collect()
     }
 
-    /// Stops tracking keys that left the totals, which were nowhere above `floor`. Only for the worker that leads by
-    /// [`KeyAdmission::reconcile`]; where another does so by now, nothing happens.
+    /// Stops tracking keys that left the totals, which were nowhere above `floor`. Only for the
+    /// worker that leads by [`KeyAdmission::reconcile`]; where another does so by now, nothing happens.
     pub fn leave(&self, store: &impl Store, leader: u64, keys: &[KeyName], floor: &Snapshot) {
-        for (bucket, keys) in self.by_bucket(keys) {
-            let bucket_key = self.bucket_key(bucket);
-            for _ in 0..ATTEMPTS {
-                let found = store.get(&bucket_key);
-                let (mut bucket, expect) = self.read(found.as_ref());
+        for (number, keys) in self.by_bucket(keys) {
+            let removed = self.change_bucket(store, number, |bucket| {
                 if bucket.leader != leader || bucket.led_since_ns > floor.as_of_ns {
-                    break;
+                    return Attempt::Keep(0);
                 }
                 let removed = bucket.remove(keys.iter().copied());
                 bucket.floor = bucket.floor.ceiling(floor);
-                if removed == 0 {
-                    break;
-                }
-                if write(store, &bucket_key, &bucket, expect) {
-                    self.give_back(store, Taken { tracked: removed, with_stats: 0 });
-                    break;
-                }
+                if removed == 0 { Attempt::Keep(0) } else { Attempt::Write((), removed) }
+            });
+            if let Ok(tracked @ 1..) = removed {
+                self.give_back(store, Usage { tracked, with_stats: 0 });
             }
         }
     }
 
-    /// From now on `leader` takes keys out. Makes `keys` tracked, which are all that are in the totals, stops tracking those
-    /// that are `strays` and not among them (with a floor as for [`KeyAdmission::leave`]), and counts anew how much capacity is taken. Returns which keys have stats, and
-    /// which are tracked without being in the totals: their first requests are still to be collected, unless they stay
-    /// so. `None` if another worker leads by now, or others wrote each time in between; then it is to be done again before any
+    /// From now on `leader` takes keys out. Makes `keys` tracked, which are all that are in the
+    /// totals, stops tracking those that are `orphans` and not among them (with a floor as for
+    /// [`KeyAdmission::leave`]), and counts anew how much capacity is used. Returns which keys have
+    /// stats, and the orphans: keys that are tracked without being in the totals. Their first
+    /// requests are still to be collected, unless they stay so. Returns `None` if another worker
+    /// leads by now, or others wrote each time in between; then it is to be done again before any
     /// key leaves.
     pub fn reconcile<'k>(
         &self,
         store: &impl Store,
         leader: u64,
         keys: impl IntoIterator<Item = &'k KeyName>,
-        strays: &BTreeSet<KeyName>,
+        orphans: &BTreeSet<KeyName>,
         floor: &Snapshot,
     ) -> Option<(Vec<KeyName>, BTreeSet<KeyName>)> {
-        let before = store.get(&self.taken_key());
-        let (mut by_bucket, strays) = (self.by_bucket(keys), self.by_bucket(strays));
-        let (mut with_stats, mut stray) = (Vec::new(), BTreeSet::new());
-        let mut taken = Taken::default();
+        let before = store.get(&self.usage_key());
+        let (mut by_bucket, old_orphans) = (self.by_bucket(keys), self.by_bucket(orphans));
+        let (mut with_stats, mut orphans) = (Vec::new(), BTreeSet::new());
+        let mut usage = Usage::default();
         for number in 0..BUCKETS {
-            let bucket_key = self.bucket_key(number);
             let keys: BTreeSet<&KeyName> =
                 by_bucket.remove(&number).unwrap_or_default().into_iter().collect();
-            let entries = (0..ATTEMPTS).find_map(|_| {
-                let found = store.get(&bucket_key);
-                let (mut bucket, expect) = self.read(found.as_ref());
+            let entries = self.change_bucket(store, number, |bucket| {
                 // Another worker has begun to lead meanwhile.
                 if bucket.led_since_ns > floor.as_of_ns {
-                    return None;
+                    return Attempt::Keep(None);
                 }
                 (bucket.leader, bucket.led_since_ns) = (leader, floor.as_of_ns);
-                let strays = strays.get(&number).into_iter().flatten().copied();
-                if bucket.remove(strays.filter(|key| !keys.contains(key))) > 0 {
+                let old_orphans = old_orphans.get(&number).into_iter().flatten().copied();
+                if bucket.remove(old_orphans.filter(|key| !keys.contains(key))) > 0 {
                     bucket.floor = bucket.floor.ceiling(floor);
                 }
-                for key in &keys {
+                for &key in &keys {
                     bucket.track(key, false);
                 }
-                let entries: Vec<(KeyName, bool, bool)> = (bucket.entries.iter())
-                    .map(|entry| (entry.key(), entry.tracked, entry.has_stats))
-                    .collect();
-                write(store, &bucket_key, &bucket, expect).then_some(entries)
-            })?;
-            for (key, tracked, has_stats) in entries {
-                taken.tracked += u32::from(tracked);
-                taken.with_stats += u32::from(has_stats);
+                let entries = bucket.entries.iter();
+                let entries: Vec<(KeyName, bool, bool)> =
+                    entries.map(|entry| (entry.key(), entry.tracked, entry.has_stats)).collect();
+                Attempt::Write((), Some(entries))
+            });
+            for (key, tracked, has_stats) in entries.ok()?? {
+                usage.tracked += u32::from(tracked);
+                usage.with_stats += u32::from(has_stats);
                 if has_stats && keys.contains(&key) {
                     with_stats.push(key);
                 } else if tracked && !keys.contains(&key) {
-                    stray.insert(key);
+                    orphans.insert(key);
                 }
             }
         }
-        // If somebody came meanwhile, the next time.
+        // If a key came meanwhile, the next time.
         let expect = before.map_or(Expect::Absent, |(_, version)| Expect::Version(version));
-        write(store, &self.taken_key(), &taken, expect);
-        Some((with_stats, stray))
+        let _ = encode(&usage).is_some_and(|bytes| store.set(&self.usage_key(), &bytes, expect));
+        Some((with_stats, orphans))
+    }
+
+    /// Changes a bucket, or an empty one where there is none that decodes.
+    fn change_bucket<R>(
+        &self,
+        store: &impl Store,
+        number: u64,
+        mut change: impl FnMut(&mut Bucket<'_>) -> Attempt<(), R>,
+    ) -> Result<R, StoreError> {
+        store::update_bytes(store, &self.bucket_key(number), ATTEMPTS, |found| {
+            let mut bucket =
+                found.and_then(|bytes| bincode::deserialize(bytes).ok()).unwrap_or_else(|| Bucket {
+                    leader: 0,
+                    led_since_ns: 0,
+                    floor: Snapshot::starting_at(self.started_ns),
+                    entries: Vec::new(),
+                });
+            match change(&mut bucket) {
+                Attempt::Write((), result) => match encode(&bucket) {
+                    Some(bytes) => Attempt::Write(bytes, result),
+                    None => Attempt::Retry,
+                },
+                Attempt::Keep(result) => Attempt::Keep(result),
+                Attempt::Retry => Attempt::Retry,
+            }
+        })
     }
 
     fn by_bucket<'k>(&self, keys: impl IntoIterator<Item = &'k KeyName>) -> BTreeMap<u64, Vec<&'k KeyName>> {
@@ -276,78 +291,45 @@ impl KeyAdmission {
         self.pod.key(&format!("admitted/{bucket:02x}"))
     }
 
-    fn taken_key(&self) -> String {
+    fn usage_key(&self) -> String {
         self.pod.key("taken")
     }
 
-    fn read<'a>(&self, found: Option<&'a (Vec<u8>, u32)>) -> (Bucket<'a>, Expect) {
-        let empty = || Bucket {
-            leader: 0,
-            led_since_ns: 0,
-            floor: Snapshot::starting_at(self.started_ns),
-            entries: Vec::new(),
-        };
-        match found {
-            None => (empty(), Expect::Absent),
-            Some((bytes, version)) => {
-                (bincode::deserialize(bytes).unwrap_or_else(|_| empty()), Expect::Version(*version))
+    /// Reserves capacity for a key to track, and for its stats where that is needed and to be had.
+    fn reserve(&self, store: &impl Store, needs_stats: bool, capacity: u32) -> Option<Usage> {
+        let reserved = store::update(store, &self.usage_key(), ATTEMPTS, |found: Option<Usage>| {
+            let used = found.unwrap_or_default();
+            let with_stats = u32::from(needs_stats && used.with_stats < self.capacity);
+            let sum = Usage {
+                tracked: used.tracked.saturating_add(1),
+                with_stats: used.with_stats.saturating_add(with_stats),
+            };
+            if used.tracked == u32::MAX || sum.tracked > capacity {
+                Attempt::Keep(None)
+            } else {
+                Attempt::Write(sum, Some(Usage { tracked: 1, with_stats }))
             }
-        }
+        });
+        reserved.ok().flatten()
     }
 
-    /// Takes capacity for a key to track, and for its stats where that is needed and to be had.
-    fn take(&self, store: &impl Store, needs_stats: bool, capacity: u32) -> Option<Taken> {
-        self.change_taken(store, |taken| {
-            let with_stats = u32::from(needs_stats && taken.with_stats < self.capacity);
-            let more = Taken { tracked: 1, with_stats };
-            let sum = Taken {
-                tracked: taken.tracked.checked_add(1)?,
-                with_stats: taken.with_stats.saturating_add(with_stats),
+    fn give_back(&self, store: &impl Store, less: Usage) {
+        // Where that fails the leader counts anew, at its next look through the buckets.
+        let _ = store::update(store, &self.usage_key(), ATTEMPTS, |found: Option<Usage>| {
+            let used = found.unwrap_or_default();
+            let rest = Usage {
+                tracked: used.tracked.saturating_sub(less.tracked),
+                with_stats: used.with_stats.saturating_sub(less.with_stats),
             };
-            (sum.tracked <= capacity).then_some((sum, more))
-        })
-    }
-
-    fn give_back(&self, store: &impl Store, less: Taken) {
-        self.change_taken(store, |taken| {
-            let rest = Taken {
-                tracked: taken.tracked.saturating_sub(less.tracked),
-                with_stats: taken.with_stats.saturating_sub(less.with_stats),
-            };
-            Some((rest, less))
+            Attempt::Write(rest, ())
         });
     }
-
-    fn change_taken(
-        &self,
-        store: &impl Store,
-        change: impl Fn(Taken) -> Option<(Taken, Taken)>,
-    ) -> Option<Taken> {
-        let key = self.taken_key();
-        for _ in 0..ATTEMPTS {
-            let (taken, expect) = match store.get(&key) {
-                None => (Taken::default(), Expect::Absent),
-                Some((bytes, version)) => {
-                    (bincode::deserialize(&bytes).unwrap_or_default(), Expect::Version(version))
-                }
-            };
-            let (sum, result) = change(taken)?;
-            if write(store, &key, &sum, expect) {
-                return Some(result);
-            }
-        }
-        None
-    }
-}
-
-fn write(store: &impl Store, key: &str, value: &impl Serialize, expect: Expect) -> bool {
-    bincode::serialize(value).is_ok_and(|bytes| store.set(key, &bytes, expect))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pod::tests::Map;
+    use crate::testing::Map;
 
     const LEADER: u64 = 3;
     const FLOOR: Snapshot = Snapshot {
@@ -365,7 +347,7 @@ mod tests {
     }
 
     fn admission(capacity: u32) -> KeyAdmission {
-        KeyAdmission::new(Pod::new("gw"), 7, 1_000, capacity)
+        KeyAdmission::new(PodStore::new("gw"), 7, 1_000, capacity)
     }
 
     fn first(has_stats: bool) -> Admission {
@@ -419,22 +401,22 @@ mod tests {
     fn who_leads_finds_keys_that_nobody_tracks_any_more_and_keys_that_were_taken_out_too_early() {
         let (store, admission) = (Map::default(), admission(2));
         admission.enter(&store, &key("dead worker's"));
-        let stray = lead(&admission, &store, &[key("a")]);
-        assert_eq!(stray, BTreeSet::from([key("dead worker's")]));
+        let orphan = lead(&admission, &store, &[key("a")]);
+        assert_eq!(orphan, BTreeSet::from([key("dead worker's")]));
         assert_eq!(admission.enter(&store, &key("a")), Admission::Known { has_stats: false });
         assert_eq!(admission.enter(&store, &key("b")), Admission::Full);
         // It did not come until the next time.
-        let (_, stray) = admission.reconcile(&store, LEADER, &[key("a")], &stray, &FLOOR).unwrap();
-        assert_eq!(stray, BTreeSet::new());
+        let (_, orphan) = admission.reconcile(&store, LEADER, &[key("a")], &orphan, &FLOOR).unwrap();
+        assert_eq!(orphan, BTreeSet::new());
         let later = admission.enter(&store, &key("dead worker's"));
         assert_eq!(later, Admission::First { floor: FLOOR, has_stats: true });
         admission.leave(&store, LEADER, &[key("dead worker's")], &FLOOR);
         assert!(matches!(admission.enter(&store, &key("b")), Admission::First { has_stats: true, .. }));
-        // One that came belongs to nobody's strays.
-        let strays = BTreeSet::from([key("a"), key("b")]);
-        let (with_stats, stray) =
-            admission.reconcile(&store, LEADER, &[key("a"), key("b")], &strays, &FLOOR).unwrap();
-        assert_eq!((with_stats, stray), (vec![key("b")], BTreeSet::new()));
+        // One that came belongs to nobody's orphans.
+        let orphans = BTreeSet::from([key("a"), key("b")]);
+        let (with_stats, orphan) =
+            admission.reconcile(&store, LEADER, &[key("a"), key("b")], &orphans, &FLOOR).unwrap();
+        assert_eq!((with_stats, orphan), (vec![key("b")], BTreeSet::new()));
     }
 
     #[test]

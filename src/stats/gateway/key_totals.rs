@@ -224,6 +224,8 @@ pub fn message(key: &KeyName, since: Snapshot, until: Snapshot) -> KeyReport {
 mod tests {
     use super::*;
     use crate::counting::grid::Grid;
+    use crate::counting::request::Origin;
+    use crate::counting::time::PodNs;
     use crate::gateway::keyed_recorder::KeyedRecorder;
 
     const GRID: Grid = Grid { anchor_ns: 1_000, period_ns: 100 };
@@ -253,13 +255,13 @@ mod tests {
 
     #[test]
     fn a_key_is_the_sum_over_workers_and_a_batch_counts_once() {
-        let (mut a, mut b) = (KeyedRecorder::new(1_000, GRID), KeyedRecorder::new(1_000, GRID));
-        a.request_in(&key("x"), 1_010, false);
-        b.request_in(&key("x"), 1_020, true);
-        b.request_out(&key("x"), 1_040, true);
-        b.request_in(&key("y"), 1_050, false);
-        a.advance(1_103);
-        b.advance(1_150);
+        let (mut a, mut b) = (KeyedRecorder::new(PodNs(1_000), GRID), KeyedRecorder::new(PodNs(1_000), GRID));
+        a.request_in(&key("x"), PodNs(1_010), Origin::Direct);
+        b.request_in(&key("x"), PodNs(1_020), Origin::Proxied);
+        b.request_out(&key("x"), PodNs(1_040), Origin::Proxied);
+        b.request_in(&key("y"), PodNs(1_050), Origin::Direct);
+        a.advance(PodNs(1_103));
+        b.advance(PodNs(1_150));
         let mut totals = KeyTotals::starting_at(1_000);
         for _ in 0..2 {
             collect(&mut totals, &[(1, &a), (2, &b)], 1_100);
@@ -269,31 +271,31 @@ mod tests {
         a.collected(totals.collected_until(1));
         assert_eq!(a.outbox().len(), 0);
         // b's batch lies there still, and is passed over.
-        a.request_out(&key("x"), 1_160, false);
-        a.advance(1_200);
-        b.advance(1_200);
+        a.request_out(&key("x"), PodNs(1_160), Origin::Direct);
+        a.advance(PodNs(1_200));
+        b.advance(PodNs(1_200));
         collect(&mut totals, &[(1, &a), (2, &b)], 1_200);
         assert_eq!(figures(&totals, "x"), Some((2, 90 + 20 + 60, 0, false)));
     }
 
     #[test]
     fn a_key_that_left_comes_back_with_no_less_than_any_key_that_left() {
-        let mut worker = KeyedRecorder::new(1_000, GRID);
+        let mut worker = KeyedRecorder::new(PodNs(1_000), GRID);
         let request = |worker: &mut KeyedRecorder, name: &str, from: u64, to: u64| {
-            worker.request_in(&key(name), from, false);
-            worker.request_out(&key(name), to, false);
+            worker.request_in(&key(name), PodNs(from), Origin::Direct);
+            worker.request_out(&key(name), PodNs(to), Origin::Direct);
         };
         request(&mut worker, "x", 1_001, 1_002);
         request(&mut worker, "x", 1_003, 1_004);
         request(&mut worker, "y", 1_001, 1_090);
         let mut totals = KeyTotals::starting_at(1_000);
-        worker.advance(1_100);
+        worker.advance(PodNs(1_100));
         assert!(!worker.tracks(&key("x")));
         collect(&mut totals, &[(1, &worker)], 1_100);
         assert_eq!(total(&totals, "x").unwrap().since, Snapshot::starting_at(1_000));
         acknowledge_all(&mut totals);
         assert_eq!(totals.take_out_idle(), [], "active in this period");
-        worker.advance(1_200);
+        worker.advance(PodNs(1_200));
         collect(&mut totals, &[(1, &worker)], 1_200);
         assert_eq!(figures(&totals, "x"), Some((2, 2, 0, true)));
         assert_eq!(totals.take_out_idle(), [key("x"), key("y")]);
@@ -301,7 +303,7 @@ mod tests {
         let floor = Snapshot { as_of_ns: 1_200, requests: 2, request_ns: 89, ..Snapshot::default() };
         assert_eq!(totals.floor(), floor);
         request(&mut worker, "x", 1_350, 1_360);
-        worker.advance(1_400);
+        worker.advance(PodNs(1_400));
         collect(&mut totals, &[(1, &worker)], 1_400);
         let KeyTotal { since, until, .. } = total(&totals, "x").unwrap();
         assert_eq!(since, floor);
@@ -310,12 +312,12 @@ mod tests {
 
     #[test]
     fn without_an_acknowledgement_nothing_leaves() {
-        let mut worker = KeyedRecorder::new(1_000, GRID);
-        worker.request_in(&key("x"), 1_001, false);
-        worker.request_out(&key("x"), 1_002, false);
+        let mut worker = KeyedRecorder::new(PodNs(1_000), GRID);
+        worker.request_in(&key("x"), PodNs(1_001), Origin::Direct);
+        worker.request_out(&key("x"), PodNs(1_002), Origin::Direct);
         let mut totals = KeyTotals::starting_at(1_000);
         for boundary in [1_100, 1_200, 1_300] {
-            worker.advance(boundary);
+            worker.advance(PodNs(boundary));
             collect(&mut totals, &[(1, &worker)], boundary);
         }
         let old = Snapshot { as_of_ns: 1_100, ..Snapshot::default() };
@@ -326,31 +328,32 @@ mod tests {
 
     #[test]
     fn a_worker_that_is_gone_holds_nothing_and_its_last_batch_counts() {
-        let mut worker = KeyedRecorder::new(1_000, GRID);
-        worker.request_in(&key("x"), 1_010, false);
-        worker.advance(1_100);
+        let mut worker = KeyedRecorder::new(PodNs(1_000), GRID);
+        worker.request_in(&key("x"), PodNs(1_010), Origin::Direct);
+        worker.advance(PodNs(1_100));
         let mut totals = KeyTotals::starting_at(1_000);
         collect(&mut totals, &[(1, &worker)], 1_100);
-        worker.request_in(&key("x"), 1_110, false);
-        worker.end(1_150);
+        worker.request_in(&key("x"), PodNs(1_110), Origin::Direct);
+        worker.end(PodNs(1_150));
         totals.collect(&[(1, worker.outbox().to_vec())], &[1], 1_200);
         assert_eq!(figures(&totals, "x"), Some((2, 90 + 50 + 40, 0, false)));
     }
 
     #[test]
     fn what_comes_late_is_said_to_be_of_the_time_that_it_covers_and_the_last_period_is_its_own() {
-        let (mut slow, mut quick) = (KeyedRecorder::new(1_000, GRID), KeyedRecorder::new(1_000, GRID));
-        slow.request_in(&key("x"), 1_100, false);
+        let (mut slow, mut quick) =
+            (KeyedRecorder::new(PodNs(1_000), GRID), KeyedRecorder::new(PodNs(1_000), GRID));
+        slow.request_in(&key("x"), PodNs(1_100), Origin::Direct);
         let mut totals = KeyTotals::starting_at(1_000);
         for boundary in [1_100, 1_200, 1_300, 1_400] {
-            quick.advance(boundary);
+            quick.advance(PodNs(boundary));
             let outbox = quick.outbox().to_vec();
             totals.collect(&[(1, outbox), (2, slow.outbox().to_vec())], &[], boundary);
             acknowledge_all(&mut totals);
         }
         assert_eq!(figures(&totals, "x"), None, "the slow one has handed over nothing of it");
-        slow.advance(1_500);
-        quick.advance(1_500);
+        slow.advance(PodNs(1_500));
+        quick.advance(PodNs(1_500));
         collect(&mut totals, &[(1, &quick), (2, &slow)], 1_500);
         let late = total(&totals, "x").unwrap();
         assert_eq!(
@@ -367,11 +370,15 @@ mod tests {
 
     #[test]
     fn reports_are_split_at_the_size_that_a_receiver_takes() {
-        let mut worker = KeyedRecorder::new(1_000, GRID);
+        let mut worker = KeyedRecorder::new(PodNs(1_000), GRID);
         for number in 0..10_000 {
-            worker.request_in(&key(&format!("a-key-with-a-long-name-{number}")), 1_010, false);
+            worker.request_in(
+                &key(&format!("a-key-with-a-long-name-{number}")),
+                PodNs(1_010),
+                Origin::Direct,
+            );
         }
-        worker.advance(1_100);
+        worker.advance(PodNs(1_100));
         let mut totals = KeyTotals::starting_at(1_000);
         collect(&mut totals, &[(1, &worker)], 1_100);
         let reports = totals.reports("gateway", 7);

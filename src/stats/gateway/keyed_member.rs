@@ -4,16 +4,16 @@
 
 use std::collections::BTreeSet;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
 use crate::counting::grid::Grid;
+use crate::counting::request::Origin;
 use crate::counting::snapshot::Snapshot;
+use crate::counting::time::PodNs;
 use crate::gateway::key_admission::{Admission, KeyAdmission};
 use crate::gateway::key_name::KeyName;
 use crate::gateway::key_totals::KeyTotals;
 use crate::gateway::keyed_recorder::{Batch, KeyedRecorder};
-use crate::pod::{Expect, Pod, State, Store};
+use crate::pod::pod_state::{PodState, PodStore};
+use crate::pod::store::{self, Attempt, Store, encode};
 
 /// Attempts at a write of the totals; only the leader writes them, and whoever reads an answer.
 const ATTEMPTS: usize = 16;
@@ -25,11 +25,10 @@ type Stamp = (u64, u64);
 
 /// A worker's counters by key, and what it knows of the others'.
 pub struct KeyedMember {
-    pod: Pod,
+    pod: PodStore,
     /// This worker's id among those of the pod.
     id: u64,
     started_ns: u64,
-    grid: Grid,
     admission: KeyAdmission,
     recorder: KeyedRecorder,
     outbox_key: String,
@@ -44,7 +43,7 @@ pub struct KeyedMember {
     /// Whether this worker has written itself into the buckets since it leads.
     reconciled: bool,
     swept_ns: u64,
-    strays: BTreeSet<KeyName>,
+    orphans: BTreeSet<KeyName>,
 }
 
 /// What the leader did at a boundary.
@@ -59,15 +58,14 @@ pub struct Led {
 }
 
 impl KeyedMember {
-    /// The worker `id` of a pod in `state`, from the pod's time `now_ns` on; `capacity` as in [`KeyAdmission::new`].
-    pub fn new(pod: &Pod, state: &State, id: u64, now_ns: u64, capacity: u32) -> Self {
+    /// The worker `id` of a pod in `state`, from `now` on; `capacity` as in [`KeyAdmission::new`].
+    pub fn new(pod: &PodStore, state: &PodState, id: u64, now: PodNs, capacity: u32) -> Self {
         Self {
             pod: pod.clone(),
             id,
             started_ns: state.started_ns,
-            grid: state.grid,
             admission: KeyAdmission::new(pod.clone(), state.incarnation, state.started_ns, capacity),
-            recorder: KeyedRecorder::new(now_ns, state.grid),
+            recorder: KeyedRecorder::new(now, state.grid),
             outbox_key: outbox_key(pod, id),
             written_ns: 0,
             totals: None,
@@ -75,7 +73,7 @@ impl KeyedMember {
             acknowledged: Vec::new(),
             reconciled: false,
             swept_ns: 0,
-            strays: BTreeSet::new(),
+            orphans: BTreeSet::new(),
         }
     }
 
@@ -86,44 +84,43 @@ impl KeyedMember {
 
     /// Takes over other boundaries.
     pub fn set_grid(&mut self, grid: Grid) {
-        self.grid = grid;
         self.recorder.set_grid(grid);
     }
 
     /// A request came in. It counts unless the key is [`Admission::Full`].
-    pub fn request_in(&mut self, store: &impl Store, key: &KeyName, now_ns: u64) -> Option<Admission> {
-        self.recorder.advance(now_ns);
+    pub fn request_in(&mut self, store: &impl Store, key: &KeyName, now: PodNs) -> Option<Admission> {
+        self.recorder.advance(now);
         let admission = (!self.recorder.tracks(key)).then(|| self.admission.enter(store, key));
         if admission != Some(Admission::Full) {
-            self.recorder.request_in(key, now_ns, false);
+            self.recorder.request_in(key, now, Origin::Direct);
         }
         admission
     }
 
     /// A request that counted left.
-    pub fn request_out(&mut self, key: &KeyName, now_ns: u64) {
-        self.recorder.request_out(key, now_ns, false);
+    pub fn request_out(&mut self, key: &KeyName, now: PodNs) {
+        self.recorder.request_out(key, now, Origin::Direct);
     }
 
     /// Closes the boundaries up to now and puts what is new where the leader finds it.
-    pub fn post(&mut self, store: &impl Store, now_ns: u64) {
-        self.recorder.advance(now_ns);
-        let collected: Vec<(u64, u64)> = read(store, &self.collected_key()).unwrap_or_default();
+    pub fn post(&mut self, store: &impl Store, now: PodNs) {
+        self.recorder.advance(now);
+        let collected: Vec<(u64, u64)> = store::read(store, &self.collected_key()).unwrap_or_default();
         let until_ns = collected.iter().find(|(id, _)| *id == self.id).map_or(0, |(_, until_ns)| *until_ns);
         self.recorder.collected(until_ns);
         self.write_outbox(store);
     }
 
     /// The end of this worker: everything it counted is left to the others.
-    pub fn end(&mut self, store: &impl Store, now_ns: u64) {
-        self.recorder.end(now_ns);
+    pub fn end(&mut self, store: &impl Store, now: PodNs) {
+        self.recorder.end(now);
         self.written_ns = 0;
         self.write_outbox(store);
     }
 
     fn write_outbox(&mut self, store: &impl Store) {
         let newest_ns = self.recorder.outbox().last().map_or(0, Batch::until_ns);
-        if newest_ns > self.written_ns && write(store, &self.outbox_key, &self.recorder.outbox()) {
+        if newest_ns > self.written_ns && store::write(store, &self.outbox_key, &self.recorder.outbox()) {
             self.written_ns = newest_ns;
         }
     }
@@ -144,24 +141,24 @@ impl KeyedMember {
             (left, came)
         })?;
         let (_, totals) = self.totals.as_ref()?;
-        write(store, &self.collected_key(), &totals.collected());
+        store::write(store, &self.collected_key(), &totals.collected());
         let mut led = Led {
             with_stats: self.admission.admit(store, &came),
             left: left.into_iter().filter(|key| !totals.has(key)).collect(),
             settled: settled(totals, departed, &outboxes),
         };
-        let sweeps =
-            as_of_ns.saturating_sub(self.swept_ns) >= self.grid.period_ns.saturating_mul(SWEEP_PERIODS);
+        let sweeps = as_of_ns.saturating_sub(self.swept_ns)
+            >= self.recorder.grid().period_ns.saturating_mul(SWEEP_PERIODS);
         if !self.reconciled || sweeps {
             let keys = totals.keys().map(|(key, _)| key);
             // Those that were found when this worker began to lead may come yet.
-            let strays = std::mem::take(&mut self.strays);
-            let strays = if sweeps { strays } else { BTreeSet::new() };
-            let reconciled = self.admission.reconcile(store, self.id, keys, &strays, &totals.floor());
+            let orphans = std::mem::take(&mut self.orphans);
+            let orphans = if sweeps { orphans } else { BTreeSet::new() };
+            let reconciled = self.admission.reconcile(store, self.id, keys, &orphans, &totals.floor());
             self.reconciled = reconciled.is_some();
-            if let Some((with_stats, strays)) = reconciled {
+            if let Some((with_stats, orphans)) = reconciled {
                 led.with_stats = with_stats;
-                self.strays = strays;
+                self.orphans = orphans;
                 self.swept_ns = as_of_ns;
             }
         }
@@ -207,42 +204,44 @@ impl KeyedMember {
     ) -> (Vec<(u64, Vec<Batch>)>, Vec<u64>) {
         let gone: Vec<u64> = departed.iter().filter(|id| !workers.contains(id)).copied().collect();
         let ids = workers.iter().chain(&gone);
-        let outbox = |id: &u64| (*id, read(store, &outbox_key(&self.pod, *id)).unwrap_or_default());
+        let outbox = |id: &u64| (*id, store::read(store, &outbox_key(&self.pod, *id)).unwrap_or_default());
         (ids.map(outbox).collect(), gone)
     }
 
     /// Writes the totals with what is acknowledged and a change.
     fn update_totals<R>(&mut self, store: &impl Store, change: impl Fn(&mut KeyTotals) -> R) -> Option<R> {
         let key = self.pod.key("totals");
-        for _ in 0..ATTEMPTS {
-            let (mut totals, expect) = match store.get(&key) {
-                None => (KeyTotals::starting_at(self.started_ns), Expect::Absent),
-                Some((bytes, version)) => {
-                    let stamp: Stamp = bincode::deserialize(&bytes).ok()?;
-                    let own = self.totals.take().filter(|(own, _)| *own == stamp);
-                    let totals = match own {
-                        Some((_, totals)) => totals,
-                        None => {
-                            // Another worker wrote them: it may have led.
-                            self.reconciled = false;
-                            let (_, totals): (Stamp, KeyTotals) = bincode::deserialize(&bytes).ok()?;
-                            totals
-                        }
-                    };
-                    (totals, Expect::Version(version))
-                }
-            };
+        let updated = store::update_bytes(store, &key, ATTEMPTS, |found| {
+            let Some(mut totals) = self.totals_in(found) else { return Attempt::Keep(None) };
             totals.acknowledge(&self.acknowledged);
             let result = change(&mut totals);
             self.stamps += 1;
-            let stamp = (self.id, self.stamps);
-            if bincode::serialize(&(stamp, &totals)).is_ok_and(|bytes| store.set(&key, &bytes, expect)) {
-                self.acknowledged.clear();
-                self.totals = Some((stamp, totals));
-                return Some(result);
-            }
+            let written = ((self.id, self.stamps), totals);
+            let bytes = encode(&written);
+            self.totals = Some(written);
+            bytes.map_or(Attempt::Retry, |bytes| Attempt::Write(bytes, Some(result)))
+        });
+        let result = updated.ok().flatten();
+        match result {
+            Some(_) => self.acknowledged.clear(),
+            None => self.totals = None,
         }
-        None
+        result
+    }
+
+    /// Returns the totals in the store: decoded, unless this worker wrote them. `None` if they do
+    /// not decode.
+    fn totals_in(&mut self, found: Option<&[u8]>) -> Option<KeyTotals> {
+        let own = self.totals.take();
+        let Some(bytes) = found else { return Some(KeyTotals::starting_at(self.started_ns)) };
+        let stamp: Stamp = bincode::deserialize(bytes).ok()?;
+        if let Some((_, totals)) = own.filter(|(own, _)| *own == stamp) {
+            return Some(totals);
+        }
+        // Another worker wrote them: it may have led.
+        self.reconciled = false;
+        let (_, totals): (Stamp, KeyTotals) = bincode::deserialize(bytes).ok()?;
+        Some(totals)
     }
 
     fn collected_key(&self) -> String {
@@ -258,19 +257,8 @@ fn settled(totals: &KeyTotals, departed: &[u64], outboxes: &[(u64, Vec<Batch>)])
     departed.iter().filter(|id| all_in(id)).copied().collect()
 }
 
-fn outbox_key(pod: &Pod, worker: u64) -> String {
+fn outbox_key(pod: &PodStore, worker: u64) -> String {
     pod.key(&format!("outbox/{worker:016x}"))
-}
-
-fn read<T: DeserializeOwned>(store: &impl Store, key: &str) -> Option<T> {
-    let (bytes, _) = store.get(key)?;
-    bincode::deserialize(&bytes).ok()
-}
-
-/// Of a value that only one worker writes.
-fn write<T: Serialize + ?Sized>(store: &impl Store, key: &str, value: &T) -> bool {
-    let expect = store.get(key).map_or(Expect::Absent, |(_, version)| Expect::Version(version));
-    bincode::serialize(value).is_ok_and(|bytes| store.set(key, &bytes, expect))
 }
 
 #[cfg(test)]
@@ -280,9 +268,12 @@ mod tests {
 
     use super::*;
     use crate::counting::recorder::Recorder;
-    use crate::pod::tests::{Dice, Map};
-    use crate::pod::{Member, Stock};
+    use crate::counting::time::MonotonicNs;
+    use crate::pod::leader::LeaderStep;
+    use crate::pod::member::Member;
+    use crate::pod::store::Expect;
     use crate::scaling::key::addition;
+    use crate::testing::{Dice, Map};
 
     const PERIOD: u64 = 1_000;
     const START: u64 = 1_000_000;
@@ -304,13 +295,13 @@ mod tests {
 
     impl Worker {
         fn new(store: &impl Store, now: u64) -> Self {
-            let pod = Pod::new("gw");
-            let state = pod.open(store, now, now, PERIOD, 7).unwrap();
-            let mut member = Member::new(pod.clone(), now, PERIOD);
+            let pod = PodStore::new("gw");
+            let state = pod.open(store, MonotonicNs(now), now, PERIOD, 7).unwrap();
+            let mut member = Member::new(pod.clone(), PodNs(now), PERIOD);
             let id = member.id(store).unwrap();
             Self {
-                recorder: Recorder::new(now, state.grid),
-                keyed: KeyedMember::new(&pod, &state, id, now, KEYS as u32),
+                recorder: Recorder::new(PodNs(now), state.grid),
+                keyed: KeyedMember::new(&pod, &state, id, PodNs(now), KEYS as u32),
                 member,
                 open: Vec::new(),
                 stalled_until: 0,
@@ -430,11 +421,11 @@ mod tests {
             let now = self.now.get();
             // Two keys are busy at a time, so that the others become idle.
             let key = key(2 * (now / (5 * PERIOD) % (KEYS / 2)) + self.roll(2));
-            let admission = worker.keyed.request_in(&self, &key, now);
+            let admission = worker.keyed.request_in(&self, &key, PodNs(now));
             if admission == Some(Admission::Full) {
                 return;
             }
-            worker.recorder.request_in(now, false);
+            worker.recorder.request_in(PodNs(now), Origin::Direct);
             if let Some(Admission::First { floor, .. }) = admission {
                 self.firsts.set(self.firsts.get() + 1);
                 let messages = vec![(key.clone(), floor, Snapshot { in_flight: 1, ..floor })];
@@ -454,23 +445,23 @@ mod tests {
 
         fn out(&self, worker: &mut Worker, key: &KeyName, since: u64) {
             let now = self.now.get();
-            worker.keyed.request_out(key, now);
-            worker.recorder.request_out(now, false);
+            worker.keyed.request_out(key, PodNs(now));
+            worker.recorder.request_out(PodNs(now), Origin::Direct);
             self.truth.borrow_mut().entry(key.clone()).or_default().1 += u128::from(now - since);
         }
 
         fn tick(&self, index: usize, worker: &mut Worker) {
             let now = self.now.get();
-            worker.recorder.advance(now);
+            worker.recorder.advance(PodNs(now));
             let pod = worker.member.pod().clone();
             let state = pod.state(&self).unwrap();
-            worker.keyed.post(&self, now);
+            worker.keyed.post(&self, PodNs(now));
             if worker.member.post(&self, &worker.recorder).is_err() {
                 return;
             }
-            let Ok(stock) = worker.member.take_stock(&self, now, 0) else { return };
-            let Stock::Published { latest, .. } = stock else {
-                if stock == Stock::Follow {
+            let Ok(step) = worker.member.lead(&self, PodNs(now), 0) else { return };
+            let LeaderStep::Published { latest, .. } = step else {
+                if step == LeaderStep::Follow {
                     worker.keyed.follow(&self);
                 }
                 return;
@@ -478,7 +469,7 @@ mod tests {
             let departed = pod.state(&self).unwrap().departed;
             let workers: Vec<u64> = pod.state(&self).unwrap().workers().collect();
             let Some(led) = worker.keyed.lead(&self, &workers, &departed, latest.as_of_ns) else { return };
-            pod.cleared_up(&self, &led.settled).unwrap();
+            pod.forget_departed(&self, &led.settled).unwrap();
             worker.sending = worker.sending.filter(|(_, deadline)| now < *deadline);
             if worker.sending.is_none() {
                 let number = self.send(index, worker.keyed.totals().unwrap());
@@ -504,11 +495,11 @@ mod tests {
                 self.truth.borrow_mut().entry(key).or_default().1 += u128::from(now - since);
             }
             let now = self.now.get();
-            worker.recorder.advance(now);
-            worker.keyed.end(&self, now);
+            worker.recorder.advance(PodNs(now));
+            worker.keyed.end(&self, PodNs(now));
             worker.member.seal(&self, &worker.recorder).unwrap();
             if self.roll(2) == 0 {
-                let (until, state) = worker.member.last_figure(&self, now).unwrap();
+                let (until, state) = worker.member.last_figure(&self, PodNs(now)).unwrap();
                 let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
                 if let Some(totals) = worker.keyed.collect_last(&self, &all, until.as_of_ns) {
                     self.send(index, totals);

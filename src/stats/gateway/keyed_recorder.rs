@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::counting::grid::Grid;
+use crate::counting::request::Origin;
 use crate::counting::snapshot::Snapshot;
+use crate::counting::time::PodNs;
 use crate::gateway::key_name::KeyName;
 
 /// What happened to all keys of one worker between two boundaries.
@@ -39,10 +41,10 @@ pub struct KeyedRecorder {
 }
 
 impl KeyedRecorder {
-    /// Nothing yet, at `now_ns`.
-    pub fn new(now_ns: u64, grid: Grid) -> Self {
-        let next_boundary_ns = grid.after(now_ns);
-        Self { grid, closed_ns: now_ns, next_boundary_ns, keys: BTreeMap::new(), outbox: Vec::new() }
+    /// Nothing yet.
+    pub fn new(now: PodNs, grid: Grid) -> Self {
+        let next_boundary_ns = grid.after(now.0);
+        Self { grid, closed_ns: now.0, next_boundary_ns, keys: BTreeMap::new(), outbox: Vec::new() }
     }
 
     /// Whether a key is being tracked here.
@@ -51,31 +53,31 @@ impl KeyedRecorder {
     }
 
     /// A request came in.
-    pub fn request_in(&mut self, key: &KeyName, now_ns: u64, proxied: bool) {
-        self.advance(now_ns);
+    pub fn request_in(&mut self, key: &KeyName, now: PodNs, origin: Origin) {
+        self.advance(now);
         match self.keys.get_mut(key) {
-            Some(snapshot) => snapshot.request_in(now_ns, proxied),
+            Some(snapshot) => snapshot.request_in(now.0, origin),
             None => {
-                let mut snapshot = Snapshot::starting_at(now_ns);
-                snapshot.request_in(now_ns, proxied);
+                let mut snapshot = Snapshot::starting_at(now.0);
+                snapshot.request_in(now.0, origin);
                 self.keys.insert(key.clone(), snapshot);
             }
         }
     }
 
     /// A request that came in here left.
-    pub fn request_out(&mut self, key: &KeyName, now_ns: u64, proxied: bool) {
-        self.advance(now_ns);
+    pub fn request_out(&mut self, key: &KeyName, now: PodNs, origin: Origin) {
+        self.advance(now);
         if let Some(snapshot) = self.keys.get_mut(key) {
-            snapshot.request_out(now_ns, proxied);
+            snapshot.request_out(now.0, origin);
         }
     }
 
     /// Lets time go on; past a boundary, what happened before it goes into the outbox. A worker that is late by several periods
     /// hands over the last of them apart: that one is as new as what the others have.
-    pub fn advance(&mut self, now_ns: u64) {
-        if now_ns >= self.next_boundary_ns {
-            let newest_ns = self.grid.at_or_before(now_ns);
+    pub fn advance(&mut self, now: PodNs) {
+        if now.0 >= self.next_boundary_ns {
+            let newest_ns = self.grid.at_or_before(now.0);
             let before_ns = newest_ns.saturating_sub(self.grid.period_ns);
             if before_ns > self.closed_ns {
                 self.close(before_ns);
@@ -93,8 +95,8 @@ impl KeyedRecorder {
     }
 
     /// The end of this worker: everything up to now goes into the outbox, with nothing in flight.
-    pub fn end(&mut self, now_ns: u64) {
-        self.close(now_ns.max(self.closed_ns));
+    pub fn end(&mut self, now: PodNs) {
+        self.close(now.0.max(self.closed_ns));
         if let Some(batch) = self.outbox.last_mut() {
             for (_, delta) in &mut batch.keys {
                 *delta = delta.finished();
@@ -108,7 +110,12 @@ impl KeyedRecorder {
         self.outbox.retain(|batch| batch.until_ns > until_ns);
     }
 
-    /// The last closed boundary, or the beginning.
+    /// Returns the boundaries in force.
+    pub fn grid(&self) -> Grid {
+        self.grid
+    }
+
+    /// Returns the last closed boundary, or the beginning.
     pub fn closed_ns(&self) -> u64 {
         self.closed_ns
     }

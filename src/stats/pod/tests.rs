@@ -1,46 +1,19 @@
 use std::cell::RefCell;
-use std::collections::HashMap;
-use std::sync::Mutex;
 
-use super::*;
+use crate::counting::grid::Grid;
+use crate::counting::recorder::Recorder;
+use crate::counting::request::Origin;
+use crate::counting::snapshot::Snapshot;
+use crate::counting::time::{MonotonicNs, PodNs};
+use crate::pod::leader::LeaderStep;
+use crate::pod::member::Member;
+use crate::pod::pod_state::{PodStore, Slot};
+use crate::pod::store::{Expect, Store, StoreError};
 use crate::scaling::key::addition;
+use crate::testing::{Dice, Map};
 
 const PERIOD: u64 = 1_000;
 const START: u64 = 1_000_000;
-
-/// A store with the semantics of Envoy's shared data.
-#[derive(Default)]
-pub(crate) struct Map(Mutex<(u32, Values)>);
-
-type Values = HashMap<String, (Vec<u8>, u32)>;
-
-impl Map {
-    /// The names of all values.
-    pub(crate) fn keys(&self) -> Vec<String> {
-        self.0.lock().unwrap().1.keys().cloned().collect()
-    }
-}
-
-impl Store for Map {
-    fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
-        self.0.lock().unwrap().1.get(key).cloned()
-    }
-
-    fn set(&self, key: &str, value: &[u8], expect: Expect) -> bool {
-        let mut guard = self.0.lock().unwrap();
-        let found = guard.1.get(key).map(|(_, version)| *version);
-        let holds = match expect {
-            Expect::Absent => found.is_none(),
-            Expect::Version(version) => found == Some(version),
-        };
-        if holds {
-            guard.0 += 1;
-            let version = guard.0;
-            guard.1.insert(key.into(), (value.into(), version));
-        }
-        holds
-    }
-}
 
 struct Worker {
     recorder: Recorder,
@@ -51,26 +24,26 @@ struct Worker {
 
 impl Worker {
     fn new(store: &impl Store, now: u64) -> Self {
-        let pod = Pod::new("test");
-        let state = pod.open(store, now, now, PERIOD, 7).unwrap();
+        let pod = PodStore::new("test");
+        let state = pod.open(store, MonotonicNs(now), now, PERIOD, 7).unwrap();
         Self {
-            recorder: Recorder::new(now, state.grid),
-            member: Member::new(pod, now, PERIOD),
+            recorder: Recorder::new(PodNs(now), state.grid),
+            member: Member::new(pod, PodNs(now), PERIOD),
             posted: Snapshot::default(),
         }
     }
 
-    fn tick(&mut self, store: &impl Store, now: u64) -> Stock {
-        self.recorder.advance(now);
+    fn tick(&mut self, store: &impl Store, now: u64) -> LeaderStep {
+        self.recorder.advance(PodNs(now));
         self.member.post(store, &self.recorder).unwrap();
         self.posted = *self.recorder.closed().next_back().unwrap_or(&self.posted);
-        self.member.take_stock(store, now, 0).unwrap()
+        self.member.lead(store, PodNs(now), 0).unwrap()
     }
 }
 
-fn published(stock: Stock) -> Snapshot {
+fn published(stock: LeaderStep) -> Snapshot {
     match stock {
-        Stock::Published { latest, .. } => latest,
+        LeaderStep::Published { latest, .. } => latest,
         other => panic!("{other:?}"),
     }
 }
@@ -79,27 +52,31 @@ fn published(stock: Stock) -> Snapshot {
 fn a_pod_is_the_sum_of_its_workers_at_one_instant() {
     let store = Map::default();
     let (mut a, mut b) = (Worker::new(&store, START), Worker::new(&store, START));
-    a.recorder.request_in(START + 100, false);
-    b.recorder.request_in(START + 200, true);
-    b.recorder.request_out(START + 300, true);
+    a.recorder.request_in(PodNs(START + 100), Origin::Direct);
+    b.recorder.request_in(PodNs(START + 200), Origin::Proxied);
+    b.recorder.request_out(PodNs(START + 300), Origin::Proxied);
     let first = published(a.tick(&store, START + PERIOD + 1));
     assert_eq!(first.requests, 1, "b has not joined yet");
-    assert_eq!(b.tick(&store, START + PERIOD + 900), Stock::Follow);
-    a.recorder.advance(START + 2 * PERIOD + 1);
-    assert_eq!(a.tick(&store, START + 2 * PERIOD + 1), Stock::Wait, "b has not closed the second boundary");
+    assert_eq!(b.tick(&store, START + PERIOD + 900), LeaderStep::Follow);
+    a.recorder.advance(PodNs(START + 2 * PERIOD + 1));
+    assert_eq!(
+        a.tick(&store, START + 2 * PERIOD + 1),
+        LeaderStep::Wait,
+        "b has not closed the second boundary"
+    );
     b.tick(&store, START + 2 * PERIOD + 400);
     let second = published(a.tick(&store, START + 2 * PERIOD + 401));
     assert_eq!(second.as_of_ns, START + 2 * PERIOD);
     assert_eq!((second.requests, second.proxied_requests, second.in_flight), (2, 1, 1));
     assert_eq!(second.request_ns, 1_900 + 100);
-    assert_eq!(a.tick(&store, START + 2 * PERIOD + 500), Stock::UpToDate);
+    assert_eq!(a.tick(&store, START + 2 * PERIOD + 500), LeaderStep::UpToDate);
 }
 
 #[test]
 fn another_worker_leads_within_three_periods_of_the_leaders_death() {
     let store = Map::default();
     let (mut leader, mut other) = (Worker::new(&store, START), Worker::new(&store, START));
-    leader.recorder.request_in(START + 1, false);
+    leader.recorder.request_in(PodNs(START + 1), Origin::Direct);
     other.tick(&store, START + PERIOD);
     leader.tick(&store, START + PERIOD);
     drop(leader);
@@ -107,7 +84,7 @@ fn another_worker_leads_within_three_periods_of_the_leaders_death() {
     let mut now = death;
     let figure = loop {
         now += PERIOD / 10;
-        if let Stock::Published { latest, .. } = other.tick(&store, now) {
+        if let LeaderStep::Published { latest, .. } = other.tick(&store, now) {
             break latest;
         }
         assert!(now <= death + 3 * PERIOD);
@@ -125,17 +102,17 @@ fn a_leader_that_serves_hands_over_to_one_that_does_not() {
     let store = Map::default();
     let (mut busy, mut idle) = (Worker::new(&store, START), Worker::new(&store, START));
     published(busy.tick(&store, START + PERIOD));
-    assert_eq!(idle.tick(&store, START + PERIOD), Stock::Follow, "the first to come leads");
-    busy.recorder.request_in(START + PERIOD + 1, false);
+    assert_eq!(idle.tick(&store, START + PERIOD), LeaderStep::Follow, "the first to come leads");
+    busy.recorder.request_in(PodNs(START + PERIOD + 1), Origin::Direct);
     idle.tick(&store, START + 2 * PERIOD);
     published(busy.tick(&store, START + 2 * PERIOD));
     busy.tick(&store, START + 3 * PERIOD);
     assert_eq!(published(idle.tick(&store, START + 3 * PERIOD)).requests, 1);
-    assert_eq!(busy.tick(&store, START + 3 * PERIOD + 1), Stock::Follow);
+    assert_eq!(busy.tick(&store, START + 3 * PERIOD + 1), LeaderStep::Follow);
     // It stays so, and there is nobody to hand over to when the idle one is gone.
     drop(idle);
     for tenth in 31..60 {
-        if let Stock::Published { latest, .. } = busy.tick(&store, START + tenth * PERIOD / 10) {
+        if let LeaderStep::Published { latest, .. } = busy.tick(&store, START + tenth * PERIOD / 10) {
             assert_eq!(latest.requests, 1);
             return;
         }
@@ -147,18 +124,18 @@ fn a_leader_that_serves_hands_over_to_one_that_does_not() {
 fn a_worker_that_was_only_slow_loses_and_doubles_nothing() {
     let store = Map::default();
     let (mut slow, mut other) = (Worker::new(&store, START), Worker::new(&store, START));
-    slow.recorder.request_in(START, false);
+    slow.recorder.request_in(PodNs(START), Origin::Direct);
     for k in 1..=2 {
         slow.tick(&store, START + k * PERIOD);
         other.tick(&store, START + k * PERIOD);
     }
-    slow.recorder.request_in(START + 2 * PERIOD + 500, false);
+    slow.recorder.request_in(PodNs(START + 2 * PERIOD + 500), Origin::Direct);
     for k in 3..=9 {
         other.tick(&store, START + k * PERIOD);
     }
     assert_eq!(other.member.pod.state(&store).unwrap().published[1].requests, 1);
     let mut third = Worker::new(&store, START + 9 * PERIOD);
-    third.recorder.request_in(START + 9 * PERIOD, false);
+    third.recorder.request_in(PodNs(START + 9 * PERIOD), Origin::Direct);
     for k in 10..=12 {
         slow.tick(&store, START + k * PERIOD);
         third.tick(&store, START + k * PERIOD);
@@ -181,16 +158,17 @@ fn what_a_slow_worker_counted_is_said_to_be_of_the_time_that_it_covers_and_the_g
         other.tick(&store, START + k * PERIOD);
     }
     for _ in 0..4 {
-        slow.recorder.request_in(START + 2 * PERIOD, false);
+        slow.recorder.request_in(PodNs(START + 2 * PERIOD), Origin::Direct);
     }
     let pod = other.member.pod.clone();
     for k in 3..=9 {
-        if let Stock::Published { latest, .. } = other.tick(&store, START + k * PERIOD) {
+        if let LeaderStep::Published { latest, .. } = other.tick(&store, START + k * PERIOD) {
             pod.acknowledge(&store, 7, &latest).unwrap();
         }
     }
     slow.tick(&store, START + 10 * PERIOD);
-    let Stock::Published { previous, latest, since, .. } = other.tick(&store, START + 10 * PERIOD) else {
+    let LeaderStep::Published { previous, latest, since, .. } = other.tick(&store, START + 10 * PERIOD)
+    else {
         panic!("nothing published")
     };
     assert_eq!(latest.since(&previous).unwrap().average_milli(), 4_000);
@@ -206,14 +184,14 @@ fn what_a_slow_worker_counted_is_said_to_be_of_the_time_that_it_covers_and_the_g
 fn a_seal_that_nobody_folded_is_folded_once() {
     let store = Map::default();
     let mut worker = Worker::new(&store, START);
-    worker.recorder.request_in(START, false);
+    worker.recorder.request_in(PodNs(START), Origin::Direct);
     worker.tick(&store, START + PERIOD);
     // A leader seals the slot and dies before it writes the state.
     let state = worker.member.pod.state(&store).unwrap();
-    let (slot, expect) = worker.member.pod.read_slot(&store, state.seats[0].id);
+    let (slot, expect) = worker.member.pod.read_slot(&store, state.members[0].worker);
     let sealed = Slot { sealed: true, ..slot.unwrap() };
     assert!(worker.member.pod.write_slot(&store, &sealed, expect));
-    worker.recorder.request_in(START + PERIOD + 1, false);
+    worker.recorder.request_in(PodNs(START + PERIOD + 1), Origin::Direct);
     let figure = published(worker.tick(&store, START + 2 * PERIOD));
     assert_eq!((figure.requests, figure.in_flight), (2, 2));
 }
@@ -224,16 +202,16 @@ fn a_worker_that_ends_leaves_its_counts_and_the_lease() {
     let (mut leader, mut other) = (Worker::new(&store, START), Worker::new(&store, START));
     leader.tick(&store, START + PERIOD);
     other.tick(&store, START + PERIOD);
-    leader.recorder.request_in(START + PERIOD + 10, false);
-    leader.recorder.request_in(START + PERIOD + 10, false);
-    leader.recorder.request_out(START + PERIOD + 20, false);
+    leader.recorder.request_in(PodNs(START + PERIOD + 10), Origin::Direct);
+    leader.recorder.request_in(PodNs(START + PERIOD + 10), Origin::Direct);
+    leader.recorder.request_out(PodNs(START + PERIOD + 20), Origin::Direct);
     leader.member.seal(&store, &leader.recorder).unwrap();
-    let (last, _) = leader.member.last_figure(&store, START + PERIOD + 30).unwrap();
+    let (last, _) = leader.member.last_figure(&store, PodNs(START + PERIOD + 30)).unwrap();
     assert_eq!((last.requests, last.in_flight, last.as_of_ns), (2, 0, START + PERIOD + 30));
     let figure = published(other.tick(&store, START + 2 * PERIOD));
     assert_eq!((figure.requests, figure.in_flight), (2, 0));
     // Should it go on counting after all (the same VM gets the filter again), nothing doubles.
-    leader.recorder.request_in(START + 2 * PERIOD + 1, false);
+    leader.recorder.request_in(PodNs(START + 2 * PERIOD + 1), Origin::Direct);
     leader.tick(&store, START + 3 * PERIOD);
     let figure = published(other.tick(&store, START + 3 * PERIOD));
     assert_eq!((figure.requests, figure.in_flight), (3, 2));
@@ -242,8 +220,8 @@ fn a_worker_that_ends_leaves_its_counts_and_the_lease() {
 #[test]
 fn an_acknowledgement_never_goes_back_and_belongs_to_its_incarnation() {
     let store = Map::default();
-    let pod = Pod::new("test");
-    pod.open(&store, 0, START, PERIOD, 7).unwrap();
+    let pod = PodStore::new("test");
+    pod.open(&store, MonotonicNs(0), START, PERIOD, 7).unwrap();
     let at = |ns, requests| Snapshot { as_of_ns: START + ns, requests, ..Snapshot::default() };
     pod.acknowledge(&store, 7, &at(20, 2)).unwrap();
     pod.acknowledge(&store, 7, &at(10, 1)).unwrap();
@@ -254,12 +232,12 @@ fn an_acknowledgement_never_goes_back_and_belongs_to_its_incarnation() {
 #[test]
 fn an_unreadable_state_is_replaced_and_another_period_changes_the_grid() {
     let store = Map::default();
-    let pod = Pod::new("test");
+    let pod = PodStore::new("test");
     store.set("inflight/1/test/state", b"junk", Expect::Absent);
-    assert_eq!(pod.state(&store), Err(Trouble::NoState));
-    let state = pod.open(&store, 5, START, PERIOD, 7).unwrap();
+    assert_eq!(pod.state(&store), Err(StoreError::NoState));
+    let state = pod.open(&store, MonotonicNs(5), START, PERIOD, 7).unwrap();
     assert_eq!(state.grid, Grid { anchor_ns: START, period_ns: PERIOD });
-    let state = pod.open(&store, 5 + 42, START + 999, PERIOD / 2, 8).unwrap();
+    let state = pod.open(&store, MonotonicNs(5 + 42), START + 999, PERIOD / 2, 8).unwrap();
     assert_eq!(state.grid, Grid { anchor_ns: START + 42, period_ns: PERIOD / 2 });
     assert_eq!(state.incarnation, 7);
 }
@@ -273,7 +251,7 @@ fn the_period_is_the_shortest_that_a_live_worker_asks_for() {
     let mut pass = |workers: &mut [&mut Worker], periods: u64| {
         for tenth in 1..=periods * 10 {
             for worker in workers.iter_mut() {
-                worker.recorder.advance(now + tenth * PERIOD / 10);
+                worker.recorder.advance(PodNs(now + tenth * PERIOD / 10));
                 worker.recorder.set_grid(worker.member.pod.state(&store).unwrap().grid);
                 worker.tick(&store, now + tenth * PERIOD / 10);
             }
@@ -288,7 +266,7 @@ fn the_period_is_the_shortest_that_a_live_worker_asks_for() {
     stays.member.set_period_ns(4 * PERIOD);
     assert_eq!(pass(&mut [&mut stays, &mut changes], 10).0, 4 * PERIOD);
     // A worker that opens the pod with a shorter one is heard at once, and not overruled before it has posted.
-    let opened = changes.member.pod.open(&store, START + 20 * PERIOD, 0, PERIOD, 8).unwrap();
+    let opened = changes.member.pod.open(&store, MonotonicNs(START + 20 * PERIOD), 0, PERIOD, 8).unwrap();
     changes.member.set_period_ns(PERIOD);
     assert_eq!(opened.grid, Grid { anchor_ns: START + 20 * PERIOD, period_ns: PERIOD });
     let (period_ns, age_ns) = pass(&mut [&mut stays, &mut changes], 3);
@@ -297,19 +275,6 @@ fn the_period_is_the_shortest_that_a_live_worker_asks_for() {
     // Its end ends that.
     changes.member.seal(&store, &changes.recorder).unwrap();
     assert_eq!(pass(&mut [&mut stays], 10).0, 4 * PERIOD);
-}
-
-/// A small generator (splitmix64), so that a failing run can be repeated from its seed.
-pub(crate) struct Dice(pub(crate) u64);
-
-impl Dice {
-    pub(crate) fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % sides
-    }
 }
 
 /// A store in which other workers act between any two steps of one.
@@ -349,10 +314,10 @@ fn whatever_dies_or_hangs_every_posted_count_is_in_the_sum_exactly_once() {
             for worker in &mut workers {
                 for event in 0..dice.roll(4) {
                     let at = boundary - PERIOD + event * 100 + dice.roll(100);
-                    let proxied = dice.roll(2) == 0;
-                    worker.recorder.request_in(at, proxied);
+                    let origin = if dice.roll(2) == 0 { Origin::Proxied } else { Origin::Direct };
+                    worker.recorder.request_in(PodNs(at), origin);
                     if dice.roll(3) > 0 {
-                        worker.recorder.request_out(at + dice.roll(100), proxied);
+                        worker.recorder.request_out(PodNs(at + dice.roll(100)), origin);
                     }
                 }
             }
@@ -376,7 +341,7 @@ fn whatever_dies_or_hangs_every_posted_count_is_in_the_sum_exactly_once() {
             // Some ticks do not come, so that now and then a live worker is sealed as silent.
             for worker in &mut workers {
                 if dice.roll(3) > 0
-                    && let Stock::Published { previous, latest, .. } =
+                    && let LeaderStep::Published { previous, latest, .. } =
                         worker.tick(&store, boundary + dice.roll(300))
                 {
                     // But for the time in workers that were not in the last figure.
@@ -416,12 +381,12 @@ fn workers_on_threads_agree() {
                 scope.spawn(move || {
                     let mut worker = Worker::new(map, START);
                     for step in 1..=200u64 {
-                        worker.recorder.request_in(START + step * PERIOD - 1, false);
-                        worker.recorder.request_out(START + step * PERIOD - 1, false);
+                        worker.recorder.request_in(PodNs(START + step * PERIOD - 1), Origin::Direct);
+                        worker.recorder.request_out(PodNs(START + step * PERIOD - 1), Origin::Direct);
                         // Contention is allowed to postpone, never to lose.
-                        worker.recorder.advance(START + step * PERIOD);
+                        worker.recorder.advance(PodNs(START + step * PERIOD));
                         let _ = worker.member.post(map, &worker.recorder);
-                        let _ = worker.member.take_stock(map, START + step * PERIOD, 0);
+                        let _ = worker.member.lead(map, PodNs(START + step * PERIOD), 0);
                     }
                     worker.member.seal(map, &worker.recorder).unwrap();
                     *worker.recorder.current()
@@ -445,7 +410,7 @@ fn in_whatever_order_workers_end_their_last_reports_together_hold_everything() {
         for worker in &mut workers {
             worker.tick(&store, START + PERIOD);
             for _ in 0..dice.roll(4) {
-                worker.recorder.request_in(START + PERIOD + 1, false);
+                worker.recorder.request_in(PodNs(START + PERIOD + 1), Origin::Direct);
                 truth += 1;
             }
         }
@@ -461,12 +426,12 @@ fn in_whatever_order_workers_end_their_last_reports_together_hold_everything() {
                 match sealed_ns {
                     None => {
                         let now = START + PERIOD + 10 + dice.roll(3);
-                        worker.recorder.advance(now);
+                        worker.recorder.advance(PodNs(now));
                         worker.member.seal(&store, &worker.recorder).unwrap();
                         ending[turn].1 = Some(now);
                     }
                     Some(now) => {
-                        let (until, state) = worker.member.last_figure(&store, now).unwrap();
+                        let (until, state) = worker.member.last_figure(&store, PodNs(now)).unwrap();
                         sent.push((state.acknowledged, until));
                         ending.swap_remove(turn);
                     }
@@ -477,7 +442,7 @@ fn in_whatever_order_workers_end_their_last_reports_together_hold_everything() {
                 known = Some(known.map_or(until, |known: Snapshot| known.ceiling(&until)));
                 // Some answers are lost.
                 if dice.roll(3) > 0 {
-                    Pod::new("test").acknowledge(&store, 7, &until).unwrap();
+                    PodStore::new("test").acknowledge(&store, 7, &until).unwrap();
                 }
             }
         }

@@ -72,7 +72,7 @@ async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
     })
     .await;
     assert_eq!(tap.requests(), sent);
-    let failed = envoy.stat("inflight_reports_failed", &[]).await;
+    let failed = envoy.stat("inflight_reports_failed_total", &[]).await;
     assert!(failed >= 12.0, "{failed} failed reports were counted");
     println!(
         "{version:?} concurrency {concurrency}: {sent} requests, {away} while the stats server was away, at {ratio:.2} of \
@@ -122,7 +122,7 @@ async fn a_hanging_stats_server_holds_up_neither_requests_nor_counts() {
     let load = Load::start(Plan { requests: 2_000, ..STEADY }, envoy.address, &app.counts);
     let sent = load.finish().await;
     wait::until("reports time out", SETTLED, || async {
-        let failed = envoy.stat("inflight_reports_failed", &[]).await;
+        let failed = envoy.stat("inflight_reports_failed_total", &[]).await;
         if failed >= 2.0 { Ok(()) } else { Err(failed) }
     })
     .await;
@@ -154,13 +154,13 @@ async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost
         let resident = envoy.process.resident_bytes();
         let largest = Cell::new(0);
         for mode in MODES {
-            let (sent, acknowledged) = (load.sent(), stat("inflight_reports_sent").await);
-            let failed = stat("inflight_reports_failed").await;
+            let (sent, acknowledged) = (load.sent(), stat("inflight_reports_sent_total").await);
+            let failed = stat("inflight_reports_failed_total").await;
             tap.set_mode(mode);
             wait::until(&format!("{mode:?} is noticed"), SETTLED, || async {
                 largest.set(largest.get().max(envoy.process.resident_bytes()));
-                let failed_now = stat("inflight_reports_failed").await;
-                let acknowledged_now = stat("inflight_reports_sent").await;
+                let failed_now = stat("inflight_reports_failed_total").await;
+                let acknowledged_now = stat("inflight_reports_sent_total").await;
                 // Slow, but within the timeout, is not too slow.
                 let enough = if mode == Mode::Slow(400) {
                     acknowledged_now - acknowledged
@@ -171,10 +171,10 @@ async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost
             })
             .await;
             // Between two of them it is what it should be.
-            let acknowledged = stat("inflight_reports_sent").await;
+            let acknowledged = stat("inflight_reports_sent_total").await;
             tap.set_mode(Mode::Forward);
             wait::until("it is well again", SETTLED, || async {
-                let now = stat("inflight_reports_sent").await;
+                let now = stat("inflight_reports_sent_total").await;
                 if now > acknowledged { Ok(()) } else { Err(now) }
             })
             .await;

@@ -240,9 +240,10 @@ async fn beyond_max_keys_requests_flow_uncounted_until_other_keys_are_idle() {
     // A request without the headers has no key at all.
     let plain = Request::get("/work").header("host", "app").body(Full::default()).expect("a request");
     http::ask(envoy.address, plain).await.expect("an answer");
-    wait::until_equal("unkeyed and keyless requests", SETTLED, (1.0, 1.0), async || {
-        let (unkeyed, keyless) = ("inflight_unkeyed_requests", "inflight_keyless_requests");
-        (envoy.stat(unkeyed, &[]).await, envoy.stat(keyless, &[]).await)
+    wait::until_equal("requests over the limit and without a key", SETTLED, (1.0, 1.0), async || {
+        let (over_limit, without_key) =
+            ("inflight_requests_over_key_limit_total", "inflight_requests_without_key_total");
+        (envoy.stat(over_limit, &[]).await, envoy.stat(without_key, &[]).await)
     })
     .await;
     wait::until_equal("keys and their requests", SETTLED, (300, 300), async || {
@@ -303,7 +304,7 @@ async fn what_a_gateway_counted_up_to_a_sigterm_is_reported() {
     let warm_up = || async {
         // Keys in two reports in a row: Envoy's main thread leads, with a connection to the server.
         http::ask(envoy.address, request("/work", "before")).await.expect("an answer");
-        let sent = envoy.stat("inflight_reports_sent", &[]).await;
+        let sent = envoy.stat("inflight_reports_sent_total", &[]).await;
         if sent >= 3.0 { Ok(()) } else { Err(sent) }
     };
     wait::until("three reports", SETTLED, warm_up).await;
@@ -404,7 +405,10 @@ async fn the_ingress_gateways_envoyfilter_counts_in_a_real_envoy() {
     })
     .await;
     // A direct response goes to no cluster.
-    wait::until_equal("keyless", SETTLED, 1.0, || envoy.stat("inflight_keyless_requests", &[])).await;
+    wait::until_equal("a request without a key", SETTLED, 1.0, || {
+        envoy.stat("inflight_requests_without_key_total", &[])
+    })
+    .await;
 }
 
 /// Sends requests of one key after the other until it is told to stop.

@@ -70,7 +70,7 @@ async fn a_gateway_takes_away_what_a_client_says_of_probes_and_counts_the_reques
         assert!(agent.is_none() || has(&seen, "user-agent"), "the agent is the client's: {seen:?}");
     }
     wait::until_equal("requests", SETTLED, 4.0, || envoy.stat("activator_request_count", &[])).await;
-    assert_eq!(envoy.stat("inflight_keyless_requests", &[]).await, 0.0);
+    assert_eq!(envoy.stat("inflight_requests_without_key_total", &[]).await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -90,8 +90,8 @@ async fn knatives_routing_probe_passes_a_gateway_in_front_of_revisions_and_has_n
         assert!(!has(&seen, "k-network-probe") && has(&seen, "k-proxy-request"), "{headers:?}: {seen:?}");
     }
     wait::until_equal("with a key and without one", SETTLED, (2.0, 1.0), async || {
-        let keyless = envoy.stat("inflight_keyless_requests", &[]).await;
-        (envoy.stat("activator_request_count", &[]).await, keyless)
+        let without_key = envoy.stat("inflight_requests_without_key_total", &[]).await;
+        (envoy.stat("activator_request_count", &[]).await, without_key)
     })
     .await;
 }

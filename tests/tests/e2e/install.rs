@@ -190,5 +190,5 @@ async fn without_a_stats_server_the_stats_are_there_all_the_same() {
         (envoy.stat(requests, &[]).await as u64, envoy.stat(now, &[]).await as u64)
     })
     .await;
-    assert_eq!(envoy.stat("inflight_reports_sent", &[]).await, 0.0);
+    assert_eq!(envoy.stat("inflight_reports_sent_total", &[]).await, 0.0);
 }

@@ -1,0 +1,44 @@
+//! The role `exporter`: the pod's figures at `/metrics`, read from the shared data that the pod's
+//! workers keep; it counts nothing itself.
+
+use std::rc::Rc;
+
+use inflight_stats::Config;
+use inflight_stats::exporter::{PROTOBUF, Route, TEXT, prometheus, route, stat_of};
+use inflight_stats::pod::pod_state::PodStore;
+use prost::Message;
+use proxy_wasm::types::Action;
+
+use crate::host::{HeaderMap, Host};
+
+/// What all requests to one exporter share.
+pub struct Exporter<H> {
+    pub host: H,
+    pub config: Config,
+    pub pod: PodStore,
+}
+
+/// One request to the exporter.
+pub struct ExporterStream<H>(pub Rc<Exporter<H>>);
+
+impl<H: Host> ExporterStream<H> {
+    /// The request's headers have come: answers it.
+    pub fn on_request_headers(&mut self) -> Action {
+        let Exporter { host, config, pod } = &*self.0;
+        let header = |name| host.header(HeaderMap::Request, name);
+        let (method, path) = (header(":method").unwrap_or_default(), header(":path").unwrap_or_default());
+        let stat = || stat_of(&config.identity.pod, pod.state(host).ok().as_ref());
+        match route(&method, &path, header("accept").as_deref()) {
+            Route::Protobuf => host.respond(200, &stat().encode_to_vec(), &[("content-type", PROTOBUF)]),
+            Route::Text => {
+                let text = prometheus(&stat(), &config.identity);
+                host.respond(200, text.as_bytes(), &[("content-type", TEXT)]);
+            }
+            Route::NotFound => host.respond(404, b"only /metrics is here\n", &[]),
+            Route::MethodNotAllowed => {
+                host.respond(405, b"only GET and HEAD\n", &[("allow", "GET, HEAD")]);
+            }
+        }
+        Action::Pause
+    }
+}

@@ -1,0 +1,163 @@
+//! The role `gateway`: one request through a gateway.
+
+use std::rc::Rc;
+
+use inflight_stats::config::KeySource;
+use inflight_stats::counting::request::{
+    KUBELET_PROBE_HEADER, NETWORK_HASH_HEADER, NETWORK_PROBE_HEADER, PROXIED_VALUE, is_routing_probe,
+};
+use inflight_stats::counting::time::MonotonicNs;
+use inflight_stats::gateway::key_name::KeyName;
+use inflight_stats::gateway::key_totals;
+use inflight_stats::protocol::report::{Report, VERSION};
+use inflight_stats::{Config, KeyReport, Snapshot};
+use proxy_wasm::types::Action;
+
+use crate::host::{HeaderMap, Host};
+use crate::vm::keyed_worker::KeyedRequest;
+use crate::vm::report_sender::post_report;
+use crate::vm::workers::SharedWorker;
+
+/// What all requests through one gateway share.
+pub struct Gateway<H: Host> {
+    pub host: H,
+    pub root: u32,
+    pub config: Config,
+    pub token: Option<String>,
+    pub worker: SharedWorker<H>,
+}
+
+/// A stream: counted under its key while it lasts.
+pub struct GatewayStream<H: Host> {
+    id: u32,
+    gateway: Rc<Gateway<H>>,
+    counted: Option<(KeyName, MonotonicNs)>,
+}
+
+impl<H: Host> GatewayStream<H> {
+    pub fn new(id: u32, gateway: Rc<Gateway<H>>) -> Self {
+        Self { id, gateway, counted: None }
+    }
+
+    /// The request's headers have come.
+    pub fn on_request_headers(&mut self) -> Action {
+        let Gateway { host, config, .. } = &*self.gateway;
+        let host = *host;
+        let now = host.monotonic();
+        if self.counted.is_some() {
+            return Action::Continue;
+        }
+        // Whatever the client said of itself goes: a request is a probe to the sidecar by its headers,
+        // and proxied only if it is counted here. First the key, because Envoy looks for another route
+        // when a header changes.
+        let kubelet_probe = host.header(HeaderMap::Request, KUBELET_PROBE_HEADER).is_some();
+        let network_probe = host.header(HeaderMap::Request, NETWORK_PROBE_HEADER);
+        let routing_probe = network_probe.as_deref().is_some_and(|value| self.is_routing_probe(value));
+        let marked = config.gateway.mark;
+        let counted = if routing_probe { self.pass_probe() } else { self.count_in(now) };
+        if kubelet_probe {
+            host.remove_header(HeaderMap::Request, KUBELET_PROBE_HEADER);
+        }
+        if network_probe.is_some() && !routing_probe {
+            host.remove_header(HeaderMap::Request, NETWORK_PROBE_HEADER);
+        }
+        let proxied_header = &self.gateway.config.proxied_header;
+        if counted && marked {
+            host.set_header(HeaderMap::Request, proxied_header, PROXIED_VALUE);
+        } else {
+            host.remove_header(HeaderMap::Request, proxied_header);
+        }
+        Action::Continue
+    }
+
+    fn key(&self) -> Option<KeyName> {
+        let Gateway { host, config, .. } = &*self.gateway;
+        match &config.gateway.key {
+            KeySource::Cluster => {
+                let cluster = host.property("xds\0cluster_name")?;
+                KeyName::of_cluster(std::str::from_utf8(&cluster).ok()?, &config.identity.namespace)
+            }
+            KeySource::Headers { namespace, name } => {
+                let value = |header: &str| String::from_utf8(host.header(HeaderMap::Request, header)?).ok();
+                KeyName::checked(&value(namespace)?, &value(name)?)
+            }
+        }
+    }
+
+    /// Counts a probe that is passed on as one without a key. Returns `false`: it is not proxied.
+    fn pass_probe(&self) -> bool {
+        if let Ok(mut worker) = self.gateway.worker.try_borrow_mut() {
+            worker.request_without_key();
+        }
+        false
+    }
+
+    /// Whether Knative's ingress controller asks for its routes, and the gateway is one that has them.
+    fn is_routing_probe(&self, network_probe: &[u8]) -> bool {
+        let Gateway { host, config, .. } = &*self.gateway;
+        matches!(config.gateway.key, KeySource::Headers { .. })
+            && is_routing_probe(network_probe, host.header(HeaderMap::Request, NETWORK_HASH_HEADER).is_some())
+    }
+
+    /// Counts the request. Returns whether it was counted.
+    fn count_in(&mut self, now: MonotonicNs) -> bool {
+        let key = self.key();
+        let Ok(mut worker) = self.gateway.worker.try_borrow_mut() else { return false };
+        let Some(key) = key else {
+            worker.request_without_key();
+            return false;
+        };
+        let incarnation = worker.incarnation;
+        match worker.key_request_in(&key, now) {
+            KeyedRequest::OverKeyLimit => return false,
+            KeyedRequest::Counted => {}
+            KeyedRequest::First(floor) => {
+                drop(worker);
+                let until = Snapshot { in_flight: 1, ..floor };
+                self.report_first(incarnation, key_totals::message(&key, floor, until));
+            }
+        }
+        self.counted = Some((key, now));
+        true
+    }
+
+    /// Sends a report and forgets it: it says that something is in flight and counts nothing, so that
+    /// it does not matter whether it arrives, or when. Sent by the root context, because a call of this
+    /// stream's would end with the stream.
+    fn report_first(&self, incarnation: u64, message: KeyReport) {
+        let Gateway { host, root, config, token, .. } = &*self.gateway;
+        let Some(server) = &config.statserver else { return };
+        let report = Report {
+            version: VERSION,
+            pod: config.identity.pod.clone(),
+            incarnation,
+            messages: vec![message],
+        };
+        if let Ok(bytes) = report.encode() {
+            host.in_context(*root, self.id, || {
+                let _ = post_report(*host, server, token.as_deref(), &bytes);
+            });
+        }
+    }
+
+    /// The end of the stream, called once however it ended.
+    pub fn on_log(&mut self) {
+        let host = self.gateway.host;
+        self.count_out(|| host.response_code());
+    }
+
+    fn count_out(&mut self, code: impl FnOnce() -> u16) {
+        let Some((key, since)) = self.counted.take() else { return };
+        let now = self.gateway.host.monotonic();
+        if let Ok(mut worker) = self.gateway.worker.try_borrow_mut() {
+            worker.key_request_out(&key, now, code(), now.since(since));
+        }
+    }
+}
+
+/// Should a host ever drop a stream without logging it, it is still no longer in flight.
+impl<H: Host> Drop for GatewayStream<H> {
+    fn drop(&mut self) {
+        self.count_out(|| 0);
+    }
+}

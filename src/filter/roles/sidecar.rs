@@ -1,0 +1,137 @@
+//! The role `sidecar`: one request to the pod.
+
+use std::rc::Rc;
+
+use inflight_stats::Config;
+use inflight_stats::breaker::rules::Queue;
+use inflight_stats::counting::request::{
+    KUBELET_PROBE_HEADER, NETWORK_PROBE_HEADER, Origin, is_kubelet_agent,
+};
+use inflight_stats::counting::time::MonotonicNs;
+use proxy_wasm::types::Action;
+
+use crate::host::{HeaderMap, Host};
+use crate::vm::local_breaker::{PLAIN_TEXT, PermitState, QUEUE_FULL, SharedPermitState};
+use crate::vm::worker::Latency;
+use crate::vm::workers::SharedWorker;
+
+/// What all requests to one sidecar share.
+pub struct Sidecar<H: Host> {
+    pub host: H,
+    pub config: Config,
+    pub token: Option<String>,
+    pub proxied_header: Rc<str>,
+    pub worker: SharedWorker<H>,
+}
+
+/// A stream: counted in when its headers reach the filter, out when it ends. A probe is not counted;
+/// it only goes through the breaker.
+pub struct SidecarStream<H: Host> {
+    host: H,
+    id: u32,
+    worker: SharedWorker<H>,
+    proxied_header: Rc<str>,
+    counted: Option<CountedRequest>,
+    /// With the breaker off, none is needed.
+    permit: Option<SharedPermitState>,
+}
+
+struct CountedRequest {
+    since: MonotonicNs,
+    origin: Origin,
+}
+
+impl<H: Host> SidecarStream<H> {
+    pub fn new(id: u32, sidecar: &Sidecar<H>) -> Self {
+        let (worker, proxied_header) = (Rc::clone(&sidecar.worker), Rc::clone(&sidecar.proxied_header));
+        Self { host: sidecar.host, id, worker, proxied_header, counted: None, permit: None }
+    }
+
+    /// The request's headers have come.
+    pub fn on_request_headers(&mut self) -> Action {
+        // First of all, so that what is looked up here counts as part of the request.
+        let now = self.host.monotonic();
+        if self.counted.is_some() || self.permit.is_some() {
+            return Action::Continue;
+        }
+        match self.enter(now) {
+            None | Some(PermitState::Held(_)) => Action::Continue,
+            Some(PermitState::Waiting(_)) => Action::Pause,
+            Some(PermitState::Refused) => {
+                self.host.respond(503, QUEUE_FULL, &[PLAIN_TEXT]);
+                Action::Pause
+            }
+        }
+    }
+
+    /// Counts the request before it enters the breaker, as queue-proxy does, so that queued requests
+    /// are part of concurrency. A probe is not counted but enters the breaker: a header that anybody
+    /// can send must not let more into the app than it can take.
+    fn enter(&mut self, now: MonotonicNs) -> Option<PermitState> {
+        let queue = if self.is_probe() { Queue::Probes } else { Queue::Requests };
+        // An app that passes its headers on would have its own calls counted as proxied.
+        let mark = self.host.header(HeaderMap::Request, &self.proxied_header);
+        if mark.is_some() {
+            self.host.remove_header(HeaderMap::Request, &self.proxied_header);
+        }
+        let mut worker = self.worker.try_borrow_mut().ok()?;
+        if queue == Queue::Requests {
+            let origin = Origin::of_header(mark.as_deref());
+            worker.request_in(now, origin);
+            self.counted = Some(CountedRequest { since: now, origin });
+        }
+        let breaker = worker.breaker.as_mut();
+        let breaker = breaker.filter(|breaker| queue == Queue::Requests || !breaker.probes_bypass);
+        self.permit = breaker.map(|breaker| breaker.enter(self.id, queue, now));
+        self.permit.as_ref().map(|permit| permit.get())
+    }
+
+    /// Whether the request is a probe.
+    fn is_probe(&self) -> bool {
+        let header = |name| self.host.header(HeaderMap::Request, name);
+        header("user-agent").is_some_and(|agent| is_kubelet_agent(&agent))
+            || header(KUBELET_PROBE_HEADER).is_some()
+            || header(NETWORK_PROBE_HEADER).is_some()
+    }
+
+    /// The end of the stream, called once however it ended: the only callback that comes for local
+    /// replies, resets and clients that went away alike.
+    pub fn on_log(&mut self) {
+        let host = self.host;
+        self.leave(|| host.response_code());
+    }
+
+    /// Nothing borrows the worker across a host call that could come back to us; should it be
+    /// borrowed all the same, an uncounted request is better than a dead VM.
+    fn leave(&mut self, code: impl FnOnce() -> u16) {
+        if self.counted.is_none() && self.permit.is_none() {
+            return;
+        }
+        let now = self.host.monotonic();
+        let permit = self.permit.take().map(|permit| permit.get());
+        let Ok(mut worker) = self.worker.try_borrow_mut() else { return };
+        if let Some(CountedRequest { since, origin }) = self.counted.take() {
+            let total_ns = now.since(since);
+            let app_ns = match permit {
+                None => Some(total_ns),
+                Some(PermitState::Held(since)) => Some(now.since(since)),
+                Some(PermitState::Waiting(_) | PermitState::Refused) => None,
+            };
+            worker.request_out(now, origin, code(), &Latency { total_ns, app_ns });
+        }
+        // A request that came before there was a breaker holds no permit.
+        let breaker = worker.breaker.as_mut();
+        let actions = breaker.zip(permit).map(|(breaker, permit)| breaker.leave(permit, now));
+        drop(worker);
+        if let Some(actions) = actions {
+            actions.apply(self.host, self.id);
+        }
+    }
+}
+
+/// Should a host ever drop a stream without logging it, it is still no longer in flight.
+impl<H: Host> Drop for SidecarStream<H> {
+    fn drop(&mut self) {
+        self.leave(|| 0);
+    }
+}

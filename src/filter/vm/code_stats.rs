@@ -1,0 +1,68 @@
+//! Stats by response code, as the codes come up.
+
+use inflight_stats::counting::request::code_suffix;
+
+use crate::host::Host;
+use crate::host::metric::{Counter, Histogram};
+
+/// The counters and latency histograms of one point at which requests are seen, by response code.
+pub struct CodeStats {
+    /// What the names begin with.
+    point: &'static str,
+    /// In the order of the codes: there are few, and a search must be cheap.
+    by_code: Vec<OfCode>,
+}
+
+struct OfCode {
+    code: u16,
+    count: Counter,
+    latencies: Histogram,
+    /// Counted since the last flush.
+    pending: u64,
+}
+
+impl CodeStats {
+    /// The stats `POINT_count` and `POINT_latencies`.
+    pub fn new(point: &'static str) -> Self {
+        Self { point, by_code: Vec::new() }
+    }
+
+    /// A request ended. Its count goes out at the tick; a histogram cannot be added up. `labels`
+    /// come between a stat's name and the code, where the stat is defined now.
+    pub fn request_done(
+        &mut self,
+        host: impl Host,
+        code: u16,
+        latency_ns: u64,
+        labels: impl FnOnce() -> String,
+    ) {
+        let position = self.by_code.binary_search_by_key(&code, |of_code| of_code.code);
+        let position = position.unwrap_or_else(|position| {
+            self.define(host, position, code, &labels());
+            position
+        });
+        if let Some(of_code) = self.by_code.get_mut(position) {
+            of_code.pending += 1;
+            of_code.latencies.observe(host, latency_ns / 1_000_000);
+        }
+    }
+
+    #[cold]
+    fn define(&mut self, host: impl Host, position: usize, code: u16, labels: &str) {
+        let (point, suffix) = (self.point, code_suffix(code));
+        let of_code = OfCode {
+            code,
+            count: Counter::define(host, &format!("{point}_count{labels}{suffix}")),
+            latencies: Histogram::define(host, &format!("{point}_latencies{labels}{suffix}")),
+            pending: 0,
+        };
+        self.by_code.insert(position.min(self.by_code.len()), of_code);
+    }
+
+    /// Adds what was counted since the last flush.
+    pub fn flush(&mut self, host: impl Host) {
+        for of_code in &mut self.by_code {
+            of_code.count.add(host, std::mem::take(&mut of_code.pending));
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The configurations of one worker. While Envoy replaces a listener, the root contexts of the old
+//! and of the new configuration are there together, for as long as old connections drain.
+
+use inflight_stats::Config;
+
+/// The root contexts that use a worker with their configurations, the newest last: that one is in
+/// force.
+#[derive(Default)]
+pub struct ConfigStack(Vec<(u32, Config)>);
+
+impl ConfigStack {
+    /// A root context comes, or has another configuration: this one is in force now.
+    pub fn join(&mut self, root: u32, config: &Config) {
+        self.0.retain(|(other, _)| *other != root);
+        self.0.push((root, config.clone()));
+    }
+
+    /// A root context goes. Returns the root context and configuration that are in force again, where
+    /// those that were in force went: Envoy says nothing to a root context whose configuration comes
+    /// back while it is still there.
+    pub fn part(&mut self, root: u32) -> Option<(u32, Config)> {
+        let before = self.0.last().map(|(newest, _)| *newest);
+        self.0.retain(|(other, _)| *other != root);
+        self.0.last().filter(|(newest, _)| before != Some(*newest)).cloned()
+    }
+
+    /// Whether the last root context has gone, and with it the worker's work.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns the shortest reporting period of all, in nanoseconds.
+    pub fn shortest_period_ns(&self) -> Option<u64> {
+        self.0.iter().map(|(_, config)| period_ns(config)).min()
+    }
+}
+
+/// Returns a configuration's reporting period in nanoseconds.
+pub fn period_ns(config: &Config) -> u64 {
+    u64::try_from(config.reporting_period.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,89 @@
+//! Envoy's stats of a gateway's keys. The gauge of a key is the leader's, the others are every
+//! worker's.
+
+use std::collections::BTreeMap;
+
+use inflight_stats::gateway::key_name::KeyName;
+
+use crate::host::Host;
+use crate::host::metric::{Counter, Gauge};
+use crate::vm::code_stats::CodeStats;
+
+/// The stats of all keys that have any, and of the requests that were counted under none.
+pub struct KeyStats {
+    by_key: BTreeMap<KeyName, OfKey>,
+    over_key_limit: Counter,
+    without_key: Counter,
+    pending_over_key_limit: u64,
+    pending_without_key: u64,
+}
+
+struct OfKey {
+    concurrency: Option<Gauge>,
+    shown: Option<u64>,
+    by_code: CodeStats,
+}
+
+impl KeyStats {
+    pub fn define(host: impl Host) -> Self {
+        Self {
+            by_key: BTreeMap::new(),
+            over_key_limit: Counter::define(host, "inflight_requests_over_key_limit_total"),
+            without_key: Counter::define(host, "inflight_requests_without_key_total"),
+            pending_over_key_limit: 0,
+            pending_without_key: 0,
+        }
+    }
+
+    /// From now on this key has stats of its own.
+    pub fn add_key(&mut self, key: &KeyName) {
+        if !self.by_key.contains_key(key) {
+            let by_code = CodeStats::new("activator_request");
+            self.by_key.insert(key.clone(), OfKey { concurrency: None, shown: None, by_code });
+        }
+    }
+
+    /// A request came whose key is beyond the limit of keys.
+    pub fn over_key_limit(&mut self) {
+        self.pending_over_key_limit += 1;
+    }
+
+    /// A request came without a key.
+    pub fn without_key(&mut self) {
+        self.pending_without_key += 1;
+    }
+
+    /// A request of a key ended.
+    pub fn request_done(&mut self, host: impl Host, key: &KeyName, code: u16, latency_ns: u64) {
+        if let Some(of_key) = self.by_key.get_mut(key) {
+            of_key.by_code.request_done(host, code, latency_ns, || labels(key));
+        }
+    }
+
+    /// Sets a key's gauge, if it shows something else.
+    pub fn show_average(&mut self, host: impl Host, key: &KeyName, milli: u64) {
+        let Some(of_key) = self.by_key.get_mut(key) else { return };
+        let gauge = of_key.concurrency.get_or_insert_with(|| {
+            Gauge::define(host, &format!("activator_request_concurrency_milli{}", labels(key)))
+        });
+        if of_key.shown.replace(milli) != Some(milli) {
+            gauge.set(host, milli);
+        }
+    }
+
+    /// Another worker sets the gauges from now on.
+    pub fn forget_shown(&mut self) {
+        self.by_key.values_mut().for_each(|of_key| of_key.shown = None);
+    }
+
+    /// Adds what was counted since the last flush.
+    pub fn flush(&mut self, host: impl Host) {
+        self.over_key_limit.add(host, std::mem::take(&mut self.pending_over_key_limit));
+        self.without_key.add(host, std::mem::take(&mut self.pending_without_key));
+        self.by_key.values_mut().for_each(|of_key| of_key.by_code.flush(host));
+    }
+}
+
+fn labels(key: &KeyName) -> String {
+    format!(".namespace_name.{}.revision_name.{}", key.namespace, key.name)
+}

@@ -1,0 +1,156 @@
+//! Reports: what they say, which are on their way, and what an answer means.
+
+use inflight_stats::config::StatServer;
+use inflight_stats::counting::time::PodNs;
+use inflight_stats::gateway::key_name::KeyName;
+use inflight_stats::gateway::key_totals::KeyTotals;
+use inflight_stats::protocol::report::{CONTENT_TYPE, VERSION, Verdict};
+use inflight_stats::{Config, Identity, KeyReport, Report, Snapshot};
+
+use crate::host::metric::Counter;
+use crate::host::{Host, HttpCall};
+use crate::vm::config_stack::period_ns;
+
+/// A report ready to be sent.
+pub struct EncodedReport {
+    pub bytes: Vec<u8>,
+    scope: ReportScope,
+}
+
+/// What a report covers, and so what its acknowledgement means.
+pub enum ReportScope {
+    /// The pod: the incarnation of its counters, and the figure.
+    Pod(u64, Snapshot),
+    /// Keys of a gateway, up to these snapshots.
+    Keys(Vec<(KeyName, Snapshot)>),
+}
+
+/// A report that was not answered yet.
+struct PendingReport {
+    call: u32,
+    scope: ReportScope,
+    /// When to stop waiting: the root context that would get the answer may be gone.
+    deadline: PodNs,
+}
+
+/// The reports of one worker.
+pub struct ReportSender<H> {
+    host: H,
+    pending: Vec<PendingReport>,
+    /// Whether the last report failed: the log says so once.
+    failing: bool,
+    sent: Counter,
+    failed: Counter,
+}
+
+impl<H: Host> ReportSender<H> {
+    pub fn new(host: H) -> Self {
+        Self {
+            host,
+            pending: Vec::new(),
+            failing: false,
+            sent: Counter::define(host, "inflight_reports_sent_total"),
+            failed: Counter::define(host, "inflight_reports_failed_total"),
+        }
+    }
+
+    /// Whether a report may leave: one at a time, because the next one says what this one did, and
+    /// more. Gives up those whose answers are overdue.
+    pub fn may_send(&mut self, config: &Config, now: PodNs) -> bool {
+        self.pending.retain(|report| now < report.deadline);
+        config.statserver.is_some() && self.pending.is_empty()
+    }
+
+    /// A report is on its way.
+    pub fn on_dispatched(&mut self, call: u32, report: EncodedReport, config: &Config, now: PodNs) {
+        let timeout = config.statserver.as_ref().map_or(0, |server| server.timeout.as_nanos());
+        let wait_ns = u64::try_from(timeout).unwrap_or(u64::MAX).saturating_add(period_ns(config));
+        let deadline = PodNs(now.0.saturating_add(wait_ns));
+        self.pending.push(PendingReport { call, scope: report.scope, deadline });
+    }
+
+    /// The call could not be made.
+    pub fn on_dispatch_error(&mut self, reason: &str) {
+        self.log_failure(|| reason.to_owned());
+    }
+
+    /// The stats server answered. Returns what it knows from now on, or has refused for good: the
+    /// figures go on from there in both cases.
+    pub fn on_response(
+        &mut self,
+        call: u32,
+        status: u16,
+        body: impl FnOnce() -> String,
+    ) -> Option<ReportScope> {
+        let position = self.pending.iter().position(|report| report.call == call)?;
+        let scope = self.pending.swap_remove(position).scope;
+        let verdict = Verdict::of_status(status);
+        if verdict == Verdict::Acknowledged {
+            self.sent.add(self.host, 1);
+            if std::mem::take(&mut self.failing) {
+                log::info!("inflight: the stats server acknowledges reports again");
+            }
+        } else {
+            self.log_failure(|| format!("answered {status}: {}", body()));
+        }
+        (verdict != Verdict::TryAgain).then_some(scope)
+    }
+
+    /// Logged once when it begins; the counter has the rest.
+    fn log_failure(&mut self, reason: impl FnOnce() -> String) {
+        self.failed.add(self.host, 1);
+        if !std::mem::replace(&mut self.failing, true) {
+            log::warn!(
+                "inflight: report failed: the stats server {}; what it missed goes into a later report",
+                reason()
+            );
+        }
+    }
+}
+
+/// Returns the report of a pod.
+pub fn pod_report(
+    config: &Config,
+    incarnation: u64,
+    since: Snapshot,
+    until: Snapshot,
+) -> Option<EncodedReport> {
+    let Identity { namespace, revision, pod, .. } = config.identity.clone();
+    let message = KeyReport { namespace, name: revision, from_gateway: false, since, until };
+    let report = Report { version: VERSION, pod, incarnation, messages: vec![message] };
+    encode(&report, ReportScope::Pod(incarnation, until))
+}
+
+/// Returns the reports of a gateway.
+pub fn key_reports(config: &Config, incarnation: u64, totals: &KeyTotals) -> Vec<EncodedReport> {
+    let reports = totals.reports(&config.identity.pod, incarnation).into_iter();
+    reports.filter_map(|(report, known)| encode(&report, ReportScope::Keys(known))).collect()
+}
+
+fn encode(report: &Report, scope: ReportScope) -> Option<EncodedReport> {
+    let bytes = report.encode().inspect_err(|error| log::error!("inflight: {error}")).ok()?;
+    Some(EncodedReport { bytes, scope })
+}
+
+/// Calls the stats server with a report from the context in effect. Returns the call's number.
+///
+/// # Errors
+/// Why the host refused the call.
+pub fn post_report(
+    host: impl Host,
+    server: &StatServer,
+    token: Option<&str>,
+    report: &[u8],
+) -> Result<u32, String> {
+    let StatServer { cluster, authority, path, timeout, .. } = server;
+    let authorization = token.map(|token| format!("Bearer {token}"));
+    let mut headers = vec![
+        (":method", "POST"),
+        (":path", path.as_str()),
+        (":authority", authority.as_str()),
+        ("content-type", CONTENT_TYPE),
+    ];
+    headers.extend(authorization.as_ref().map(|value| ("authorization", value.as_str())));
+    host.http_call(HttpCall { cluster, headers, body: report, timeout: *timeout })
+        .map_err(|status| format!("cannot be called: cluster \"{cluster}\", {status}"))
+}

@@ -1,0 +1,409 @@
+//! What this VM counted for one pod, and its part in the pod's figure. All root and stream contexts
+//! of the VM that serve the same pod share one [`Worker`], also across a change of configuration.
+
+use inflight_stats::config::Role;
+use inflight_stats::counting::clock::{Clock, longest_step_ns};
+use inflight_stats::counting::request::Origin;
+use inflight_stats::counting::time::{MonotonicNs, PodNs};
+use inflight_stats::gateway::key_name::KeyName;
+use inflight_stats::pod::leader::LeaderStep;
+use inflight_stats::pod::member::Member;
+use inflight_stats::pod::pod_state::{PodState, PodStore};
+use inflight_stats::pod::store::StoreError;
+use inflight_stats::{Config, Recorder, Snapshot};
+
+use crate::host::Host;
+use crate::vm::config_stack::{ConfigStack, period_ns};
+use crate::vm::keyed_worker::{KeyedRequest, KeyedWorker};
+use crate::vm::local_breaker::{LocalBreaker, StreamActions};
+use crate::vm::pod_stats::PodStats;
+use crate::vm::report_sender::{EncodedReport, ReportScope, ReportSender, key_reports, pod_report};
+
+/// Workers tick this long after a boundary: the timer's millisecond, and one to spare.
+const SETTLE_NS: u64 = 2_000_000;
+
+/// This VM's counters for one pod.
+pub struct Worker<H> {
+    host: H,
+    clock: Clock,
+    recorder: Recorder,
+    member: Member,
+    stats: PodStats,
+    /// The breaker at this worker, for the role `sidecar`.
+    pub breaker: Option<LocalBreaker<H>>,
+    /// The counters by key, for the role `gateway`.
+    keyed: Option<KeyedWorker<H>>,
+    /// The incarnation of the pod's counters.
+    pub incarnation: u64,
+    /// With the last configuration this worker ends.
+    configs: ConfigStack,
+    reports: ReportSender<H>,
+}
+
+/// What a tick asks the root context to do.
+pub struct Tick {
+    pub reports: Vec<EncodedReport>,
+    pub actions: StreamActions,
+    pub next_ms: u64,
+    /// Whether this worker leads, for the tests that end the leader.
+    #[cfg(feature = "fault-injection")]
+    pub leads: bool,
+}
+
+/// How long a request took.
+pub struct Latency {
+    /// From its arrival.
+    pub total_ns: u64,
+    /// In the app: from leaving the breaker's queue, if it ever did.
+    pub app_ns: Option<u64>,
+}
+
+impl<H: Host> Worker<H> {
+    /// A worker of the pod that `state` is of, without a configuration yet.
+    pub fn new(host: H, config: &Config, pod: PodStore, state: &PodState, now: MonotonicNs) -> Self {
+        let period_ns = period_ns(config);
+        let mut clock = Clock::new(state.clock_offset_ns, now, longest_step_ns(period_ns));
+        let now = clock.read(now);
+        Self {
+            host,
+            clock,
+            recorder: Recorder::new(now, state.grid),
+            member: Member::new(pod, now, period_ns),
+            stats: PodStats::define(host, config.role),
+            breaker: None,
+            keyed: None,
+            incarnation: state.incarnation,
+            configs: ConfigStack::default(),
+            reports: ReportSender::new(host),
+        }
+    }
+
+    /// A root context comes, to a pod in `state`: its configuration is in force.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the worker is as it was.
+    pub fn join(&mut self, root: u32, config: &Config, state: &PodState) -> Result<(), StoreError> {
+        self.recorder.set_grid(state.grid);
+        self.configure(config)?;
+        self.configs.join(root, config);
+        self.follow_shortest_period();
+        Ok(())
+    }
+
+    /// Takes over a configuration. A breaker that it does not have any more lets everything through,
+    /// those who wait included.
+    fn configure(&mut self, config: &Config) -> Result<(), StoreError> {
+        if config.role == Role::Gateway {
+            let grid = self.recorder.grid();
+            match &mut self.keyed {
+                Some(keyed) => keyed.configure(config, grid),
+                None => {
+                    let worker = self.member.id(&self.host)?;
+                    let now = PodNs(self.recorder.current().as_of_ns);
+                    let pod = self.member.pod();
+                    let state = pod.state(&self.host)?;
+                    self.keyed = Some(KeyedWorker::new(self.host, config, pod, &state, worker, now));
+                }
+            }
+            return Ok(());
+        }
+        match &mut self.breaker {
+            Some(breaker) => breaker.configure(config),
+            None if config.limits.is_some() => {
+                let worker = self.member.id(&self.host)?;
+                self.breaker = LocalBreaker::new(self.host, config, self.member.pod(), worker);
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn follow_shortest_period(&mut self) {
+        if let Some(period_ns) = self.configs.shortest_period_ns() {
+            self.member.set_period_ns(period_ns);
+            self.clock.set_longest_step_ns(longest_step_ns(period_ns));
+        }
+    }
+
+    /// Returns the pod's time.
+    fn pod_time(&mut self, now: MonotonicNs) -> PodNs {
+        if self.clock.cuts(now) {
+            self.catch_up();
+        }
+        self.clock.read(now)
+    }
+
+    /// After a silence of which the clock would count only a part, the time that the other workers
+    /// have lived through meanwhile counts whole: it was only this one that stood still.
+    #[cold]
+    fn catch_up(&mut self) {
+        if let Ok(state) = self.member.pod().state(&self.host) {
+            self.clock.catch_up(state.led_until(), state.clock_offset_ns);
+        }
+    }
+
+    /// A request came to the sidecar.
+    pub fn request_in(&mut self, now: MonotonicNs, origin: Origin) {
+        let now = self.pod_time(now);
+        self.recorder.request_in(now, origin);
+    }
+
+    /// A request that came to the sidecar ended.
+    pub fn request_out(&mut self, now: MonotonicNs, origin: Origin, code: u16, latency: &Latency) {
+        let now = self.pod_time(now);
+        self.recorder.request_out(now, origin);
+        self.stats.request_done(self.host, code, latency.total_ns, latency.app_ns);
+    }
+
+    /// A request came to the gateway without a key.
+    pub fn request_without_key(&mut self) {
+        if let Some(keyed) = &mut self.keyed {
+            keyed.without_key();
+        }
+    }
+
+    /// A request of a key came to the gateway. The recorder's own total decides who leads.
+    pub fn key_request_in(&mut self, key: &KeyName, now: MonotonicNs) -> KeyedRequest {
+        let now = self.pod_time(now);
+        let Some(keyed) = &mut self.keyed else { return KeyedRequest::OverKeyLimit };
+        let request = keyed.request_in(key, now);
+        if !matches!(request, KeyedRequest::OverKeyLimit) {
+            self.recorder.request_in(now, Origin::Direct);
+        }
+        request
+    }
+
+    /// A request that was counted at the gateway ended.
+    pub fn key_request_out(&mut self, key: &KeyName, now: MonotonicNs, code: u16, latency_ns: u64) {
+        let now = self.pod_time(now);
+        self.recorder.request_out(now, Origin::Direct);
+        if let Some(keyed) = &mut self.keyed {
+            keyed.request_out(key, now, code, latency_ns);
+        }
+    }
+
+    /// Posts this worker's snapshots, and leads the pod if that falls to this worker.
+    pub fn tick(&mut self, config: &Config) -> Tick {
+        let reading = self.host.monotonic();
+        let now = self.advance();
+        let mut actions = self.breaker.as_mut().map(|breaker| breaker.tick(reading)).unwrap_or_default();
+        let step = self.step(now).unwrap_or_else(|error| {
+            log::warn!(
+                "inflight: could not publish this period's figures, retrying at the next tick: {error}"
+            );
+            LeaderStep::Follow
+        });
+        let mut reports = Vec::new();
+        match step {
+            LeaderStep::Published { previous, latest, since, incarnation } => {
+                let departed = self.departed();
+                let settled;
+                (reports, settled) = if self.keyed.is_some() {
+                    self.lead_keys(config, incarnation, latest, departed, now)
+                } else {
+                    (self.lead_pod(config, incarnation, [previous, since, latest], now), departed)
+                };
+                actions.resume.extend(self.clear_up(settled, reading));
+            }
+            LeaderStep::Follow => {
+                if let Some(keyed) = &mut self.keyed {
+                    keyed.follow();
+                }
+            }
+            LeaderStep::Wait | LeaderStep::UpToDate => {}
+        }
+        let next_ms = self.next_tick_ms(step, reading, now);
+        if let Some(breaker) = &mut self.breaker {
+            breaker.ticks_at(reading.plus(next_ms.saturating_mul(1_000_000)));
+        }
+        Tick {
+            reports,
+            actions,
+            next_ms,
+            #[cfg(feature = "fault-injection")]
+            leads: step != LeaderStep::Follow,
+        }
+    }
+
+    /// The leader of a pod: shows the period, and returns what is to be sent.
+    fn lead_pod(
+        &mut self,
+        config: &Config,
+        incarnation: u64,
+        [previous, since, latest]: [Snapshot; 3],
+        now: PodNs,
+    ) -> Vec<EncodedReport> {
+        if let Some(period) = latest.since(&previous) {
+            self.stats.publish(self.host, &period, &latest);
+        }
+        if let Some(breaker) = &self.breaker {
+            self.stats.set_queue_depth(self.host, breaker.depth());
+        }
+        if !self.reports.may_send(config, now) {
+            return Vec::new();
+        }
+        pod_report(config, incarnation, since, latest).into_iter().collect()
+    }
+
+    /// The leader of a gateway: returns what is to be sent, and which of the departed have nothing
+    /// left to collect.
+    fn lead_keys(
+        &mut self,
+        config: &Config,
+        incarnation: u64,
+        latest: Snapshot,
+        departed: Vec<u64>,
+        now: PodNs,
+    ) -> (Vec<EncodedReport>, Vec<u64>) {
+        let may_send = self.reports.may_send(config, now);
+        let state = self.member.pod().state(&self.host);
+        let workers: Vec<u64> = state.map(|state| state.workers().collect()).unwrap_or_default();
+        let Some(keyed) = &mut self.keyed else { return (Vec::new(), departed) };
+        let Some((totals, settled)) = keyed.lead(&workers, &departed, latest.as_of_ns) else {
+            return (Vec::new(), Vec::new());
+        };
+        if config.statserver.is_none() {
+            // Nobody else is to know: what the stats show is all there is.
+            let known: Vec<_> = totals.keys().map(|(key, total)| (key.clone(), total.until)).collect();
+            keyed.acknowledged(known);
+            return (Vec::new(), settled);
+        }
+        let reports = if may_send { key_reports(config, incarnation, totals) } else { Vec::new() };
+        (reports, settled)
+    }
+
+    fn next_tick_ms(&self, step: LeaderStep, reading: MonotonicNs, now: PodNs) -> u64 {
+        let grid = self.recorder.grid();
+        let boundary_ns = grid.after(now.0).saturating_add(SETTLE_NS);
+        let wait_ns = boundary_ns.saturating_sub(now.0);
+        let wait_ns = match step {
+            // Another worker is about to close this boundary, or dead; look again soon.
+            LeaderStep::Wait => wait_ns.min((grid.period_ns / 20).clamp(5_000_000, 50_000_000)),
+            _ => wait_ns,
+        };
+        let wake_ns = self.breaker.as_ref().and_then(|breaker| breaker.next_wake_ns(reading));
+        wake_ns.map_or(wait_ns, |wake_ns| wait_ns.min(wake_ns)).div_ceil(1_000_000)
+    }
+
+    fn advance(&mut self) -> PodNs {
+        let now = self.pod_time(self.host.monotonic());
+        self.recorder.advance(now);
+        self.stats.flush(self.host, self.recorder.current());
+        self.stats.show_memory(self.host, self.host.memory_bytes());
+        now
+    }
+
+    fn step(&mut self, now: PodNs) -> Result<LeaderStep, StoreError> {
+        let state = self.member.pod().state(&self.host)?;
+        self.recorder.set_grid(state.grid);
+        if let Some(keyed) = &mut self.keyed {
+            // Before the pod's snapshots, so that whoever finds the one finds the other.
+            keyed.set_grid(state.grid);
+            keyed.post(now);
+        }
+        if self.member.post(&self.host, &self.recorder)? {
+            log::warn!(
+                "inflight: this worker stalled for more than 2.5 periods, was declared dead and has rejoined"
+            );
+            self.clock.follow(state.clock_offset_ns);
+        }
+        self.member.lead(&self.host, now, self.clock.offset_ns())
+    }
+
+    fn departed(&self) -> Vec<u64> {
+        self.member.pod().state(&self.host).map(|state| state.departed).unwrap_or_default()
+    }
+
+    /// The leader gives back what workers that are gone held in the breaker, when they have been gone
+    /// for long enough. Returns which streams of this worker have their permits.
+    fn clear_up(&mut self, departed: Vec<u64>, now: MonotonicNs) -> Vec<u32> {
+        let mut resume = Vec::new();
+        let mut done = Vec::new();
+        for worker in departed {
+            let actions = match &mut self.breaker {
+                Some(breaker) => breaker.forget_late(worker, now),
+                None => Some(StreamActions::default()),
+            };
+            if let Some(actions) = actions {
+                resume.extend(actions.resume);
+                done.push(worker);
+            }
+        }
+        if !done.is_empty() {
+            // Otherwise it is done again at the next tick, which changes nothing.
+            let _ = self.member.pod().forget_departed(&self.host, &done);
+        }
+        resume
+    }
+
+    /// A report is on its way.
+    pub fn on_dispatched(&mut self, call: u32, report: EncodedReport, config: &Config) {
+        let now = PodNs(self.recorder.current().as_of_ns);
+        self.reports.on_dispatched(call, report, config, now);
+    }
+
+    /// A report could not be sent.
+    pub fn on_dispatch_error(&mut self, reason: &str) {
+        self.reports.on_dispatch_error(reason);
+    }
+
+    /// The stats server answered a report.
+    pub fn on_response(&mut self, call: u32, status: u16, body: impl FnOnce() -> String) {
+        match self.reports.on_response(call, status, body) {
+            Some(ReportScope::Keys(known)) => {
+                if let Some(keyed) = &mut self.keyed {
+                    keyed.acknowledged(known);
+                }
+            }
+            Some(ReportScope::Pod(incarnation, until)) => {
+                let pod = self.member.pod();
+                if let Err(error) = pod.acknowledge(&self.host, incarnation, &until) {
+                    log::warn!("inflight: an acknowledged report will be sent again: {error}");
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// A root context ends. With the last one, everything counted here goes into the pod's figure,
+    /// and a last report is made, whether this worker led or not: nobody knows who is the last of all.
+    pub fn root_done(&mut self, root: u32, config: &Config) -> Vec<EncodedReport> {
+        if let Some((newest, config)) = self.configs.part(root) {
+            // In the name of the one that stays: the breaker's messages must not come to the one that goes.
+            self.host.in_context(newest, root, || {
+                if let Err(error) = self.configure(&config) {
+                    log::warn!("inflight: could not return to the configuration before: {error}");
+                }
+            });
+        }
+        if !self.configs.is_empty() {
+            self.follow_shortest_period();
+            return Vec::new();
+        }
+        self.close_breaker();
+        let Some(now) = self.seal() else { return Vec::new() };
+        let Ok((until, state)) = self.member.last_figure(&self.host, now) else { return Vec::new() };
+        if let Some(keyed) = &mut self.keyed {
+            // The leader may have removed this worker just now, and end, too, before it collects.
+            let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
+            let totals = keyed.collect_last(&all, until.as_of_ns);
+            return totals.map(|totals| key_reports(config, state.incarnation, totals)).unwrap_or_default();
+        }
+        pod_report(config, state.incarnation, state.reported_since(), until).into_iter().collect()
+    }
+
+    /// Gives what this worker holds of the breaker to the others, at once. Returns its streams that wait.
+    pub fn close_breaker(&mut self) -> Vec<u32> {
+        self.breaker.as_mut().map(LocalBreaker::close).unwrap_or_default()
+    }
+
+    /// Leaves everything counted up to now to the others. Returns the instant.
+    pub fn seal(&mut self) -> Option<PodNs> {
+        let now = self.advance();
+        self.stats.show_memory(self.host, 0);
+        if let Some(keyed) = &mut self.keyed {
+            keyed.end(now);
+        }
+        self.member.seal(&self.host, &self.recorder).ok().map(|()| now)
+    }
+}

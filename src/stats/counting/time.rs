@@ -1,0 +1,27 @@
+//! Two kinds of time, as two types, so that neither can be passed for the other. The instants inside
+//! a [`Snapshot`](crate::counting::snapshot::Snapshot) are the pod's; being wire data they are plain
+//! numbers.
+
+use serde::{Deserialize, Serialize};
+
+/// A reading of the process's monotonic clock, in nanoseconds. The same for all threads of one
+/// Envoy; says nothing outside of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct MonotonicNs(pub u64);
+
+/// An instant of the pod's time ([`crate::counting::clock`]), in nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PodNs(pub u64);
+
+impl MonotonicNs {
+    /// Nanoseconds from `earlier` to here; 0 if `earlier` is later.
+    pub fn since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+
+    /// The reading so many nanoseconds later.
+    #[must_use]
+    pub fn plus(self, nanoseconds: u64) -> Self {
+        Self(self.0.saturating_add(nanoseconds))
+    }
+}
