@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use inflight_stats::scaling::key::Key;
-use inflight_stats::protocol::knative::{self, FrameLimits};
+use inflight_stats::protocol::frame::{self, FrameLimits};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    if let Ok(messages) = wire::decode(bytes.to_vec().into(), &FrameLimits::default()) {
+    if let Ok(messages) = frame::decode(bytes.to_vec().into(), &FrameLimits::default()) {
         let mut key = Key::new(Arc::default());
         let now_ns = 1_700_000_000_000_000_000;
         for message in messages {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use crate::config::identity::Identity;
 use crate::pod::pod_state::PodState;
-use crate::protocol::knative::Stat;
+use crate::protocol::stat::Stat;
 
 /// The content type that Knative's autoscaler insists on.
 pub const PROTOBUF: &str = "application/protobuf";

@@ -2,8 +2,9 @@
 
 use crate::counting::request::Origin;
 use crate::counting::snapshot::Snapshot;
+use crate::protocol::frame::{self, FrameLimits};
 use crate::protocol::gob;
-use crate::protocol::knative::{self, FrameLimits, Stat, WireStatMessage};
+use crate::protocol::stat::{Stat, WireStatMessage};
 use crate::scaling::decider::{Decider, Observation, Settings};
 use crate::scaling::windows::Window;
 
@@ -185,7 +186,7 @@ fn every_frame_of_stats_decodes_as_knatives() {
         let theirs: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
         let theirs: Vec<WireStatMessage> = theirs.iter().map(|json| message(json, names)).collect();
         assert_eq!(
-            knative::decode(unhex(hex).into(), &FrameLimits::default()).unwrap(),
+            frame::decode(unhex(hex).into(), &FrameLimits::default()).unwrap(),
             theirs,
             "line {}",
             number + 1
@@ -222,7 +223,7 @@ fn every_gob_message_decodes_as_the_seeds() {
         let mut ours = gob::decode(&unhex(hex), gob::MAX_DEPTH).unwrap();
         assert_eq!(ours.time, instant(json["Stat"]["Time"].as_str().unwrap()), "line {}", number + 1);
         assert_eq!(
-            knative::decode(unhex(hex).into(), &FrameLimits::default()).unwrap(),
+            frame::decode(unhex(hex).into(), &FrameLimits::default()).unwrap(),
             [ours.message.clone()],
             "told apart by its bytes"
         );

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
-use inflight_stats::protocol::knative::{Stat, WireStatMessage, WireStatMessages};
+use inflight_stats::protocol::stat::{Stat, WireStatMessage, WireStatMessages};
 use inflight_stats::scaling::key::PerSecond;
 use prost::Message as _;
 use tokio::sync::Notify;

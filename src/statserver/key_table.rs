@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
 use inflight_stats::Report;
-use inflight_stats::protocol::knative::WireStatMessage;
+use inflight_stats::protocol::addition::CounterDecreased;
+use inflight_stats::protocol::stat::WireStatMessage;
 use inflight_stats::scaling::decider::Decision;
-use inflight_stats::scaling::key::{Figures, Implausible, Key, LONGEST_PERIOD_NS, PerSecond, WentBack};
+use inflight_stats::scaling::key::{Figures, Implausible, Key, LONGEST_PERIOD_NS, PerSecond};
 use inflight_stats::scaling::settings::{KeySettings, heap_bytes};
 use serde::Serialize;
 
@@ -119,7 +120,7 @@ impl fmt::Display for Full {
 #[derive(Debug)]
 pub enum NotTaken {
     /// Its counters went back; that stays so when it comes again.
-    WentBack(KeyName, WentBack),
+    WentBack(KeyName, CounterDecreased),
     /// There is no room for it; it may come again.
     Full(Full),
 }
@@ -787,7 +788,7 @@ mod tests {
     #[test]
     fn a_stat_that_is_dropped_makes_no_key() {
         let keys = keys(9, 9);
-        let mut stat = inflight_stats::protocol::knative::Stat {
+        let mut stat = inflight_stats::protocol::stat::Stat {
             pod_name: "pod".into(),
             request_count: f64::NAN,
             ..Default::default()

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::response::Response;
+use inflight_stats::protocol::frame::{self, FrameError};
 use inflight_stats::protocol::gob::GobError;
-use inflight_stats::protocol::knative::{self, FrameError};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, warn};
 
@@ -137,7 +137,7 @@ async fn receive(
 }
 
 fn take(app: &App, grant: &Grant, frame: bytes::Bytes) {
-    let mut messages = match knative::decode(frame, &app.limits.of_frames()) {
+    let mut messages = match frame::decode(frame, &app.limits.of_frames()) {
         Ok(messages) => messages,
         Err(error) => {
             let limit = match error {

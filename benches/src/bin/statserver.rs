@@ -11,7 +11,7 @@ use inflight_benches::{cpu_seconds, machine, pin, quantile, spread};
 use inflight_e2e::http;
 use inflight_e2e::http::Connection;
 use inflight_e2e::statserver::StatServer;
-use inflight_stats::protocol::knative::{Stat, WireStatMessage, WireStatMessages};
+use inflight_stats::protocol::stat::{Stat, WireStatMessage, WireStatMessages};
 use inflight_stats::{KeyReport, Report, Snapshot};
 use prost::Message;
 use tokio::io::AsyncWriteExt;

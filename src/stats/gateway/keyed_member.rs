@@ -272,7 +272,7 @@ mod tests {
     use crate::pod::leader::LeaderStep;
     use crate::pod::member::Member;
     use crate::pod::store::Expect;
-    use crate::scaling::key::addition;
+    use crate::protocol::addition::addition;
     use crate::testing::{Dice, Map};
 
     const PERIOD: u64 = 1_000;

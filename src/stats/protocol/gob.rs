@@ -12,7 +12,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 
-use crate::protocol::knative::{Stat, WireStatMessage};
+use crate::protocol::stat::{Stat, WireStatMessage};
 
 /// How deep the values of a field that is skipped may lie in each other, if nobody says otherwise.
 pub const MAX_DEPTH: usize = 16;

@@ -1,5 +1,7 @@
 //! What crosses the network: Inflight's reports, Knative's stats, the exporter's answers.
 
+pub mod addition;
+pub mod frame;
 pub mod gob;
-pub mod knative;
 pub mod report;
+pub mod stat;

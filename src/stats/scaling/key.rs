@@ -9,9 +9,10 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 use hashbrown::hash_map::EntryRef;
 
-use crate::counting::snapshot::{Period, Snapshot};
-use crate::protocol::knative::Stat;
+use crate::counting::snapshot::Snapshot;
+use crate::protocol::addition::{CounterDecreased, addition};
 use crate::protocol::report::KeyReport;
+use crate::protocol::stat::Stat;
 use crate::scaling::decider::{Decider, Decision, Observation};
 use crate::scaling::settings::{KeySettings, Metric, heap_bytes};
 use crate::scaling::windows::Window;
@@ -32,31 +33,6 @@ const MOST_INCARNATIONS: usize = 4;
 /// After a start it takes so long, or a second more than the longest period of a key's senders, until all of them can have
 /// reported.
 const START_NS: u64 = 3 * SECOND_NS;
-
-/// A report whose counters went back although its incarnation is the one already known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WentBack;
-
-impl std::fmt::Display for WentBack {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the counters went back under the same incarnation")
-    }
-}
-
-/// What a report adds for a sender of whom `known` is the last snapshot: `until` minus the larger of `since` and what is
-/// known, field by field. So a report that is repeated, late, or overlaps with what was taken before, adds what was not added
-/// yet, and no order of arrival can make it more. What `since` is ahead of what is known was acknowledged by another receiver, and
-/// is not ours to add. The elapsed time is from the later of both instants to that of `until`.
-///
-/// # Errors
-/// [`WentBack`].
-pub fn addition(known: Option<&Snapshot>, since: &Snapshot, until: &Snapshot) -> Result<Period, WentBack> {
-    if known.is_some_and(|known| until.as_of_ns > known.as_of_ns && !until.holds_totals_of(known)) {
-        return Err(WentBack);
-    }
-    let base = known.map_or(*since, |known| known.ceiling(since));
-    Ok(until.more_than(&base))
-}
 
 /// The sizes of the stable and the panic window in seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -419,14 +395,14 @@ impl Key {
     /// Adds what a report says and was not known, at the receiver's unix time `now_ns`.
     ///
     /// # Errors
-    /// [`WentBack`]; nothing was changed.
+    /// [`CounterDecreased`]; nothing was changed.
     pub fn record(
         &mut self,
         pod: &str,
         incarnation: u64,
         report: &KeyReport,
         now_ns: u64,
-    ) -> Result<Recorded, WentBack> {
+    ) -> Result<Recorded, CounterDecreased> {
         let KeyReport { since, until, from_gateway, .. } = report;
         let known = self.pods.sender(pod, incarnation);
         let period = addition(known.map(|sender| &sender.last), since, until)?;
@@ -721,7 +697,7 @@ mod tests {
         let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(3, 8, 4, 2)), NOW).unwrap();
         let back = report(at(1, 0, 0, 0), at(4, 7, 4, 9));
-        assert_eq!(key.record("pod", 1, &back, NOW), Err(WentBack));
+        assert_eq!(key.record("pod", 1, &back, NOW), Err(CounterDecreased));
         assert_eq!(key.figures(NOW).in_flight, 2);
         assert!(key.record("pod", 2, &back, NOW).is_ok(), "another incarnation is another sender");
     }

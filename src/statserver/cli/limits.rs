@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use inflight_stats::protocol::knative::FrameLimits;
+use inflight_stats::protocol::frame::FrameLimits;
 use inflight_stats::protocol::report::MAX_BYTES;
 
 /// The limits.

@@ -195,7 +195,7 @@ async fn of_a_report_with_a_key_that_went_back_the_others_are_taken() {
     report.messages[1].until.as_of_ns += 1;
     let (status, text) = send(&app, report.encode().unwrap()).await;
     assert_eq!((status, count(&app)), (StatusCode::CONFLICT, 3), "{text}");
-    assert!(text.contains("ns/b") && text.contains("went back"), "{text}");
+    assert!(text.contains("ns/b") && text.contains("a counter decreased"), "{text}");
     let total = |name: &str| app.keys.view("ns", name, now_ns()).unwrap().figures.requests_total;
     assert_eq!([total("a"), total("b"), total("c")], [5, 7, 4]);
 }

@@ -74,7 +74,7 @@ async fn metric(server: &StatServer, name: &str) -> f64 {
 }
 
 fn stat_frame(namespace: &str, name: &str, pod: &str, requests: f64) -> Message {
-    use inflight_stats::protocol::knative::{Stat, WireStatMessage, WireStatMessages};
+    use inflight_stats::protocol::stat::{Stat, WireStatMessage, WireStatMessages};
     let bytes = |text: &str| text.as_bytes().to_vec().into();
     let stat = Stat {
         pod_name: bytes(pod),
@@ -228,7 +228,7 @@ async fn autoscaler(listener: &TcpListener) -> WebSocketStream<TcpStream> {
 
 #[tokio::test]
 async fn every_stat_goes_on_to_an_autoscaler_also_when_that_was_away() {
-    use inflight_stats::protocol::knative::WireStatMessages;
+    use inflight_stats::protocol::stat::WireStatMessages;
     use inflight_stats::{KeyReport, Report, Snapshot};
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("ws://{}/", listener.local_addr().expect("an address"));

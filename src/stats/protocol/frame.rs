@@ -1,14 +1,11 @@
-//! Knative's stats as protobuf: what its autoscaler scrapes, and what its activators stream to it
-//! (knative/serving, `pkg/autoscaler/metrics/stat.proto`, package `metrics`).
-//!
-//! Strings are declared as bytes: the same on the wire, but decoded they are parts of the frame and no copies, so
-//! that a stat costs no allocation. [`decode`] checks that they are UTF-8, as every proto3 reader must.
+//! A frame of Knative's stat stream: stats as protobuf, or as gob from an older Knative.
 
 use bytes::Bytes;
 use prost::Message;
 use prost::encoding::DecodeContext;
 
 use crate::protocol::gob;
+use crate::protocol::stat::{WireStatMessage, WireStatMessages};
 
 /// How much of a frame is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,54 +22,6 @@ impl Default for FrameLimits {
     fn default() -> Self {
         Self { bytes: 1 << 20, messages: 10_000, depth: gob::MAX_DEPTH }
     }
-}
-
-/// What one pod had to do in one period.
-#[derive(Clone, PartialEq, Message)]
-pub struct Stat {
-    /// The pod, or the activator.
-    #[prost(bytes = "bytes", tag = "1")]
-    pub pod_name: Bytes,
-    /// Requests in flight, on average.
-    #[prost(double, tag = "2")]
-    pub average_concurrent_requests: f64,
-    /// Of these, proxied ones.
-    #[prost(double, tag = "3")]
-    pub average_proxied_concurrent_requests: f64,
-    /// Requests that came in, a second.
-    #[prost(double, tag = "4")]
-    pub request_count: f64,
-    /// Of these, proxied ones.
-    #[prost(double, tag = "5")]
-    pub proxied_request_count: f64,
-    /// Seconds since the sender's counters began.
-    #[prost(double, tag = "6")]
-    pub process_uptime: f64,
-    /// Unix seconds; receivers use their own clock.
-    #[prost(int64, tag = "7")]
-    pub timestamp: i64,
-}
-
-/// A stat and the key it is of.
-#[derive(Clone, PartialEq, Message)]
-pub struct WireStatMessage {
-    /// The key's namespace.
-    #[prost(bytes = "bytes", tag = "1")]
-    pub namespace: Bytes,
-    /// The key's name.
-    #[prost(bytes = "bytes", tag = "2")]
-    pub name: Bytes,
-    /// A message without a stat is skipped.
-    #[prost(message, optional, tag = "3")]
-    pub stat: Option<Stat>,
-}
-
-/// A frame of the stream.
-#[derive(Clone, PartialEq, Message)]
-pub struct WireStatMessages {
-    /// One for each key, or more.
-    #[prost(message, repeated, tag = "1")]
-    pub messages: Vec<WireStatMessage>,
 }
 
 /// Why a frame was dropped.
@@ -144,6 +93,7 @@ fn count(mut frame: &[u8]) -> Result<usize, prost::DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::stat::Stat;
 
     fn decode(frame: Bytes) -> Result<Vec<WireStatMessage>, FrameError> {
         super::decode(frame, &FrameLimits::default())
