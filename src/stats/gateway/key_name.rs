@@ -2,16 +2,10 @@
 
 use std::rc::Rc;
 
-use serde::{Deserialize, Serialize};
+use crate::protocol::key_name;
 
 /// Namespace and name; a clone shares them.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct KeyName {
-    /// The key's namespace.
-    pub namespace: Rc<str>,
-    /// The key's name.
-    pub name: Rc<str>,
-}
+pub type KeyName = key_name::KeyName<Rc<str>>;
 
 /// The last word of Istio's service host names.
 const SVC: &str = ".svc.";

@@ -3,5 +3,6 @@
 pub mod addition;
 pub mod frame;
 pub mod gob;
+pub mod key_name;
 pub mod report;
 pub mod stat;
