@@ -12,7 +12,7 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(settings) = KeySettings::default().with(json, 200.0) {
         let shown = serde_json::to_value(&settings).expect("settings are JSON");
         let again = KeySettings::default().with(shown, 200.0).expect("what is shown can be told");
-        assert_eq!(again.decider(), settings.decider());
+        assert_eq!(again.target_per_pod(), settings.target_per_pod());
         let mut key = Key::new(Arc::new(settings));
         key.decide(1_700_000_000_000_000_000);
         key.decide(1_700_000_002_000_000_000);

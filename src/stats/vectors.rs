@@ -1,11 +1,14 @@
 //! The answers of the real Knative code in `vectors/` at the crate's root, against ours.
 
+use std::time::Duration;
+
 use crate::counting::request::Origin;
 use crate::counting::snapshot::Snapshot;
 use crate::protocol::frame::{self, FrameLimits};
 use crate::protocol::gob;
 use crate::protocol::stat::{Stat, WireStatMessage};
-use crate::scaling::decider::{Decider, Observation, Settings};
+use crate::scaling::decider::{Decider, Observation};
+use crate::scaling::settings::KeySettings;
 use crate::scaling::windows::Window;
 
 fn read(name: &str) -> String {
@@ -86,31 +89,42 @@ fn every_window_average_comes_out_as_knatives() {
 }
 
 /// The settings in a scenario's line.
-fn settings(line: &str) -> Settings {
-    let (mut settings, seconds) =
-        (Settings::default(), |v: &str| v.trim_end_matches('s').parse::<u64>().unwrap());
+fn settings(line: &str) -> KeySettings {
+    let mut settings = KeySettings::DEFAULT;
+    let mut target_per_pod = settings.target_per_pod();
+    let seconds = |v: &str| Duration::from_secs(v.trim_end_matches('s').parse().unwrap());
     for field in line.split_once(": ").unwrap().1.split(' ') {
         let (name, value) = field.split_once('=').unwrap();
         let number = || value.parse::<f64>().unwrap();
         match name {
-            "target" => settings.target = number(),
-            "total" => settings.total = number(),
+            "target" => target_per_pod = number(),
+            "total" => settings.target = number(),
             "max_scale_up_rate" => settings.max_scale_up_rate = number(),
             "max_scale_down_rate" => settings.max_scale_down_rate = number(),
             "target_burst_capacity" => settings.target_burst_capacity = number(),
-            "panic_threshold" => settings.panic_threshold = number(),
-            "stable_window" => settings.stable_window_ns = seconds(value) * 1_000_000_000,
-            "scale_down_delay" => settings.scale_down_delay_ns = seconds(value) * 1_000_000_000,
+            "panic_threshold" => settings.panic_threshold_percentage = number() * 100.0,
+            "stable_window" => settings.stable_window = seconds(value),
+            "scale_down_delay" => settings.scale_down_delay = seconds(value),
             "activation_scale" => settings.activation_scale = value.parse().unwrap(),
             other => panic!("unknown setting {other}"),
         }
     }
-    settings
+    // The utilization that gives the target to the last bit.
+    let mut percentage = target_per_pod / settings.target * 100.0;
+    (0..8).for_each(|_| percentage = percentage.next_down());
+    for _ in 0..16 {
+        settings.target_utilization_percentage = percentage;
+        if settings.target_per_pod() == target_per_pod {
+            return settings;
+        }
+        percentage = percentage.next_up();
+    }
+    panic!("no utilization gives {target_per_pod} of {}", settings.target);
 }
 
 /// How many decisions a file has; each comes out as there.
 fn decide(name: &str) -> usize {
-    let (mut setting, mut decider, mut steps) = (Settings::default(), None, 0);
+    let (mut setting, mut decider, mut steps) = (KeySettings::DEFAULT, None, 0);
     for line in read(name).lines().skip(1) {
         if line.starts_with('#') {
             (setting, decider) = (settings(line), None);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use inflight_stats::protocol::stat::{Stat, WireStatMessage, WireStatMessages};
-use inflight_stats::scaling::key::PerSecond;
+use inflight_stats::scaling::sender::PerSecond;
 use prost::Message as _;
 use tokio::sync::Notify;
 use tokio_tungstenite::connect_async_with_config;

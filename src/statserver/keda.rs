@@ -70,9 +70,8 @@ impl Asked {
                 return Err(refused(what, value, "a name of 1 to 512 bytes without control characters"));
             }
         }
-        let (fits, allowed) = TARGET;
-        let target = parsed(&scaler_metadata, "target", allowed, |text| {
-            text.parse().ok().filter(|n: &f64| n.is_finite() && fits(*n))
+        let target = parsed(&scaler_metadata, "target", TARGET.expected, |text| {
+            text.parse().ok().filter(|n: &f64| n.is_finite() && (TARGET.fits)(*n))
         })?;
         let metric = parsed(&scaler_metadata, "metric", "concurrency or rps", |text| {
             METRICS.iter().find(|(name, _)| *name == text).map(|(_, metric)| *metric)

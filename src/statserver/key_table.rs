@@ -12,8 +12,10 @@ use inflight_stats::Report;
 use inflight_stats::protocol::addition::CounterDecreased;
 use inflight_stats::protocol::stat::WireStatMessage;
 use inflight_stats::scaling::decider::Decision;
-use inflight_stats::scaling::key::{Figures, Implausible, Key, LONGEST_PERIOD_NS, PerSecond};
-use inflight_stats::scaling::settings::{KeySettings, heap_bytes};
+use inflight_stats::scaling::heap::heap_bytes;
+use inflight_stats::scaling::key::{Figures, Key, MAX_PERIOD_NS};
+use inflight_stats::scaling::sender::{ImplausibleStat, PerSecond};
+use inflight_stats::scaling::settings::KeySettings;
 use serde::Serialize;
 
 use crate::activity::Watch;
@@ -224,7 +226,7 @@ impl Keys {
             if let (Some(observer), Some(added)) = (observer, &recorded.added) {
                 observer.added(namespace, name, pod, added);
             }
-            if recorded.woke {
+            if recorded.became_active {
                 self.watch.woke(namespace, name);
             }
         }
@@ -254,11 +256,11 @@ impl Keys {
             return Err(NoStat::Bad);
         }
         // A stat that is dropped makes no key.
-        PerSecond::of(stat).map_err(|Implausible| NoStat::Bad)?;
+        PerSecond::of(stat).map_err(|ImplausibleStat| NoStat::Bad)?;
         let recorded =
             self.with(namespace, name, Some((pod, None)), |entry| entry.key.record_stat(pod, stat, now_ns));
-        let recorded = recorded.map_err(NoStat::Full)?.map_err(|Implausible| NoStat::Bad)?;
-        if recorded.woke {
+        let recorded = recorded.map_err(NoStat::Full)?.map_err(|ImplausibleStat| NoStat::Bad)?;
+        if recorded.became_active {
             self.watch.woke(namespace, name);
         }
         Ok(())
@@ -314,7 +316,7 @@ impl Keys {
     pub fn decide(&self, now_ns: u64) {
         // From the first report on: until then nobody could reach the server.
         let first_ns = self.first_report_ns.load(Ordering::Relaxed);
-        if first_ns > 0 && now_ns.saturating_sub(first_ns) > LONGEST_PERIOD_NS {
+        if first_ns > 0 && now_ns.saturating_sub(first_ns) > MAX_PERIOD_NS {
             self.has_just_started.store(false, Ordering::Relaxed);
         }
         self.each(|entry| {
@@ -457,7 +459,7 @@ impl Keys {
         const PLACES: usize =
             2 * size_of::<Box<Entry>>() + (size_of::<usize>() + size_of::<(String, usize)>() + 2) * 16 / 7;
         let names = 2 * heap_bytes(namespace.len()) + heap_bytes(name.len());
-        ENTRY + PLACES + names + settings.bytes().max(self.defaults.bytes())
+        ENTRY + PLACES + names + Key::settings_bytes(settings).max(Key::settings_bytes(&self.defaults))
     }
 
     /// Whether so many bytes more fit in. Whoever asks at the same time may get the same ones: too much by a key for each
@@ -532,13 +534,13 @@ impl Keys {
         let entry = &mut entries[place];
         if let Some((pod, incarnation)) = sender {
             let most = self.room.pods_per_key;
-            if entry.key.senders() >= most && !entry.key.knows(pod) {
+            if entry.key.sender_count() >= most && !entry.key.has_sender(pod) {
                 let reason = format!("key {namespace}/{name} has {most} pods and gateways");
                 return Err(Full { limit: Limit::PodsPerKey, reason });
             }
             // Who is known needs nothing more, which only has to be looked for if there is little left.
-            if self.room_for(Key::most_missing_bytes(pod)).is_err() {
-                match entry.key.missing_bytes(pod, incarnation) {
+            if self.room_for(Key::max_additional_bytes(pod)).is_err() {
+                match entry.key.additional_bytes(pod, incarnation) {
                     0 => {}
                     missing => self.room_for(missing)?,
                 }
@@ -571,7 +573,7 @@ impl Keys {
             key = key.after_start(self.started_ns);
         }
         let sender_bytes = key.sender_bytes();
-        self.room_for(own_bytes + sender_bytes + pod.map_or(0, Key::most_missing_bytes))?;
+        self.room_for(own_bytes + sender_bytes + pod.map_or(0, Key::max_additional_bytes))?;
         self.bytes.fetch_add(own_bytes + sender_bytes, Ordering::Relaxed);
         counts.all += 1;
         *counts.of_namespace.entry(namespace.to_owned()).or_default() += 1;
@@ -755,7 +757,7 @@ mod tests {
     }
 
     fn all() -> Grant {
-        crate::net::auth::Access::load(None, false, crate::net::auth::Without::Loopback)
+        crate::net::auth::Access::load(None, false, crate::cli::flags::AnonymousAccess::Full)
             .unwrap()
             .check(None, crate::net::listener::Peer::default())
             .unwrap()

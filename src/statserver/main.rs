@@ -38,7 +38,6 @@ mod stat_stream;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use tracing::{error, info, warn};
 
 fn main() -> ExitCode {
@@ -48,11 +47,16 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn serve() -> ExitCode {
-    let flags = cli::flags::Flags::parse();
+    let flags = cli::flags::Flags::read();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(flags.log_level.to_string()))
         .with_writer(std::io::stderr)
         .init();
+    let known: Vec<String> = cli::flags::Flags::variables();
+    let given = std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned());
+    for unknown in cli::environment::unknown_variables(given, &known) {
+        warn!("{unknown}");
+    }
     // Each connection takes a descriptor, and 1,024 of them are a common default.
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
         warn!(%error, "the limit of open files stays");

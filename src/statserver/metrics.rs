@@ -161,7 +161,7 @@ impl Default for Metrics {
             forward_connected.clone(),
         );
         // Shown from the beginning, so that an alert has something to compare with.
-        for limit in Limit::ALL {
+        for &limit in Limit::ALL {
             drop(refused.get_or_create(&Refused { limit: limit.flag() }));
         }
         Self {

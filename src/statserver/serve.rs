@@ -20,7 +20,7 @@ use hyper::header::{AUTHORIZATION, HeaderValue};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use inflight_stats::scaling::decider::EVERY_NS;
+use inflight_stats::scaling::decider::DECISION_PERIOD_NS;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -71,8 +71,9 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
         move |error: io::Error| io::Error::new(error.kind(), format!("{what} {address}: {error}"))
     };
     flags.check_access().map_err(io::Error::other)?;
-    let access = Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some(), flags.without())
-        .map_err(io::Error::other)?;
+    let access =
+        Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some(), flags.anonymous_access())
+            .map_err(io::Error::other)?;
     let limits = flags.limits;
     let Limits { max_keys, max_keys_per_namespace, max_pods_per_key, max_table_bytes, .. } = limits;
     let room = Room {
@@ -87,7 +88,8 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let house = House {
         limits,
         tls: tls.clone(),
-        strangers: (!access.is_open()).then(|| Arc::new(Strangers::new(limits.max_strangers))),
+        strangers: (!access.is_open())
+            .then(|| Arc::new(Strangers::new(limits.max_unauthenticated_connections))),
         budget: Budget::new(limits.max_bytes_in_flight),
         metrics: Arc::default(),
     };
@@ -348,7 +350,7 @@ async fn message(app: &App, mut body: Incoming, share: &mut Share) -> Result<Vec
 }
 
 async fn decide(app: Arc<App>) {
-    let mut ticks = tokio::time::interval(Duration::from_nanos(EVERY_NS));
+    let mut ticks = tokio::time::interval(Duration::from_nanos(DECISION_PERIOD_NS));
     loop {
         ticks.tick().await;
         app.keys.decide(now_ns());

@@ -335,7 +335,7 @@ mod tests {
             ("[{", "not a list of"),
             (
                 r#"[{"namespace": "a", "name": "b", "settings": {"target": 0}}]"#,
-                "key a/b: configuration key `target`",
+                "key a/b: invalid settings: `target` is 0",
             ),
             (r#"[{"namespace": "a", "name": "b"}]"#, "missing field `settings`"),
         ] {

@@ -1,8 +1,10 @@
-//! The plugin's configuration: JSON, every key checked, every mistake named with its key, what it
-//! was and what is allowed.
+//! The plugin's configuration: JSON, of which every key is checked. Every mistake is reported with its
+//! key, what was given and what was expected.
 
 pub(crate) mod fields;
 pub mod identity;
+pub mod keys;
+pub mod suggestion;
 
 use std::time::Duration;
 
@@ -88,57 +90,63 @@ pub struct Config {
 }
 
 /// Knative's own limit of a revision's containerConcurrency is 1000.
-const MOST_CONCURRENCY: u32 = 100_000;
+const MAX_CONCURRENCY: u32 = 100_000;
 /// Each request that comes or goes while others wait reads and writes the whole queue.
-const MOST_QUEUE_DEPTH: u32 = 100_000;
+const MAX_QUEUE_DEPTH: u32 = 100_000;
 /// Each key costs Envoy some ten stats, which it cannot delete.
-const MOST_KEYS: u32 = 1_000_000;
+const MAX_KEYS: u32 = 1_000_000;
 /// As in knative/serving, `cmd/queue`.
 const QUEUE_DEPTH_FACTOR: u32 = 10;
-const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 impl Config {
     /// Reads and checks a configuration; none at all is an empty one. What it leaves out of the identity is
     /// taken from `node`.
     ///
     /// # Errors
-    /// [`ConfigError`], for the first mistake.
+    /// [`ConfigError`], for the first mistake. Unknown keys are reported before missing ones: a key is often
+    /// missing because it is misspelt.
     pub fn parse(json: &[u8], node: &Identity) -> Result<Self, ConfigError> {
+        const DOCUMENT: &str = "configuration";
         let parsed = match json.is_empty() {
             true => Ok(Value::Object(Map::new())),
             false => serde_json::from_slice(json),
         };
-        let document = parsed.map_err(|error| ConfigError {
-            key: String::new(),
-            was: format!("not JSON ({error})"),
-            allowed: "a JSON object".into(),
-        })?;
-        let mut fields = Fields::new("", document)?;
+        let document = parsed.map_err(|error| ConfigError::not_json(DOCUMENT, &error))?;
+        let mut fields = Fields::new(DOCUMENT, "", document, &keys::OF_DOCUMENT)?;
+        let statserver = fields.object(keys::STATSERVER.name, &keys::OF_STATSERVER)?;
+        let gateway = fields.object(keys::GATEWAY.name, &keys::OF_GATEWAY)?;
+        let gateway = gateway.map(Gateway::parse).transpose()?.unwrap_or_default();
         let roles = [("sidecar", Role::Sidecar), ("gateway", Role::Gateway), ("exporter", Role::Exporter)];
-        let role = fields.one_of("role", &roles)?.unwrap_or(Role::Sidecar);
+        let role = fields.one_of(keys::ROLE.name, keys::ROLE.expected, &roles)?.unwrap_or(Role::Sidecar);
         // A gateway stands for no revision; its namespace only completes clusters that name none.
         let name = if role == Role::Gateway { Fields::label } else { Fields::name };
-        let config = Self {
+        Ok(Self {
             role,
             identity: Identity {
-                namespace: name(&mut fields, "namespace", &node.namespace)?,
-                service: fields.label("service", &node.service)?,
-                configuration: fields.label("configuration", &node.configuration)?,
-                revision: name(&mut fields, "revision", &node.revision)?,
-                pod: fields.name("pod", &node.pod)?,
+                namespace: name(&mut fields, keys::NAMESPACE.name, &node.namespace)?,
+                service: fields.label(keys::SERVICE.name, &node.service)?,
+                configuration: fields.label(keys::CONFIGURATION.name, &node.configuration)?,
+                revision: name(&mut fields, keys::REVISION.name, &node.revision)?,
+                pod: fields.name(keys::POD.name, &node.pod)?,
             },
-            gateway: fields.object("gateway")?.map(Gateway::parse).transpose()?.unwrap_or_default(),
+            gateway,
             reporting_period: fields
-                .duration("reporting_period", Duration::from_millis(100), Duration::from_secs(60))?
+                .duration(keys::REPORTING_PERIOD.name, keys::REPORTING_PERIOD.expected, |period| {
+                    (Duration::from_millis(100)..=Duration::from_secs(60)).contains(&period)
+                })?
                 .unwrap_or(Duration::from_secs(1)),
-            proxied_header: fields.header("proxied_header")?.unwrap_or_else(|| "k-proxy-request".into()),
+            proxied_header: fields
+                .header(keys::PROXIED_HEADER.name)?
+                .unwrap_or_else(|| "k-proxy-request".into()),
             limits: limits(&mut fields)?,
-            queue_timeout: fields.duration("queue_timeout", Duration::from_millis(10), LONGEST_WAIT)?,
-            probes_bypass_breaker: fields.boolean("probes_bypass_breaker")?.unwrap_or(false),
-            statserver: fields.object("statserver")?.map(StatServer::parse).transpose()?,
-        };
-        fields.finish()?;
-        Ok(config)
+            queue_timeout: fields.duration(
+                keys::QUEUE_TIMEOUT.name,
+                keys::QUEUE_TIMEOUT.expected,
+                |timeout| (Duration::from_millis(10)..=Duration::from_secs(3600)).contains(&timeout),
+            )?,
+            probes_bypass_breaker: fields.boolean(keys::PROBES_BYPASS_BREAKER.name)?.unwrap_or(false),
+            statserver: statserver.map(StatServer::parse).transpose()?,
+        })
     }
 
     /// What tells this pod's figures from those of another plugin in the same VM.
@@ -160,57 +168,66 @@ impl Default for Gateway {
 impl Gateway {
     fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
         let default = Self::default();
-        let key = fields.object("key")?.map(KeySource::parse).transpose()?;
-        let max_keys = fields.integer("max_keys", MOST_KEYS)?;
-        let gateway = Self {
+        let key = fields.object(keys::GATEWAY_KEY.name, &keys::OF_GATEWAY_KEY)?;
+        let key = key.map(KeySource::parse).transpose()?;
+        let max_keys = fields
+            .integer(keys::GATEWAY_MAX_KEYS.name, keys::GATEWAY_MAX_KEYS.expected, |n| n <= MAX_KEYS)?;
+        Ok(Self {
             key: key.unwrap_or(default.key),
             max_keys: max_keys.unwrap_or(default.max_keys),
-            mark: fields.boolean("mark")?.unwrap_or(default.mark),
-        };
-        fields.finish()?;
-        Ok(gateway)
+            mark: fields.boolean(keys::GATEWAY_MARK.name)?.unwrap_or(default.mark),
+        })
     }
 }
 
 impl KeySource {
     fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
-        let source = if fields.one_of("from", &[("cluster", false), ("headers", true)])?.unwrap_or(false) {
-            Self::Headers {
-                namespace: fields.header("namespace")?.unwrap_or_else(|| "knative-serving-namespace".into()),
-                name: fields.header("name")?.unwrap_or_else(|| "knative-serving-revision".into()),
-            }
-        } else {
-            Self::Cluster
-        };
-        fields.finish()?;
-        Ok(source)
+        let sources = [("cluster", false), ("headers", true)];
+        let from = fields.one_of(keys::GATEWAY_KEY_FROM.name, keys::GATEWAY_KEY_FROM.expected, &sources)?;
+        let [namespace, name] = [keys::GATEWAY_KEY_NAMESPACE.name, keys::GATEWAY_KEY_NAME.name];
+        if !from.unwrap_or(false) {
+            fields.absent(namespace, FROM_HEADERS)?;
+            fields.absent(name, FROM_HEADERS)?;
+            return Ok(Self::Cluster);
+        }
+        Ok(Self::Headers {
+            namespace: fields.header(namespace)?.unwrap_or_else(|| "knative-serving-namespace".into()),
+            name: fields.header(name)?.unwrap_or_else(|| "knative-serving-revision".into()),
+        })
     }
 }
 
+/// When a gateway's key names headers.
+const FROM_HEADERS: &str = r#"it only with "from": "headers""#;
+
 fn limits(fields: &mut Fields) -> Result<Option<Limits>, ConfigError> {
-    let concurrency = fields.integer("container_concurrency", MOST_CONCURRENCY)?.unwrap_or(0);
-    let queue_depth = fields.integer("queue_depth", MOST_QUEUE_DEPTH)?;
+    let key = keys::CONTAINER_CONCURRENCY;
+    let concurrency = fields.integer(key.name, key.expected, |n| n <= MAX_CONCURRENCY)?.unwrap_or(0);
+    let key = keys::QUEUE_DEPTH;
+    let queue_depth = fields.integer(key.name, key.expected, |n| n <= MAX_QUEUE_DEPTH)?;
     let queue_depth =
-        queue_depth.unwrap_or(concurrency.saturating_mul(QUEUE_DEPTH_FACTOR).min(MOST_QUEUE_DEPTH));
+        queue_depth.unwrap_or(concurrency.saturating_mul(QUEUE_DEPTH_FACTOR).min(MAX_QUEUE_DEPTH));
     Ok((concurrency > 0).then_some(Limits { concurrency, queue_depth }))
 }
 
 impl StatServer {
     fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
-        let cluster = fields.name("cluster", "")?;
-        let server = Self {
-            authority: fields.name("authority", &cluster)?,
-            path: fields.path("path")?.unwrap_or_else(|| "/v1/reports".into()),
+        let cluster = fields.name(keys::STATSERVER_CLUSTER.name, "")?;
+        Ok(Self {
+            authority: fields.name(keys::STATSERVER_AUTHORITY.name, &cluster)?,
+            path: fields.url_path(keys::STATSERVER_PATH.name)?.unwrap_or_else(|| "/v1/reports".into()),
             timeout: fields
-                .duration("timeout", Duration::from_millis(10), Duration::from_secs(60))?
+                .duration(keys::STATSERVER_TIMEOUT.name, keys::STATSERVER_TIMEOUT.expected, |timeout| {
+                    (Duration::from_millis(10)..=Duration::from_secs(60)).contains(&timeout)
+                })?
                 .unwrap_or(Duration::from_secs(1)),
-            token_env: fields.string("token_env", "the name of a variable", |name| {
-                !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
-            })?,
+            token_env: fields.string(
+                keys::STATSERVER_TOKEN_ENV.name,
+                keys::STATSERVER_TOKEN_ENV.expected,
+                |name| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'),
+            )?,
             cluster,
-        };
-        fields.finish()?;
-        Ok(server)
+        })
     }
 }
 
@@ -286,70 +303,146 @@ mod tests {
     #[test]
     fn every_mistake_names_the_key_what_it_was_and_what_is_allowed() {
         let cases = [
-            (
-                r#""reporting_perod": "1s""#,
-                "`reporting_perod` was an unknown key, allowed is one of role, namespace,",
-            ),
+            (r#""reporting_perod": "1s""#, "unknown key `reporting_perod`; did you mean `reporting_period`?"),
+            (r#""colour": "red""#, "unknown key `colour`; expected one of role, namespace, service,"),
             (
                 r#""reporting_period": "10ms""#,
-                r#"`reporting_period` was "10ms", allowed is a duration from 100ms to 60s"#,
+                r#"`reporting_period` is "10ms"; expected a duration from 100ms to 60s"#,
             ),
-            (r#""reporting_period": "61s""#, r#"`reporting_period` was "61s""#),
-            (r#""reporting_period": 1"#, "`reporting_period` was 1,"),
-            (r#""reporting_period": "-1s""#, r#"`reporting_period` was "-1s""#),
-            (r#""reporting_period": "1h""#, r#"`reporting_period` was "1h""#),
-            (r#""reporting_period": "1e1s""#, r#"`reporting_period` was "1e1s""#),
-            (
-                r#""role": "router""#,
-                r#"`role` was "router", allowed is "sidecar" or "gateway" or "exporter""#,
-            ),
-            (r#""gateway": {"mark": "yes"}"#, r#"`gateway.mark` was "yes", allowed is true or false"#),
+            (r#""reporting_period": "61s""#, r#"`reporting_period` is "61s""#),
+            (r#""reporting_period": 1"#, "`reporting_period` is 1;"),
+            (r#""reporting_period": "-1s""#, r#"`reporting_period` is "-1s""#),
+            (r#""reporting_period": "1h""#, r#"`reporting_period` is "1h""#),
+            (r#""reporting_period": "1e1s""#, r#"`reporting_period` is "1e1s""#),
+            (r#""role": "router""#, r#"`role` is "router"; expected "sidecar", "gateway" or "exporter""#),
+            (r#""gateway": {"mark": "yes"}"#, r#"`gateway.mark` is "yes"; expected true or false"#),
             (
                 r#""gateway": {"key": {"from": "path"}}"#,
-                r#"`gateway.key.from` was "path", allowed is "cluster" or "headers""#,
+                r#"`gateway.key.from` is "path"; expected "cluster" or "headers""#,
             ),
             (
                 r#""gateway": {"key": {"name": "x"}}"#,
-                "`gateway.key.name` was an unknown key, allowed is one of from",
+                r#"`gateway.key.name` is "x"; expected it only with "from": "headers""#,
+            ),
+            (
+                r#""gateway": {"key": {"form": "headers"}}"#,
+                "unknown key `gateway.key.form`; expected one of from, namespace, name",
             ),
             (
                 r#""container_concurrency": -1"#,
-                "`container_concurrency` was -1, allowed is a whole number from 0 to",
+                "`container_concurrency` is -1; expected a whole number from 0 to 100000",
             ),
-            (r#""container_concurrency": 1.5"#, "`container_concurrency` was 1.5"),
-            (r#""queue_depth": "10""#, r#"`queue_depth` was "10""#),
-            (r#""queue_depth": 4294967296"#, "`queue_depth` was 4294967296"),
+            (r#""container_concurrency": 1.5"#, "`container_concurrency` is 1.5"),
+            (r#""queue_depth": "10""#, r#"`queue_depth` is "10""#),
+            (r#""queue_depth": 4294967296"#, "`queue_depth` is 4294967296"),
             (
                 r#""queue_timeout": "1ms""#,
-                r#"`queue_timeout` was "1ms", allowed is a duration from 10ms to 3600s"#,
+                r#"`queue_timeout` is "1ms"; expected a duration from 10ms to 60m"#,
             ),
             (
                 r#""probes_bypass_breaker": "no""#,
-                r#"`probes_bypass_breaker` was "no", allowed is true or false"#,
+                r#"`probes_bypass_breaker` is "no"; expected true or false"#,
             ),
-            (r#""role": ["sidecar"]"#, r#"`role` was ["sidecar"]"#),
+            (r#""role": ["sidecar"]"#, r#"`role` is ["sidecar"]"#),
             (
                 r#""proxied_header": "a b""#,
-                r#"`proxied_header` was "a b", allowed is the name of an HTTP header"#,
+                r#"`proxied_header` is "a b"; expected the name of an HTTP header"#,
             ),
-            (r#""statserver": "stats""#, r#"`statserver` was "stats", allowed is a JSON object"#),
-            (r#""statserver": {}"#, "`statserver.cluster` was not set"),
-            (r#""statserver": {"cluster": "c", "tiemout": "1s"}"#, "`statserver.tiemout` was an unknown key"),
-            (r#""statserver": {"cluster": "c", "path": "v1"}"#, r#"`statserver.path` was "v1""#),
-            (r#""statserver": {"cluster": "c", "token_env": "A-B"}"#, r#"`statserver.token_env` was "A-B""#),
+            (r#""statserver": "stats""#, r#"`statserver` is "stats"; expected a JSON object"#),
+            (r#""statserver": {}"#, "`statserver.cluster` is missing; expected a string of 1 to 512 bytes"),
+            (
+                r#""statserver": {"cluster": "c", "tiemout": "1s"}"#,
+                "unknown key `statserver.tiemout`; did you mean `statserver.timeout`?",
+            ),
+            (r#""statserver": {"cluster": "c", "path": "v1"}"#, r#"`statserver.path` is "v1""#),
+            (r#""statserver": {"cluster": "c", "token_env": "A-B"}"#, r#"`statserver.token_env` is "A-B""#),
         ];
         for (change, expected) in cases {
             let error = refused(change);
-            assert!(error.contains(expected), "{change}: {error}");
+            assert!(
+                error.starts_with("invalid configuration: ") && error.contains(expected),
+                "{change}: {error}"
+            );
         }
     }
 
     #[test]
+    fn a_misspelt_key_is_reported_before_the_one_that_is_missing() {
+        let error = |json| parse(json).unwrap_err().to_string();
+        assert_eq!(
+            error(r#"{"namespace": "ns", "revision": "r", "pod_name": "p"}"#),
+            "invalid configuration: unknown key `pod_name`; expected one of role, namespace, service, configuration, \
+             revision, pod, reporting_period, proxied_header, container_concurrency, queue_depth, queue_timeout, \
+             probes_bypass_breaker, statserver, gateway"
+        );
+        assert_eq!(
+            error(r#"{"statserver": {"clutser": "c"}}"#),
+            "invalid configuration: unknown key `statserver.clutser`; did you mean `statserver.cluster`?"
+        );
+    }
+
+    #[test]
     fn an_identity_must_not_end_up_empty() {
-        let error = parse(r#"{"namespace": "ns", "revision": "", "pod": "pod"}"#).unwrap_err();
-        assert_eq!((error.key.as_str(), error.was.as_str()), ("revision", "\"\""));
-        let error = parse(r#"{"namespace": "ns", "revision": "rev"}"#).unwrap_err();
-        assert_eq!((error.key.as_str(), error.was.as_str()), ("pod", "not set"));
+        let error = |json| parse(json).unwrap_err().to_string();
+        let empty = error(r#"{"namespace": "ns", "revision": "", "pod": "pod"}"#);
+        assert!(empty.contains(r#"`revision` is ""; expected a string of 1 to 512 bytes"#), "{empty}");
+        let missing = error(r#"{"namespace": "ns", "revision": "rev"}"#);
+        assert!(missing.contains("`pod` is missing; expected a string of 1 to 512 bytes"), "{missing}");
+    }
+
+    /// A document that is good but for `value` at one key.
+    fn with(key: &keys::ConfigKey, value: Value) -> Value {
+        let from = if key.name == keys::GATEWAY_KEY_FROM.name { Value::Null } else { "headers".into() };
+        let mut document = serde_json::json!({
+            "namespace": "ns", "revision": "rev", "pod": "pod",
+            "statserver": {"cluster": "c"},
+            "gateway": {"key": {"from": from}},
+        });
+        let object = key.object.split_terminator('.').fold(&mut document, |object, name| &mut object[name]);
+        object[key.name] = value;
+        document
+    }
+
+    #[test]
+    fn every_key_of_the_table_is_read_and_what_the_table_says_of_it_holds() {
+        let parse = |document: Value| parse(&document.to_string());
+        for key in &keys::CONFIG_KEYS {
+            // Nothing allows an array.
+            let error = parse(with(key, serde_json::json!([]))).unwrap_err().to_string();
+            let expected = format!(
+                "invalid configuration: `{}{}` is []; expected {}",
+                key.object, key.name, key.expected
+            );
+            assert_eq!(error, expected);
+            if let Ok(default) = serde_json::from_str::<Value>(key.default) {
+                let mut without = with(key, Value::Null);
+                let object =
+                    key.object.split_terminator('.').fold(&mut without, |object, name| &mut object[name]);
+                object.as_object_mut().unwrap().remove(key.name);
+                assert_eq!(parse(with(key, default)).unwrap(), parse(without).unwrap(), "{}", key.name);
+            }
+        }
+    }
+
+    #[test]
+    fn the_bounds_are_those_that_the_table_names() {
+        let is_taken = |key: &keys::ConfigKey, value: Value| parse(&with(key, value).to_string()).is_ok();
+        for key in &keys::CONFIG_KEYS {
+            let words: Vec<&str> = key.expected.split(' ').collect();
+            let ([.., "from", min, "to", max], is_duration) = (&words[..], words[1] == "duration") else {
+                continue;
+            };
+            for (bound, beyond) in [(min, -1), (max, 1)] {
+                let unit = bound.trim_start_matches(|c: char| c.is_ascii_digit());
+                let number: i64 = bound.trim_end_matches(unit).parse().unwrap();
+                let value = |number: i64| match is_duration {
+                    true => Value::from(format!("{number}{unit}")),
+                    false => Value::from(number),
+                };
+                assert!(is_taken(key, value(number)), "{} {number}", key.name);
+                assert!(!is_taken(key, value(number + beyond)), "{} {}", key.name, number + beyond);
+            }
+        }
     }
 
     #[test]

@@ -1,50 +1,13 @@
-//! How many pods a key wants: Knative's KPA (knative/serving, `pkg/autoscaler/scaling/autoscaler.go`), asked
-//! every two seconds.
+//! How many pods a key wants: Knative's KPA (knative/serving, `pkg/autoscaler/scaling/autoscaler.go`),
+//! which decides every two seconds.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
-/// How often it is asked: the unit of the scale-down delay, too.
-pub const EVERY_NS: u64 = 2_000_000_000;
+use crate::scaling::settings::KeySettings;
 
-/// A key's settings, by Knative's names.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
-    /// What one pod should have of the metric: Knative's target times its utilisation.
-    pub target: f64,
-    /// What one pod can have at most, for the burst capacity.
-    pub total: f64,
-    /// At most so many times the ready pods at once.
-    pub max_scale_up_rate: f64,
-    /// At least the ready pods divided by this.
-    pub max_scale_down_rate: f64,
-    /// Capacity to be kept free; 0: none is asked for; below 0: there is never enough.
-    pub target_burst_capacity: f64,
-    /// Panic begins when the panic value wants so many times the ready pods.
-    pub panic_threshold: f64,
-    /// Panic ends so long after it was last called for, in nanoseconds.
-    pub stable_window_ns: u64,
-    /// Fewer pods only after they were enough for so long, in nanoseconds.
-    pub scale_down_delay_ns: u64,
-    /// If any pod is needed, so many are, if this is above one.
-    pub activation_scale: u32,
-}
-
-impl Default for Settings {
-    /// Knative's defaults, for the metric concurrency.
-    fn default() -> Self {
-        Self {
-            target: 70.0,
-            total: 100.0,
-            max_scale_up_rate: 1000.0,
-            max_scale_down_rate: 2.0,
-            target_burst_capacity: 211.0,
-            panic_threshold: 2.0,
-            stable_window_ns: 60_000_000_000,
-            scale_down_delay_ns: 0,
-            activation_scale: 1,
-        }
-    }
-}
+/// The time between two decisions; also the unit of the scale-down delay.
+pub const DECISION_PERIOD_NS: u64 = 2_000_000_000;
 
 /// What a key shows, at one time.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -59,14 +22,14 @@ pub struct Observation {
     pub panic: f64,
 }
 
-/// What a key wants.
+/// The autoscaler's decision for a key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// Pods.
+    /// Desired pod count.
     pub desired_pods: u32,
-    /// What could still come at once; below zero, the gateway should buffer.
+    /// The additional load that could be taken at once; below zero, the gateway should buffer.
     pub excess_burst_capacity: i64,
-    /// Whether it panics: pods only get more.
+    /// Whether the key is in panic mode, in which pods are only added.
     pub panic_mode: bool,
 }
 
@@ -74,30 +37,32 @@ pub struct Decision {
 #[derive(Clone, Debug)]
 pub struct Decider {
     panic_since_ns: Option<u64>,
-    most_in_panic: u32,
-    wanted: Delay,
+    max_in_panic: u32,
+    delayed: Delay,
 }
 
 impl Decider {
-    /// A decider that begins with more than one ready pod begins in panic at that count: it does not know yet
-    /// what they are needed for.
+    /// A decider that begins with more than one ready pod begins in panic at that count: it does not know
+    /// yet what they are needed for.
     pub fn new(now_ns: u64, ready: u32) -> Self {
         let panics = ready > 1;
         Self {
             panic_since_ns: panics.then_some(now_ns),
-            most_in_panic: if panics { ready } else { 0 },
-            wanted: Delay::default(),
+            max_in_panic: if panics { ready } else { 0 },
+            delayed: Delay::default(),
         }
     }
 
-    /// What the key wants now.
-    pub fn decide(&mut self, settings: &Settings, seen: &Observation) -> Decision {
+    /// Returns what the key wants now. The bounds of the settings ([`KeySettings::bounded`]) are the
+    /// caller's to apply: Knative's decider does not know them either.
+    pub fn decide(&mut self, settings: &KeySettings, seen: &Observation) -> Decision {
+        let target = settings.target_per_pod();
         let ready = f64::from(seen.ready.max(1));
-        let most = (settings.max_scale_up_rate * ready).ceil();
-        let least = (ready / settings.max_scale_down_rate).floor();
+        let max = (settings.max_scale_up_rate * ready).ceil();
+        let min = (ready / settings.max_scale_down_rate).floor();
         let wanted = |value: f64| {
-            let needed = (value / settings.target).ceil();
-            let pods = needed.max(least).min(most) as u32;
+            let needed = (value / target).ceil();
+            let pods = needed.max(min).min(max) as u32;
             // What is needed counts, and not what may not go at once: else idle pods would stay for ever.
             if needed > 0.0 && settings.activation_scale > 1 {
                 pods.max(settings.activation_scale)
@@ -107,51 +72,56 @@ impl Decider {
         };
         let (stable_pods, panic_pods) = (wanted(seen.stable), wanted(seen.panic));
 
-        let over = (seen.panic / settings.target).ceil() / ready >= settings.panic_threshold;
-        if over {
+        let panic_threshold = settings.panic_threshold_percentage / 100.0;
+        let stable_window_ns = in_nanoseconds(settings.stable_window);
+        if (seen.panic / target).ceil() / ready >= panic_threshold {
             self.panic_since_ns = Some(seen.now_ns);
         } else if self
             .panic_since_ns
-            .is_some_and(|since| since.saturating_add(settings.stable_window_ns) < seen.now_ns)
+            .is_some_and(|since| since.saturating_add(stable_window_ns) < seen.now_ns)
         {
             self.panic_since_ns = None;
-            self.most_in_panic = 0;
+            self.max_in_panic = 0;
         }
         let mut pods = stable_pods;
         if self.panic_since_ns.is_some() {
-            pods = pods.max(panic_pods).max(self.most_in_panic);
-            self.most_in_panic = pods;
+            pods = pods.max(panic_pods).max(self.max_in_panic);
+            self.max_in_panic = pods;
         }
-        if settings.scale_down_delay_ns > 0 {
-            pods = self.wanted.highest(pods, seen.now_ns, settings.scale_down_delay_ns);
+        if !settings.scale_down_delay.is_zero() {
+            pods = self.delayed.highest(pods, seen.now_ns, in_nanoseconds(settings.scale_down_delay));
         }
         Decision {
             desired_pods: pods,
-            excess_burst_capacity: excess(settings, seen),
+            excess_burst_capacity: excess_burst_capacity(settings, seen),
             panic_mode: self.panic_since_ns.is_some(),
         }
     }
 }
 
-fn excess(settings: &Settings, seen: &Observation) -> i64 {
+fn excess_burst_capacity(settings: &KeySettings, seen: &Observation) -> i64 {
     let burst = settings.target_burst_capacity;
     if burst == 0.0 {
         0
     } else if burst < 0.0 {
         -1
     } else {
-        (f64::from(seen.ready) * settings.total - burst - seen.panic).floor() as i64
+        (f64::from(seen.ready) * settings.target - burst - seen.panic).floor() as i64
     }
 }
 
-/// The counts wanted within the scale-down delay, by units of [`EVERY_NS`]: only those that no later one
-/// exceeds, so the first is the highest.
+fn in_nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The counts wanted within the scale-down delay, by units of [`DECISION_PERIOD_NS`]: only those that no
+/// later one exceeds, so the first is the highest.
 #[derive(Clone, Debug, Default)]
 struct Delay(VecDeque<(u32, u32)>);
 
-/// The most bytes that a delay takes: it grows by doubling.
-pub(crate) fn delay_bytes(delay_ns: u64) -> usize {
-    match usize::try_from(delay_ns.div_ceil(EVERY_NS)).unwrap_or(usize::MAX) {
+/// Returns the most bytes that a scale-down delay takes: its queue grows by doubling.
+pub(super) fn delay_bytes(delay: Duration) -> usize {
+    match usize::try_from(in_nanoseconds(delay).div_ceil(DECISION_PERIOD_NS)).unwrap_or(usize::MAX) {
         0 => 0,
         units => {
             let bytes = units.saturating_add(1).saturating_mul(size_of::<(u32, u32)>());
@@ -163,7 +133,8 @@ pub(crate) fn delay_bytes(delay_ns: u64) -> usize {
 impl Delay {
     fn highest(&mut self, pods: u32, now_ns: u64, delay_ns: u64) -> u32 {
         let in_units = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        let (unit, units) = (in_units(now_ns / EVERY_NS), in_units(delay_ns.div_ceil(EVERY_NS)));
+        let (unit, units) =
+            (in_units(now_ns / DECISION_PERIOD_NS), in_units(delay_ns.div_ceil(DECISION_PERIOD_NS)));
         while self.0.back().is_some_and(|(_, earlier)| *earlier <= pods) {
             self.0.pop_back();
         }
@@ -188,12 +159,13 @@ mod tests {
     #[test]
     fn nothing_wants_nothing_and_zero_pods_can_be_reached() {
         let mut decider = Decider::new(0, 1);
-        assert_eq!(decider.decide(&Settings::default(), &seen(2, 1, 0.0)).desired_pods, 0);
+        assert_eq!(decider.decide(&KeySettings::default(), &seen(2, 1, 0.0)).desired_pods, 0);
     }
 
     #[test]
     fn panic_holds_the_highest_count_for_a_stable_window() {
-        let settings = Settings { target: 10.0, ..Settings::default() };
+        let settings =
+            KeySettings { target: 10.0, target_utilization_percentage: 100.0, ..KeySettings::default() };
         let mut decider = Decider::new(0, 1);
         let panicking = decider.decide(&settings, &seen(2, 1, 50.0));
         assert_eq!((panicking.desired_pods, panicking.panic_mode), (5, true));
@@ -204,7 +176,7 @@ mod tests {
 
     #[test]
     fn idle_pods_go_whatever_the_activation_scale() {
-        let settings = Settings { activation_scale: 4, ..Settings::default() };
+        let settings = KeySettings { activation_scale: 4, ..KeySettings::default() };
         let mut decider = Decider::new(0, 1);
         assert_eq!(decider.decide(&settings, &seen(2, 1, 1.0)).desired_pods, 4);
         let mut ready = 4;
@@ -218,7 +190,10 @@ mod tests {
     #[test]
     fn burst_capacity_has_three_cases() {
         let of = |target_burst_capacity, ready| {
-            excess(&Settings { target_burst_capacity, ..Settings::default() }, &seen(0, ready, 10.5))
+            excess_burst_capacity(
+                &KeySettings { target_burst_capacity, ..KeySettings::default() },
+                &seen(0, ready, 10.5),
+            )
         };
         assert_eq!((of(0.0, 9), of(-1.0, 9), of(200.0, 3)), (0, -1, 89));
     }
@@ -229,7 +204,7 @@ mod tests {
         let counts: Vec<u32> = [3, 5, 1, 2, 1, 1]
             .iter()
             .zip(0..)
-            .map(|(n, i)| delay.highest(*n, i * EVERY_NS, 3 * EVERY_NS))
+            .map(|(n, i)| delay.highest(*n, i * DECISION_PERIOD_NS, 3 * DECISION_PERIOD_NS))
             .collect();
         assert_eq!(counts, [3, 5, 5, 5, 2, 2]);
     }

@@ -1,82 +1,42 @@
-//! The receiver's side: what a report adds to what is already known of a key.
+//! The receiver's view of one key: what its senders make of it, and how many pods it wants.
 //!
-//! A sender's counters are cumulative, so the receiver keeps the highest totals that each sender has reported and adds
-//! differences. Whatever is repeated, late or overlapping, adds only what was not added before.
+//! A sender's counters are cumulative, so the receiver keeps the highest totals that each sender has
+//! reported and adds differences. Whatever is repeated, late or overlapping adds only what was not added
+//! before.
 
-use std::hash::RandomState;
 use std::sync::Arc;
-
-use hashbrown::HashMap;
-use hashbrown::hash_map::EntryRef;
 
 use crate::counting::snapshot::Snapshot;
 use crate::protocol::addition::{CounterDecreased, addition};
 use crate::protocol::report::KeyReport;
 use crate::protocol::stat::Stat;
-use crate::scaling::decider::{Decider, Decision, Observation};
-use crate::scaling::settings::{KeySettings, Metric, heap_bytes};
-use crate::scaling::windows::Window;
+use crate::scaling::decider::{Decider, Decision, Observation, delay_bytes};
+use crate::scaling::heap::heap_bytes;
+use crate::scaling::sender::{
+    ImplausibleStat, Incarnation, PerSecond, SILENT_PERIODS, Senders, Streamed, is_activator,
+};
+use crate::scaling::settings::{KeySettings, Metric};
+use crate::scaling::windows::{Window, WindowSizes};
 
 const SECOND_NS: u64 = 1_000_000_000;
-/// A sender that has not reported for this many of its periods no longer counts.
-pub const SILENT_PERIODS: u64 = 10;
-/// How long the last snapshot of a silent sender is kept, so that a report whose acknowledgement was
-/// lost is recognised when it comes again.
-pub const MEMORY_NS: u64 = 15 * 60 * SECOND_NS;
-/// A sender of stats says nothing of its period; Knative's is a second.
-const STAT_PERIOD_NS: u64 = SECOND_NS;
-const SHORTEST_PERIOD_NS: u64 = SECOND_NS / 10;
+const MIN_PERIOD_NS: u64 = SECOND_NS / 10;
 /// The longest time between two reports of a sender.
-pub const LONGEST_PERIOD_NS: u64 = 60 * SECOND_NS;
-/// The incarnations of a pod that are kept: one that ends, one that comes, and as many again.
-const MOST_INCARNATIONS: usize = 4;
-/// After a start it takes so long, or a second more than the longest period of a key's senders, until all of them can have
-/// reported.
-const START_NS: u64 = 3 * SECOND_NS;
-
-/// The sizes of the stable and the panic window in seconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WindowSizes {
-    /// Knative's stable window; its default is 60 s.
-    pub stable_seconds: usize,
-    /// Knative's panic window; its default is 10 % of the stable one.
-    pub panic_seconds: usize,
-}
-
-impl Default for WindowSizes {
-    fn default() -> Self {
-        Self { stable_seconds: 60, panic_seconds: 6 }
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Sender {
-    /// The highest totals that it has reported, and what was in flight at the latest instant.
-    last: Snapshot,
-    /// The instant that its last report began at.
-    since_ns: u64,
-    from_gateway: bool,
-    period_ns: u64,
-    seen_ns: u64,
-}
-
-impl Sender {
-    fn is_live(&self, now_ns: u64) -> bool {
-        now_ns.saturating_sub(self.seen_ns) <= self.period_ns.saturating_mul(SILENT_PERIODS)
-    }
-}
+pub const MAX_PERIOD_NS: u64 = 60 * SECOND_NS;
+/// After a start it takes so long, or a second more than the longest period of a key's senders, until
+/// all of them can have reported.
+const STARTUP_NS: u64 = 3 * SECOND_NS;
 
 /// Averages over one window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Averages {
     /// Requests in flight, on average.
     pub concurrency: f64,
-    /// Requests that came in, a second.
+    /// Requests that came in, per second.
     pub requests_per_second: f64,
 }
 
 impl Averages {
-    /// The one of them to scale by.
+    /// Returns the one to scale by.
     pub fn of(&self, metric: Metric) -> f64 {
         match metric {
             Metric::Concurrency => self.concurrency,
@@ -98,48 +58,8 @@ pub struct Figures {
     pub stable: Averages,
     /// Over the panic window.
     pub panic: Averages,
-    /// Since the last report of any sender, in milliseconds; `None` before the first.
+    /// Milliseconds since the last report of any sender; `None` before the first.
     pub last_report_age_ms: Option<u64>,
-}
-
-/// What a sender added, a second; what its bucket in the windows gets.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct PerSecond {
-    /// Requests in flight, on average.
-    pub concurrency: f64,
-    /// Of these, proxied ones; always 0 of a gateway, which is in front of all.
-    pub proxied_concurrency: f64,
-    /// Requests that came in.
-    pub requests: f64,
-    /// Of these, proxied ones.
-    pub proxied_requests: f64,
-}
-
-impl PerSecond {
-    /// What a stat says.
-    ///
-    /// # Errors
-    /// [`Implausible`].
-    pub fn of(stat: &Stat) -> Result<Self, Implausible> {
-        let per_second = Self {
-            concurrency: stat.average_concurrent_requests,
-            proxied_concurrency: stat.average_proxied_concurrent_requests,
-            requests: stat.request_count,
-            proxied_requests: stat.proxied_request_count,
-        };
-        let Self { concurrency, proxied_concurrency, requests, proxied_requests } = per_second;
-        let fits = |value: f64| (0.0..=MOST).contains(&value);
-        let plausible = fits(concurrency)
-            && fits(proxied_concurrency)
-            && (-MOST_TAKEN_BACK..=MOST).contains(&requests)
-            && fits(proxied_requests);
-        if plausible { Ok(per_second) } else { Err(Implausible) }
-    }
-
-    /// What counts for the key: what no gateway has counted already.
-    fn own(&self) -> [f64; 2] {
-        [self.concurrency - self.proxied_concurrency, self.requests - self.proxied_requests]
-    }
 }
 
 /// What a report or a stat did to its key.
@@ -148,151 +68,7 @@ pub struct Recorded {
     /// What was not known before; `None` if nothing.
     pub added: Option<PerSecond>,
     /// Whether the key had no traffic in its stable window until now.
-    pub woke: bool,
-}
-
-/// A stat whose numbers are none, or out of all proportion.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Implausible;
-
-/// No pod has so many requests in a second.
-const MOST: f64 = 1e9;
-/// A count below zero takes back what was said too early: Knative's activator says 1 for a key's first request at once, and
-/// one less at its next tick, of which the request may already have been the last.
-const MOST_TAKEN_BACK: f64 = 1.0;
-
-/// One pod, or one gateway.
-#[derive(Clone, Debug, Default)]
-struct Pod {
-    /// By incarnation: seldom more than one, never more than [`MOST_INCARNATIONS`].
-    reported: Vec<(u64, Sender)>,
-    streamed: Option<Streamed>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Streamed {
-    concurrency: f64,
-    seen_ns: u64,
-    from_gateway: bool,
-}
-
-impl Streamed {
-    fn is_live(&self, now_ns: u64) -> bool {
-        now_ns.saturating_sub(self.seen_ns) <= STAT_PERIOD_NS * SILENT_PERIODS
-    }
-}
-
-impl Pod {
-    /// What is in flight in it, and whether it counts as a pod; `None` if it is silent.
-    fn live(&self, now_ns: u64) -> Option<(f64, bool)> {
-        let mut live = None;
-        let mut add = |in_flight: f64, is_pod: bool| {
-            let (sum, pod) = live.unwrap_or((0.0, false));
-            live = Some((sum + in_flight, pod || is_pod));
-        };
-        for (_, sender) in self.reported.iter().filter(|(_, sender)| sender.is_live(now_ns)) {
-            let proxied = if sender.from_gateway { 0 } else { sender.last.proxied_in_flight };
-            add(sender.last.in_flight.saturating_sub(proxied).into(), !sender.from_gateway);
-        }
-        if let Some(streamed) = self.streamed.filter(|streamed| streamed.is_live(now_ns)) {
-            add(streamed.concurrency, !streamed.from_gateway);
-        }
-        live
-    }
-}
-
-/// A key's pods and gateways by their names, and what memory they take.
-#[derive(Clone, Debug, Default)]
-struct Pods {
-    by_name: HashMap<Box<str>, Pod, RandomState>,
-    bytes: usize,
-}
-
-impl Pods {
-    /// A place in the map, which is at least 7/16 full once it has grown, and a byte beside it.
-    const PLACE_BYTES: usize = (size_of::<(Box<str>, Pod)>() + 1) * 16 / 7;
-    /// What the smallest map takes beyond its first place.
-    const EMPTY_BYTES: usize = 4 * size_of::<(Box<str>, Pod)>();
-    const INCARNATION_BYTES: usize = size_of::<(u64, Sender)>() + 16;
-
-    fn pod_bytes(name: &str) -> usize {
-        Self::PLACE_BYTES + heap_bytes(name.len())
-    }
-
-    /// What a report, or (without an incarnation) a stat would take that is not there yet.
-    fn missing_bytes(&self, name: &str, incarnation: Option<u64>) -> usize {
-        let pod = self.by_name.get(name);
-        let reported = pod.map_or(&[][..], |pod| &pod.reported);
-        let is_new = incarnation.is_some_and(|incarnation| {
-            reported.len() < MOST_INCARNATIONS && !reported.iter().any(|(i, _)| *i == incarnation)
-        });
-        let of_pod = if pod.is_none() { Self::pod_bytes(name) } else { 0 };
-        of_pod + if is_new { Self::INCARNATION_BYTES } else { 0 }
-    }
-
-    fn sender(&self, name: &str, incarnation: u64) -> Option<&Sender> {
-        let reported = &self.by_name.get(name)?.reported;
-        reported.iter().find(|(i, _)| *i == incarnation).map(|(_, sender)| sender)
-    }
-
-    /// Has a sender say something else; the one that was silent for longest makes room for an incarnation too many.
-    fn put(&mut self, name: &str, incarnation: u64, now: Sender) {
-        let reported = &mut self.pod(name).reported;
-        if let Some((_, sender)) = reported.iter_mut().find(|(i, _)| *i == incarnation) {
-            *sender = now;
-        } else if reported.len() < MOST_INCARNATIONS {
-            reported.reserve_exact(1);
-            reported.push((incarnation, now));
-            self.bytes += Self::INCARNATION_BYTES;
-        } else if let Some(oldest) = reported.iter_mut().min_by_key(|(_, sender)| sender.seen_ns) {
-            *oldest = (incarnation, now);
-        }
-    }
-
-    /// A sender was heard, and said nothing new.
-    fn heard(&mut self, name: &str, incarnation: u64, now_ns: u64) {
-        let reported = self.by_name.get_mut(name).map_or(&mut [][..], |pod| &mut pod.reported);
-        if let Some((_, sender)) = reported.iter_mut().find(|(i, _)| *i == incarnation) {
-            sender.seen_ns = now_ns;
-        }
-    }
-
-    /// A pod by its name, which is copied only the first time.
-    fn pod(&mut self, name: &str) -> &mut Pod {
-        let Self { by_name, bytes } = self;
-        match by_name.entry_ref(name) {
-            EntryRef::Occupied(pod) => pod.into_mut(),
-            EntryRef::Vacant(place) => {
-                *bytes += Self::pod_bytes(name);
-                place.insert_with_key(name.into(), Pod::default())
-            }
-        }
-    }
-
-    fn forget(&mut self, now_ns: u64) {
-        let mut bytes = 0;
-        self.by_name.retain(|name, pod| {
-            pod.reported.retain(|(_, sender)| now_ns.saturating_sub(sender.seen_ns) < MEMORY_NS);
-            pod.reported.shrink_to_fit();
-            pod.streamed = pod.streamed.filter(|streamed| streamed.is_live(now_ns));
-            let is_kept = !pod.reported.is_empty() || pod.streamed.is_some();
-            if is_kept {
-                bytes += Self::pod_bytes(name) + pod.reported.len() * Self::INCARNATION_BYTES;
-            }
-            is_kept
-        });
-        self.bytes = bytes;
-        // A map keeps its places. Those that are counted for a pod are enough for one that is 7/16 full.
-        if self.by_name.capacity() > self.by_name.len() * 2 {
-            self.by_name.shrink_to(self.by_name.len());
-        }
-    }
-}
-
-/// Whether a sender of stats is an activator and no pod: a stat does not say, its pod's name does (as in older Knative's
-/// `pkg/autoscaler`, which told them apart by this prefix).
-pub fn is_activator(pod_name: &str) -> bool {
-    pod_name.starts_with("activator")
+    pub became_active: bool,
 }
 
 /// One key, as its senders make it.
@@ -304,7 +80,7 @@ pub struct Key {
     streamed_total: f64,
     stable: Window<2>,
     panic: Window<2>,
-    pods: Pods,
+    senders: Senders,
     last_report_ns: u64,
     last_traffic_second: Option<u64>,
     started_ns: Option<u64>,
@@ -331,7 +107,7 @@ impl Key {
             streamed_total: 0.0,
             stable: Window::new(sizes.stable_seconds),
             panic: Window::new(sizes.panic_seconds),
-            pods: Pods::default(),
+            senders: Senders::default(),
             last_report_ns: 0,
             last_traffic_second: None,
             started_ns: None,
@@ -340,8 +116,8 @@ impl Key {
         }
     }
 
-    /// The same key with a receiver that has just started, at its unix time `started_ns` in nanoseconds: until all senders can
-    /// have reported, what is known is too little to decide by.
+    /// The same key at a receiver that has just started, at its unix time `started_ns` in nanoseconds.
+    /// Until all senders can have reported, too little is known to decide by.
     #[must_use]
     pub fn after_start(self, started_ns: u64) -> Self {
         Self { started_ns: Some(started_ns), ..self }
@@ -362,29 +138,39 @@ impl Key {
         self.settings = settings;
     }
 
-    /// Whether this pod or gateway is one of the senders remembered.
-    pub fn knows(&self, pod: &str) -> bool {
-        self.pods.by_name.contains_key(pod)
+    /// Returns the memory that a key takes by these settings, in bytes: its windows, and the most that its
+    /// decider remembers of the scale-down delay.
+    pub fn settings_bytes(settings: &KeySettings) -> usize {
+        let WindowSizes { stable_seconds, panic_seconds } = settings.windows();
+        let seconds = |seconds| heap_bytes(size_of::<[f64; 2]>().saturating_mul(seconds));
+        let delay = delay_bytes(settings.scale_down_delay);
+        seconds(stable_seconds).saturating_add(seconds(panic_seconds)).saturating_add(heap_bytes(delay))
     }
 
-    /// The memory that the senders take, in bytes.
+    /// Returns whether this pod or gateway is one of the senders remembered.
+    pub fn has_sender(&self, name: &str) -> bool {
+        self.senders.by_name.contains_key(name)
+    }
+
+    /// Returns the memory that the senders take, in bytes.
     pub fn sender_bytes(&self) -> usize {
-        Pods::EMPTY_BYTES + self.pods.bytes
+        Senders::EMPTY_BYTES + self.senders.bytes
     }
 
-    /// The memory that a report of an incarnation, or a stat, of this pod would take that is not taken yet.
-    pub fn missing_bytes(&self, pod: &str, incarnation: Option<u64>) -> usize {
-        self.pods.missing_bytes(pod, incarnation)
+    /// Returns the memory that a report of an incarnation, or a stat, of this sender would take that is
+    /// not taken yet.
+    pub fn additional_bytes(&self, sender: &str, incarnation: Option<u64>) -> usize {
+        self.senders.additional_bytes(sender, incarnation)
     }
 
-    /// The most that [`Key::missing_bytes`] can be.
-    pub fn most_missing_bytes(pod: &str) -> usize {
-        Pods::pod_bytes(pod) + Pods::INCARNATION_BYTES
+    /// Returns the most that [`Key::additional_bytes`] can be.
+    pub fn max_additional_bytes(sender: &str) -> usize {
+        Senders::sender_bytes(sender) + Senders::INCARNATION_BYTES
     }
 
-    /// How many pods and gateways are remembered, those that have been silent for less than [`MEMORY_NS`] among them.
-    pub fn senders(&self) -> usize {
-        self.pods.by_name.len()
+    /// Returns how many pods and gateways are remembered, silent ones included.
+    pub fn sender_count(&self) -> usize {
+        self.senders.by_name.len()
     }
 
     /// The receiver's unix time at the last report, in nanoseconds; 0 before the first.
@@ -392,57 +178,60 @@ impl Key {
         self.last_report_ns
     }
 
-    /// Adds what a report says and was not known, at the receiver's unix time `now_ns`.
+    /// Adds what a report contains and was not known, at the receiver's unix time `now_ns`.
     ///
     /// # Errors
     /// [`CounterDecreased`]; nothing was changed.
     pub fn record(
         &mut self,
-        pod: &str,
+        sender: &str,
         incarnation: u64,
         report: &KeyReport,
         now_ns: u64,
     ) -> Result<Recorded, CounterDecreased> {
         let KeyReport { since, until, from_gateway, .. } = report;
-        let known = self.pods.sender(pod, incarnation);
-        let period = addition(known.map(|sender| &sender.last), since, until)?;
-        let last = known.map(|sender| sender.last);
+        let known = self.senders.incarnation(sender, incarnation);
+        let period = addition(known.map(|known| &known.last), since, until)?;
+        let last = known.map(|known| known.last);
         let is_latest =
             last.is_none_or(|last| until.as_of_ns >= last.as_of_ns && until.holds_totals_of(&last));
-        // What is new happened since the report before, or since a later `since`. A sender that found something that it had
-        // missed says so with a `since` before its last one: then what is new is of all that time.
+        // What is new happened since the report before, or since a later `since`. A sender that found
+        // something that it had missed reports it with a `since` before its last one: then what is new is
+        // spread over all that time.
         let from_ns = match known {
-            Some(sender) if since.as_of_ns >= sender.since_ns => sender.last.as_of_ns.max(since.as_of_ns),
+            Some(known) if since.as_of_ns >= known.since_ns => known.last.as_of_ns.max(since.as_of_ns),
             _ => since.as_of_ns,
         };
-        // The latest report tells the sender's period; one that bridges a gap is corrected by the next. One of no length, as
-        // a gateway's first of a key, tells nothing: until the next one any period may be its.
+        // The latest report shows the sender's period; one that bridges a gap is corrected by the next. One
+        // of no length, such as a gateway's first of a key, shows none: until the next, the longest is
+        // assumed.
         let length_ns = match until.as_of_ns.saturating_sub(since.as_of_ns) {
-            0 => known.map_or(LONGEST_PERIOD_NS / SILENT_PERIODS, |sender| sender.period_ns),
+            0 => known.map_or(MAX_PERIOD_NS / SILENT_PERIODS, |known| known.period_ns),
             length_ns => length_ns,
         };
-        self.reported(now_ns);
+        self.note_report(now_ns);
         if !is_latest && period.is_empty() {
-            self.pods.heard(pod, incarnation, now_ns);
+            self.senders.touch(sender, incarnation, now_ns);
             return Ok(Recorded::default());
         }
         let highest = last.map_or(*until, |last| last.ceiling(until));
         let latest = last.filter(|_| !is_latest).unwrap_or(*until);
         let Snapshot { in_flight, proxied_in_flight, .. } = latest;
-        let now = Sender {
+        let now = Incarnation {
+            id: incarnation,
             last: Snapshot { in_flight, proxied_in_flight, ..highest },
             since_ns: since.as_of_ns,
             from_gateway: *from_gateway,
-            period_ns: length_ns.clamp(SHORTEST_PERIOD_NS, LONGEST_PERIOD_NS),
+            period_ns: length_ns.clamp(MIN_PERIOD_NS, MAX_PERIOD_NS),
             seen_ns: now_ns,
         };
-        self.pods.put(pod, incarnation, now);
-        // A gateway is in front of all; what it passed on comes to the pods as proxied.
+        self.senders.put(sender, now);
+        // A gateway is in front of all; what it passed on arrives at the pods as proxied.
         let (proxied, proxied_ns) =
             if *from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
         self.requests_total = self.requests_total.saturating_add(period.requests.saturating_sub(proxied));
-        // What took longer than a second goes evenly into the seconds that it took. A sender that does not say since
-        // when (0) counts as a second.
+        // What took longer than a second is spread evenly over the seconds that it took. A report without
+        // a beginning (0) counts as one second.
         let seconds = match from_ns {
             0 => 1,
             _ => {
@@ -450,37 +239,43 @@ impl Key {
                 (elapsed_ns.saturating_add(SECOND_NS / 2) / SECOND_NS).max(1)
             }
         };
-        let a_second = |value: f64| value / seconds as f64;
+        let per_second = |value: f64| value / seconds as f64;
         let added = PerSecond {
-            concurrency: a_second(period.request_ns as f64 / SECOND_NS as f64),
-            proxied_concurrency: a_second(proxied_ns as f64 / SECOND_NS as f64),
-            requests: a_second(period.requests as f64),
-            proxied_requests: a_second(proxied as f64),
+            concurrency: per_second(period.request_ns as f64 / SECOND_NS as f64),
+            proxied_concurrency: per_second(proxied_ns as f64 / SECOND_NS as f64),
+            requests: per_second(period.requests as f64),
+            proxied_requests: per_second(proxied as f64),
         };
         // A gateway's first report of a key counts nothing yet: something in flight is traffic, too.
         let in_flight = is_latest && in_flight > if *from_gateway { 0 } else { proxied_in_flight };
-        let woke = self.add(added.own(), seconds, in_flight, now_ns);
-        Ok(Recorded { added: (!period.is_empty()).then_some(added), woke })
+        let became_active = self.add(added.unproxied(), seconds, in_flight, now_ns);
+        Ok(Recorded { added: (!period.is_empty()).then_some(added), became_active })
     }
 
-    /// Adds a stat that came by the stream, at the receiver's unix time `now_ns`. As in Knative proxied is subtracted
-    /// whoever sent it, and a stat is of the second in which it arrives.
+    /// Adds a stat of the stream, at the receiver's unix time `now_ns`. As in Knative, proxied requests
+    /// are subtracted whoever sent the stat, and it counts for the second in which it arrives.
     ///
     /// # Errors
-    /// [`Implausible`]; nothing was changed.
-    pub fn record_stat(&mut self, pod: &str, stat: &Stat, now_ns: u64) -> Result<Recorded, Implausible> {
+    /// [`ImplausibleStat`]; nothing was changed.
+    pub fn record_stat(
+        &mut self,
+        sender: &str,
+        stat: &Stat,
+        now_ns: u64,
+    ) -> Result<Recorded, ImplausibleStat> {
         let added = PerSecond::of(stat)?;
-        let own @ [concurrency, requests] = added.own();
-        self.reported(now_ns);
-        let from_gateway = is_activator(pod);
-        self.pods.pod(pod).streamed = Some(Streamed { concurrency, seen_ns: now_ns, from_gateway });
+        let unproxied @ [concurrency, requests] = added.unproxied();
+        self.note_report(now_ns);
+        let from_gateway = is_activator(sender);
+        let streamed = Streamed { concurrency, seen_ns: now_ns, from_gateway };
+        self.senders.sender_mut(sender).streamed = Some(streamed);
         self.streamed_total += requests;
-        let woke = self.add(own, 1, false, now_ns);
-        Ok(Recorded { added: Some(added), woke })
+        let became_active = self.add(unproxied, 1, false, now_ns);
+        Ok(Recorded { added: Some(added), became_active })
     }
 
-    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the key woke: whether there is
-    /// something in it, or in flight, after a stable window without.
+    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the key
+    /// became active: whether this is traffic, after a stable window without.
     fn add(&mut self, per_second: [f64; 2], seconds: u64, in_flight: bool, now_ns: u64) -> bool {
         let this = now_ns / SECOND_NS;
         for second in (this + 1).saturating_sub(seconds.min(self.stable.seconds() as u64))..=this {
@@ -488,27 +283,28 @@ impl Key {
             self.panic.record(second, per_second);
         }
         let traffic = in_flight || per_second.into_iter().any(|value| value > 0.0);
-        let woke = traffic && !self.has_traffic(now_ns);
+        let became_active = traffic && !self.has_traffic(now_ns);
         if traffic {
             self.last_traffic_second = self.last_traffic_second.max(Some(this));
         }
-        woke
+        became_active
     }
 
-    /// Whether anything came or was in flight within the stable window.
+    /// Returns whether anything came or was in flight within the stable window.
     fn has_traffic(&self, now_ns: u64) -> bool {
         let second = now_ns / SECOND_NS;
         self.last_traffic_second
             .is_some_and(|last| second.saturating_sub(last) < self.stable.seconds() as u64)
     }
 
-    /// Whether the key should have any pod: it has traffic, or its decider wants one still.
+    /// Returns whether the key should have any pod: it has traffic, or its decider still wants one.
     pub fn is_active(&self, now_ns: u64) -> bool {
         self.has_traffic(now_ns) || self.decision().desired_pods > 0 || self.settings.min_scale > 0
     }
 
-    /// A report or a stat comes. What was decided after a start before the first of them, was decided by nothing.
-    fn reported(&mut self, now_ns: u64) {
+    /// Notes that a report or a stat came. What was decided after a start and before the first of them
+    /// was decided without any data, and is dropped.
+    fn note_report(&mut self, now_ns: u64) {
         self.last_report_ns = self.last_report_ns.max(now_ns);
         if self.first_report_ns.is_none() {
             self.first_report_ns = Some(now_ns);
@@ -516,67 +312,68 @@ impl Key {
         }
     }
 
-    /// Whether the receiver has just started, and senders may be missing of which it will yet hear: then less than there is
-    /// must not be said. The others have reported a period after the first, if they can reach the receiver at all; a gateway that
-    /// pods had requests from has, within the longest period that there is.
+    /// Returns whether the receiver has just started, and senders may be missing that will yet report:
+    /// then nothing smaller than the truth must be answered. The others have reported a period after the
+    /// first, if they can reach the receiver at all; a gateway that pods had requests from has, within the
+    /// longest period that there is.
     pub fn is_starting(&self, now_ns: u64) -> bool {
         let Some(started_ns) = self.started_ns.filter(|_| self.decided.is_none()) else { return false };
         let since_ns = now_ns.saturating_sub(self.first_report_ns.unwrap_or(started_ns));
-        if since_ns > LONGEST_PERIOD_NS + SECOND_NS {
+        if since_ns > MAX_PERIOD_NS + SECOND_NS {
             return false;
         }
-        let reported = self.pods.by_name.values().flat_map(|pod| &pod.reported);
-        let live = || reported.clone().filter(|(_, sender)| sender.is_live(now_ns)).map(|(_, sender)| sender);
-        let proxied = live().any(|sender| !sender.from_gateway && sender.last.proxied_in_flight > 0);
+        let live = || self.senders.incarnations().filter(|incarnation| incarnation.is_live(now_ns));
+        let proxied = live().any(|pod| !pod.from_gateway && pod.last.proxied_in_flight > 0);
         if self.first_report_ns.is_none() || (proxied && !live().any(|sender| sender.from_gateway)) {
             return true;
         }
         let longest = live().map(|sender| sender.period_ns).max().unwrap_or(0);
-        since_ns < START_NS.max(longest + SECOND_NS)
+        since_ns < STARTUP_NS.max(longest + SECOND_NS)
     }
 
-    /// How many pods the key wants, as of the last decision; `None` where that is not known.
+    /// Returns how many pods the key wants, as of the last decision; `None` where that is not known.
     ///
-    /// Traffic that came after it wants one at once. Before the first decision that is all that can be said, and only
-    /// where one pod is not less than there may be: after a start, where no pod has reported and one is enough.
+    /// Traffic that came after the decision wants one at once. Before the first decision that is all that
+    /// can be answered, and only where one pod is not less than there may be: after a start, where no pod
+    /// has reported and one is enough.
     pub fn desired_pods(&self, now_ns: u64) -> Option<u32> {
         let decided_second = self.decided.as_ref().map_or(0, |decided| decided.at_ns / SECOND_NS);
-        let woke = self.has_traffic(now_ns) && self.last_traffic_second >= Some(decided_second);
+        let has_new_traffic = self.has_traffic(now_ns) && self.last_traffic_second >= Some(decided_second);
         let at_once = || self.settings.bounded(1);
         match &self.decided {
-            Some(Decided { decision, .. }) if woke => Some(decision.desired_pods.max(at_once())),
+            Some(Decided { decision, .. }) if has_new_traffic => Some(decision.desired_pods.max(at_once())),
             Some(Decided { decision, .. }) => Some(decision.desired_pods),
-            None if woke && (self.started_ns.is_none() || self.is_one_enough(now_ns)) => Some(at_once()),
+            None if has_new_traffic && (self.started_ns.is_none() || self.is_one_enough(now_ns)) => {
+                Some(at_once())
+            }
             None => None,
         }
     }
 
-    /// Whether gateways alone report, and no more than one pod takes.
+    /// Returns whether gateways alone report, and no more than one pod takes.
     fn is_one_enough(&self, now_ns: u64) -> bool {
         let figures = self.figures(now_ns);
         let load = match self.settings.metric {
             Metric::Concurrency => figures.stable.concurrency.max(figures.in_flight as f64),
             Metric::Rps => figures.stable.requests_per_second,
         };
-        figures.pods == 0 && load <= self.settings.decider().target
+        figures.pods == 0 && load <= self.settings.target_per_pod()
     }
 
-    /// The metric to scale by, all pods together: the stable average, or the panic one where that is larger in panic.
+    /// Returns the metric to scale by, all pods together: the stable average, or in panic the panic
+    /// average where that is larger.
     pub fn metric(&self, metric: Metric, now_ns: u64) -> f64 {
         let Figures { stable, panic, .. } = self.figures(now_ns);
         let (stable, panic) = (stable.of(metric), panic.of(metric));
         if self.decision().panic_mode { stable.max(panic) } else { stable }
     }
 
-    /// The figures at the receiver's unix time `now_ns`.
+    /// Returns the figures at the receiver's unix time `now_ns`.
     pub fn figures(&self, now_ns: u64) -> Figures {
         let second = now_ns / SECOND_NS;
-        let (mut in_flight, mut pods) = (0.0, 0);
-        for (live, is_pod) in self.pods.by_name.values().filter_map(|pod| pod.live(now_ns)) {
-            in_flight += live;
-            pods += u64::from(is_pod);
-        }
-        // A stat with more proxied requests than requests takes away, as in Knative; what is shown is not below zero.
+        let (in_flight, pods) = self.senders.live(now_ns);
+        // A stat with more proxied requests than requests is subtracted, as in Knative; what is shown is
+        // never negative.
         let averages = |window: &Window<2>| {
             let [concurrency, requests_per_second] = window.average(second).map(|value| value.max(0.0));
             Averages { concurrency, requests_per_second }
@@ -593,11 +390,11 @@ impl Key {
     }
 
     /// Decides how many pods the key wants at the receiver's unix time `now_ns`, unless it [is
-    /// starting](Self::is_starting); the figures to decide by.
+    /// starting](Self::is_starting). Returns the figures that it decided by.
     ///
-    /// Ready are the pods that report. Where none does, because a gateway alone tells of the key, the last decision is
-    /// taken as done: were it always one pod, panic would never end, and nothing would ever be scaled down. (Knative asks
-    /// the endpoints, which nobody has to be for the stats server.)
+    /// Ready are the pods that report. Where none does, because a gateway alone reports the key, the last
+    /// decision is assumed to be done: were it always one pod, panic would never end, and nothing would
+    /// ever be scaled down. (Knative asks the endpoints, which need not exist for the stats server.)
     pub fn decide(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
         if self.is_starting(now_ns) {
@@ -616,31 +413,32 @@ impl Key {
             at_ns: now_ns,
         });
         let seen = Observation { now_ns, ready, stable, panic };
-        let wanted = decided.decider.decide(&self.settings.decider(), &seen);
+        let wanted = decided.decider.decide(&self.settings, &seen);
         decided.decision = Decision { desired_pods: self.settings.bounded(wanted.desired_pods), ..wanted };
         decided.at_ns = now_ns;
         figures
     }
 
-    /// The last decision; before the first, none is wanted.
+    /// Returns the last decision; before the first, no pod is wanted.
     pub fn decision(&self) -> Decision {
         self.decided.as_ref().map(|decided| decided.decision).unwrap_or_default()
     }
 
-    /// Whether there is a decision.
+    /// Returns whether there is a decision.
     pub fn is_decided(&self) -> bool {
         self.decided.is_some()
     }
 
-    /// Forgets senders that have been silent for [`MEMORY_NS`]; of a stat nothing needs to be remembered.
+    /// Forgets senders that have been silent for long.
     pub fn forget(&mut self, now_ns: u64) {
-        self.pods.forget(now_ns);
+        self.senders.forget(now_ns);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scaling::sender::RETENTION_NS;
 
     const S: u64 = SECOND_NS;
     const NOW: u64 = 1_700_000_000 * S;
@@ -763,13 +561,13 @@ mod tests {
         let gateway = |since, until| KeyReport { from_gateway: true, ..report(since, until) };
         let at_once = gateway(floor, Snapshot { in_flight: 1, ..floor });
         let recorded = key.record("gateway", 1, &at_once, NOW).unwrap();
-        assert_eq!(recorded, Recorded { added: None, woke: true });
+        assert_eq!(recorded, Recorded { added: None, became_active: true });
         assert!(key.is_active(NOW));
         let figures = key.figures(NOW + 59 * S);
         assert_eq!((figures.in_flight, figures.requests_total), (1, 0));
         let next = gateway(at(100, 7, 3, 0), at(101, 9, 5, 1));
         let recorded = key.record("gateway", 1, &next, NOW + S).unwrap();
-        assert!(!recorded.woke, "it woke already");
+        assert!(!recorded.became_active, "it was active already");
         // The first report comes once more, late: it takes nothing.
         key.record("gateway", 1, &at_once, NOW + S).unwrap();
         let figures = key.figures(NOW + S);
@@ -850,7 +648,7 @@ mod tests {
         let mut key = Key::new(Arc::default());
         for incarnation in 1..=20_000 {
             let at_ns = NOW + incarnation * 1_000;
-            assert!(key.missing_bytes("pod", Some(incarnation)) <= Key::most_missing_bytes("pod"));
+            assert!(key.additional_bytes("pod", Some(incarnation)) <= Key::max_additional_bytes("pod"));
             key.record("pod", incarnation, &report(at(1, 0, 0, 0), at(2, 3, 1, 7)), at_ns).unwrap();
         }
         let figures = key.figures(NOW + S);
@@ -858,10 +656,10 @@ mod tests {
         // Those of which nobody will hear again went; the last are still known.
         key.record("pod", 19_997, &report(at(1, 0, 0, 0), at(2, 3, 1, 7)), NOW + S).unwrap();
         assert_eq!(key.figures(NOW + S).requests_total, 60_000);
-        assert_eq!(key.missing_bytes("pod", Some(19_997)), 0);
-        assert_eq!(key.pods.by_name["pod"].reported.capacity(), 4);
-        let four = Pods::pod_bytes("pod") + 4 * Pods::INCARNATION_BYTES;
-        assert_eq!((key.pods.bytes, key.sender_bytes()), (four, four + Pods::EMPTY_BYTES));
+        assert_eq!(key.additional_bytes("pod", Some(19_997)), 0);
+        assert_eq!(key.senders.by_name["pod"].incarnations.capacity(), 4);
+        let four = Senders::sender_bytes("pod") + 4 * Senders::INCARNATION_BYTES;
+        assert_eq!((key.senders.bytes, key.sender_bytes()), (four, four + Senders::EMPTY_BYTES));
     }
 
     #[test]
@@ -869,20 +667,20 @@ mod tests {
         let mut key = Key::new(Arc::default());
         for pod in 0..10_000 {
             let name = format!("pod-{pod}");
-            let missing = key.missing_bytes(&name, Some(1));
-            assert_eq!(missing, Key::most_missing_bytes(&name));
+            let additional = key.additional_bytes(&name, Some(1));
+            assert_eq!(additional, Key::max_additional_bytes(&name));
             let before = key.sender_bytes();
             key.record(&name, 1, &report(at(1, 0, 0, 0), at(2, 1, 1, 1)), NOW).unwrap();
             key.record_stat(&name, &stat("", 1.0, 1.0), NOW).unwrap();
-            assert_eq!((key.sender_bytes() - before, key.missing_bytes(&name, None)), (missing, 0));
+            assert_eq!((key.sender_bytes() - before, key.additional_bytes(&name, None)), (additional, 0));
         }
-        assert!(key.pods.by_name.allocation_size() <= key.sender_bytes());
-        key.forget(NOW + MEMORY_NS);
-        assert_eq!((key.senders(), key.sender_bytes()), (0, Pods::EMPTY_BYTES));
-        assert!(key.pods.by_name.allocation_size() <= Pods::EMPTY_BYTES + Pods::PLACE_BYTES);
+        assert!(key.senders.by_name.allocation_size() <= key.sender_bytes());
+        key.forget(NOW + RETENTION_NS);
+        assert_eq!((key.sender_count(), key.sender_bytes()), (0, Senders::EMPTY_BYTES));
+        assert!(key.senders.by_name.allocation_size() <= Senders::EMPTY_BYTES + Senders::BUCKET_BYTES);
     }
 
-    /// What a gateway says each second: the totals, and what is in flight.
+    /// What a gateway reports each second: the totals, and what is in flight.
     fn gateway(second: u64, total: &mut u64, concurrency: u32) -> KeyReport {
         let since = at(second, 0, *total, concurrency);
         *total += u64::from(concurrency);
@@ -891,8 +689,8 @@ mod tests {
 
     #[test]
     fn behind_a_gateway_alone_panic_ends_and_pods_go_in_the_end_all_of_them() {
-        let told = serde_json::json!({"stable_window": "6s"});
-        let mut key = Key::new(Arc::new(KeySettings::default().with(told, 200.0).unwrap()));
+        let json = serde_json::json!({"stable_window": "6s"});
+        let mut key = Key::new(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
         let (mut total, mut counts) = (0, Vec::new());
         for second in 0..60 {
             let concurrency = match second {
@@ -969,33 +767,33 @@ mod tests {
 
     #[test]
     fn after_a_start_the_first_request_of_an_idle_key_wants_a_pod_at_once() {
-        let told = |json| Arc::new(KeySettings::default().with(json, 200.0).unwrap());
-        let said = |key: &Key| (key.desired_pods(NOW), key.is_active(NOW));
+        let with = |json| Arc::new(KeySettings::default().with(json, 200.0).unwrap());
+        let answer = |key: &Key| (key.desired_pods(NOW), key.is_active(NOW));
         let of_gateway = |concurrency| gateway(1, &mut 0, concurrency);
         for (concurrency, json, desired) in [
             (1, serde_json::json!({}), Some(1)),
             (1, serde_json::json!({"min_scale": 3}), Some(3)),
-            // More than one pod takes: as if one were enough, that must not be said.
+            // More than one pod takes: the answer must not be that one is enough.
             (71, serde_json::json!({}), None),
         ] {
-            let mut key = Key::new(told(json)).after_start(NOW);
+            let mut key = Key::new(with(json)).after_start(NOW);
             key.record("gateway", 1, &of_gateway(concurrency), NOW).unwrap();
-            assert_eq!(said(&key), (desired, true), "{concurrency}");
+            assert_eq!(answer(&key), (desired, true), "{concurrency}");
         }
         // Where the server was there, whoever reports is all that there is; and no decision is waited for.
         let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(2, 0, 0, 0)), NOW - 60 * S).unwrap();
         key.decide(NOW - 60 * S);
-        assert_eq!(said(&key), (Some(0), false));
+        assert_eq!(answer(&key), (Some(0), false));
         key.record("pod", 1, &report(at(2, 0, 0, 0), at(3, 1, 1, 1)), NOW).unwrap();
-        assert_eq!(said(&key), (Some(1), true));
+        assert_eq!(answer(&key), (Some(1), true));
     }
 
     #[test]
     fn no_key_wants_more_than_a_million_pods() {
-        let told =
+        let json =
             serde_json::json!({"target": 0.01, "max_scale_up_rate": 1e30, "activation_scale": 1_000_000});
-        let mut key = Key::new(Arc::new(KeySettings::default().with(told, 200.0).unwrap()));
+        let mut key = Key::new(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
         key.record_stat("p", &stat("p", 1e9, 1e9), NOW).unwrap();
         key.decide(NOW);
         assert_eq!(key.desired_pods(NOW), Some(1_000_000));
@@ -1009,7 +807,7 @@ mod tests {
         assert_eq!((figures.requests_total, figures.stable, figures.in_flight), (0, Averages::default(), 0));
         key.record_stat("activator", &stat("", 1.0, 3.0), NOW).unwrap();
         assert_eq!(key.figures(NOW).requests_total, 2);
-        assert_eq!(key.record_stat("activator", &stat("", 0.0, -1.01), NOW), Err(Implausible));
+        assert_eq!(key.record_stat("activator", &stat("", 0.0, -1.01), NOW), Err(ImplausibleStat));
     }
 
     fn stat(pod_name: &'static str, concurrency: f64, requests: f64) -> Stat {
@@ -1037,15 +835,15 @@ mod tests {
         assert_eq!(figures.stable, Averages { concurrency: 3.5, requests_per_second: 11.0 });
         assert_eq!(key.figures(NOW + 11 * S).in_flight, 0, "silent for more than ten seconds");
         key.forget(NOW + 11 * S);
-        assert_eq!((key.senders(), key.pods.bytes), (0, 0));
+        assert_eq!((key.sender_count(), key.senders.bytes), (0, 0));
     }
 
     #[test]
     fn a_stat_that_nobody_can_have_measured_changes_nothing() {
         let mut key = Key::new(Arc::default());
         for wrong in [f64::NAN, f64::INFINITY, -2.0, 1e300] {
-            assert_eq!(key.record_stat("p", &stat("p", wrong, 0.0), NOW), Err(Implausible));
-            assert_eq!(key.record_stat("p", &stat("p", 0.0, wrong), NOW), Err(Implausible));
+            assert_eq!(key.record_stat("p", &stat("p", wrong, 0.0), NOW), Err(ImplausibleStat));
+            assert_eq!(key.record_stat("p", &stat("p", 0.0, wrong), NOW), Err(ImplausibleStat));
         }
         assert_eq!((key.figures(NOW).pods, key.figures(NOW).last_report_age_ms), (0, None));
     }
@@ -1055,7 +853,7 @@ mod tests {
         let mut key = Key::new(Arc::default());
         let mut at = |second: u64, requests| {
             let recorded = key.record_stat("p", &stat("p", 0.0, requests), NOW + second * S).unwrap();
-            (recorded.woke, key.is_active(NOW + second * S))
+            (recorded.became_active, key.is_active(NOW + second * S))
         };
         assert_eq!([at(0, 0.0), at(1, 1.0), at(2, 1.0)], [(false, false), (true, true), (false, true)]);
         assert_eq!([at(61, 0.0), at(62, 0.0), at(63, 1.0)], [(false, true), (false, false), (true, true)]);
@@ -1067,9 +865,9 @@ mod tests {
         for n in 0..10 {
             key.record_stat("p", &stat("p", 4.0, 300.0), NOW + n * S).unwrap();
         }
-        let told = serde_json::json!({"metric": "rps", "stable_window": "30s", "min_scale": 3, "ready_pods": 1,
+        let json = serde_json::json!({"metric": "rps", "stable_window": "30s", "min_scale": 3, "ready_pods": 1,
             "target": 100, "target_utilization_percentage": 100});
-        key.apply(Arc::new(KeySettings::default().with(told, 200.0).unwrap()));
+        key.apply(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
         assert_eq!(
             key.figures(NOW + 9 * S).stable,
             Averages { concurrency: 4.0, requests_per_second: 300.0 }

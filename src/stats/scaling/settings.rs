@@ -1,4 +1,5 @@
-//! What a key can be told, by the names of Knative's annotations: as flags for all keys, and as JSON for one.
+//! What a key is scaled by, under the names of Knative's annotations: as flags for all keys, and as JSON
+//! for one key.
 
 use std::time::Duration;
 
@@ -6,8 +7,7 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::config::fields::{ConfigError, Fields};
-use crate::scaling::decider;
-use crate::scaling::key::WindowSizes;
+use crate::scaling::windows::WindowSizes;
 
 /// What is scaled by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -16,7 +16,7 @@ pub enum Metric {
     /// Requests in flight.
     #[default]
     Concurrency,
-    /// Requests a second.
+    /// Requests per second.
     Rps,
 }
 
@@ -26,147 +26,287 @@ pub const METRICS: [(&str, Metric); 2] = [("concurrency", Metric::Concurrency), 
 /// Knative's default target of the metric rps.
 pub const DEFAULT_RPS_TARGET: f64 = 200.0;
 /// The shortest and the longest stable window (Knative: 6 s to 1 h).
-pub const STABLE_WINDOW: [Duration; 2] = [Duration::from_secs(6), Duration::from_secs(3600)];
+const STABLE_WINDOW_RANGE: [Duration; 2] = [Duration::from_secs(6), Duration::from_secs(3600)];
 /// The longest scale-down delay.
-pub const LONGEST_DELAY: Duration = Duration::from_secs(3600);
-/// The most pods that anything can be told, or that a key can want.
-pub const MOST_PODS: u32 = 1_000_000;
+const MAX_DELAY: Duration = Duration::from_secs(3600);
+/// The most pods that any setting may name, or that a key can want.
+pub const MAX_PODS: u32 = 1_000_000;
 
-/// All that a key is scaled by. Serialized, it is what can be told it.
+/// One setting. The parser, the flag of the same name and the reference page all take it from here; its
+/// default is in [`KeySettings::DEFAULT`].
+#[derive(Clone, Copy, Debug)]
+pub struct Setting<T> {
+    /// Its key in JSON.
+    pub name: &'static str,
+    /// Whether a value is allowed.
+    pub fits: fn(T) -> bool,
+    /// What is allowed, in words.
+    pub expected: &'static str,
+    /// What it means.
+    pub help: &'static str,
+}
+
+/// A [`Setting`] of any type, for the reference page.
+#[derive(Clone, Copy, Debug)]
+pub struct SettingHelp {
+    /// Its key in JSON.
+    pub name: &'static str,
+    /// What is allowed, in words.
+    pub expected: &'static str,
+    /// What it means.
+    pub help: &'static str,
+}
+
+impl<T> Setting<T> {
+    const fn any(&self) -> SettingHelp {
+        SettingHelp { name: self.name, expected: self.expected, help: self.help }
+    }
+}
+
+const A_PERCENTAGE: &str = "a number from 1 to 100";
+const A_RATE: &str = "a number above 1";
+const A_POD_COUNT: &str = "a whole number from 0 to 1000000";
+
+/// `metric`
+pub const METRIC: Setting<Metric> = Setting {
+    name: "metric",
+    fits: |_| true,
+    expected: r#""concurrency" or "rps""#,
+    help: "What to scale by: concurrency (requests in flight) or rps (requests per second).",
+};
+/// `target`
+pub const TARGET: Setting<f64> = Setting {
+    name: "target",
+    fits: |n| n >= 0.01,
+    expected: "a number from 0.01 on",
+    help: "Concurrency that one pod can handle; with the metric rps, requests per second.",
+};
+/// `target_utilization_percentage`
+pub const TARGET_UTILIZATION_PERCENTAGE: Setting<f64> = Setting {
+    name: "target_utilization_percentage",
+    fits: |n| (1.0..=100.0).contains(&n),
+    expected: A_PERCENTAGE,
+    help: "Percentage of the target at which each pod should run.",
+};
+/// `stable_window`
+pub const STABLE_WINDOW: Setting<Duration> = Setting {
+    name: "stable_window",
+    fits: |window| {
+        let [min, max] = STABLE_WINDOW_RANGE;
+        (min..=max).contains(&window) && window.subsec_nanos() == 0
+    },
+    expected: "a duration from 6s to 60m, in whole seconds",
+    help: "Time over which the stable averages are taken.",
+};
+/// `panic_window_percentage`
+pub const PANIC_WINDOW_PERCENTAGE: Setting<f64> = Setting {
+    name: "panic_window_percentage",
+    fits: |n| (1.0..=100.0).contains(&n),
+    expected: A_PERCENTAGE,
+    help: "Length of the panic window, as a percentage of the stable window.",
+};
+/// `panic_threshold_percentage` (Knative: 110 to 1000; less is allowed here).
+pub const PANIC_THRESHOLD_PERCENTAGE: Setting<f64> = Setting {
+    name: "panic_threshold_percentage",
+    fits: |n| n >= 1.0,
+    expected: "a number from 1 on",
+    help: "Panic mode starts when the panic window wants this percentage of the ready pods.",
+};
+/// `max_scale_up_rate`
+pub const MAX_SCALE_UP_RATE: Setting<f64> = Setting {
+    name: "max_scale_up_rate",
+    fits: |n| n > 1.0,
+    expected: A_RATE,
+    help: "Largest factor by which one decision may scale up.",
+};
+/// `max_scale_down_rate`
+pub const MAX_SCALE_DOWN_RATE: Setting<f64> = Setting {
+    name: "max_scale_down_rate",
+    fits: |n| n > 1.0,
+    expected: A_RATE,
+    help: "Largest factor by which one decision may scale down.",
+};
+/// `target_burst_capacity`
+pub const TARGET_BURST_CAPACITY: Setting<f64> = Setting {
+    name: "target_burst_capacity",
+    fits: |n| n >= 0.0 || n == -1.0,
+    expected: "-1, or a number from 0 on",
+    help: "Capacity to keep free for bursts; 0: none, -1: unlimited.",
+};
+/// `scale_down_delay`
+pub const SCALE_DOWN_DELAY: Setting<Duration> = Setting {
+    name: "scale_down_delay",
+    fits: |delay| delay <= MAX_DELAY,
+    expected: "a duration from 0s to 60m",
+    help: "How long a lower pod count must hold before scaling down.",
+};
+/// `activation_scale`
+pub const ACTIVATION_SCALE: Setting<u32> = Setting {
+    name: "activation_scale",
+    fits: |pods| pods <= MAX_PODS,
+    expected: A_POD_COUNT,
+    help: "Smallest non-zero pod count.",
+};
+/// `min_scale`
+pub const MIN_SCALE: Setting<u32> = Setting {
+    name: "min_scale",
+    fits: |pods| pods <= MAX_PODS,
+    expected: A_POD_COUNT,
+    help: "Smallest pod count.",
+};
+/// `max_scale`
+pub const MAX_SCALE: Setting<u32> = Setting {
+    name: "max_scale",
+    fits: |pods| pods <= MAX_PODS,
+    expected: A_POD_COUNT,
+    help: "Largest pod count, not below min_scale; 0: no limit.",
+};
+/// `ready_pods`
+pub const READY_PODS: Setting<u32> = Setting {
+    name: "ready_pods",
+    fits: |pods| pods <= MAX_PODS,
+    expected: A_POD_COUNT,
+    help: "Number of ready pods; by default the pods that report.",
+};
+
+/// All settings, in the order of the reference page.
+pub const SETTINGS: [SettingHelp; 14] = [
+    METRIC.any(),
+    TARGET.any(),
+    TARGET_UTILIZATION_PERCENTAGE.any(),
+    STABLE_WINDOW.any(),
+    PANIC_WINDOW_PERCENTAGE.any(),
+    PANIC_THRESHOLD_PERCENTAGE.any(),
+    MAX_SCALE_UP_RATE.any(),
+    MAX_SCALE_DOWN_RATE.any(),
+    TARGET_BURST_CAPACITY.any(),
+    SCALE_DOWN_DELAY.any(),
+    ACTIVATION_SCALE.any(),
+    MIN_SCALE.any(),
+    MAX_SCALE.any(),
+    READY_PODS.any(),
+];
+
+/// Their names.
+const NAMES: [&str; SETTINGS.len()] = {
+    let mut names = [""; SETTINGS.len()];
+    let mut index = 0;
+    while index < SETTINGS.len() {
+        #[allow(clippy::indexing_slicing, reason = "checked by the loop, and at compile time")]
+        {
+            names[index] = SETTINGS[index].name;
+        }
+        index += 1;
+    }
+    names
+};
+
+/// All that a key is scaled by. Serialized, it can be put again.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct KeySettings {
-    /// What is scaled by.
+    /// [`METRIC`]
     pub metric: Metric,
-    /// What one pod can have of the metric.
+    /// [`TARGET`]
     pub target: f64,
-    /// How much of the target one pod should have, in percent.
+    /// [`TARGET_UTILIZATION_PERCENTAGE`]
     pub target_utilization_percentage: f64,
-    /// The window of `stable`; whole seconds.
+    /// [`STABLE_WINDOW`]
     #[serde(serialize_with = "as_text")]
     pub stable_window: Duration,
-    /// The panic window, in percent of the stable one.
+    /// [`PANIC_WINDOW_PERCENTAGE`]
     pub panic_window_percentage: f64,
-    /// Panic begins when the panic window wants so many percent of the ready pods.
+    /// [`PANIC_THRESHOLD_PERCENTAGE`]
     pub panic_threshold_percentage: f64,
-    /// At most so many times the ready pods at once.
+    /// [`MAX_SCALE_UP_RATE`]
     pub max_scale_up_rate: f64,
-    /// At least the ready pods divided by this.
+    /// [`MAX_SCALE_DOWN_RATE`]
     pub max_scale_down_rate: f64,
-    /// Capacity to be kept free; 0: none; -1: there is never enough.
+    /// [`TARGET_BURST_CAPACITY`]
     pub target_burst_capacity: f64,
-    /// Fewer pods only after they were enough for so long.
+    /// [`SCALE_DOWN_DELAY`]
     #[serde(serialize_with = "as_text")]
     pub scale_down_delay: Duration,
-    /// A count above zero is at least this.
+    /// [`ACTIVATION_SCALE`]
     pub activation_scale: u32,
-    /// Never fewer pods.
+    /// [`MIN_SCALE`]
     pub min_scale: u32,
-    /// Never more pods; 0: no bound.
+    /// [`MAX_SCALE`]
     pub max_scale: u32,
-    /// Pods that are ready; without it, those that report.
+    /// [`READY_PODS`]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_pods: Option<u32>,
 }
 
 impl Default for KeySettings {
-    /// Knative's defaults.
     fn default() -> Self {
-        Self {
-            metric: Metric::Concurrency,
-            target: 100.0,
-            target_utilization_percentage: 70.0,
-            stable_window: Duration::from_secs(60),
-            panic_window_percentage: 10.0,
-            panic_threshold_percentage: 200.0,
-            max_scale_up_rate: 1000.0,
-            max_scale_down_rate: 2.0,
-            target_burst_capacity: 211.0,
-            scale_down_delay: Duration::ZERO,
-            activation_scale: 1,
-            min_scale: 0,
-            max_scale: 0,
-            ready_pods: None,
-        }
+        Self::DEFAULT
     }
 }
 
-/// What a number may be: a test, and its words.
-pub type Bound = (fn(f64) -> bool, &'static str);
-/// A target.
-pub const TARGET: Bound = (|n| n >= 0.01, "a number from 0.01 on");
-/// A share in percent.
-pub const PERCENTAGE: Bound = (|n| (1.0..=100.0).contains(&n), "a number from 1 to 100");
-/// The panic threshold in percent (Knative: 110 to 1000; less is allowed here).
-pub const THRESHOLD: Bound = (|n| n >= 1.0, "a number from 1 on");
-/// A scale rate.
-pub const RATE: Bound = (|n| n > 1.0, "a number above 1");
-/// A burst capacity.
-pub const BURST: Bound = (|n| n >= 0.0 || n == -1.0, "-1, or a number from 0 on");
-
 impl KeySettings {
-    /// These settings with `json`, an object of some of them, over them. A key that is told to scale by rps and no target
-    /// gets `rps_target`.
+    /// Knative's defaults.
+    pub const DEFAULT: Self = Self {
+        metric: Metric::Concurrency,
+        target: 100.0,
+        target_utilization_percentage: 70.0,
+        stable_window: Duration::from_secs(60),
+        panic_window_percentage: 10.0,
+        panic_threshold_percentage: 200.0,
+        max_scale_up_rate: 1000.0,
+        max_scale_down_rate: 2.0,
+        target_burst_capacity: 211.0,
+        scale_down_delay: Duration::ZERO,
+        activation_scale: 1,
+        min_scale: 0,
+        max_scale: 0,
+        ready_pods: None,
+    };
+
+    /// Returns these settings with those in `json`, an object, over them. A key that is set to scale by
+    /// rps, without a target, gets `rps_target`.
     ///
     /// # Errors
     /// [`ConfigError`], for the first mistake.
     pub fn with(&self, json: Value, rps_target: f64) -> Result<Self, ConfigError> {
-        let mut fields = Fields::new("", json)?;
-        let mut number = |key, (fits, allowed): Bound| fields.number(key, allowed, fits);
-        let target = number("target", TARGET)?;
-        let utilization = number("target_utilization_percentage", PERCENTAGE)?;
-        let panic_window = number("panic_window_percentage", PERCENTAGE)?;
-        let threshold = number("panic_threshold_percentage", THRESHOLD)?;
-        let up = number("max_scale_up_rate", RATE)?;
-        let down = number("max_scale_down_rate", RATE)?;
-        let burst = number("target_burst_capacity", BURST)?;
-        let metric = fields.one_of("metric", &METRICS)?.unwrap_or(self.metric);
-        let [shortest, longest] = STABLE_WINDOW;
-        let stable_window = fields.duration("stable_window", shortest, longest)?;
-        if let Some(window) = stable_window.filter(|window| window.subsec_nanos() != 0) {
-            return Err(fields.error("stable_window", format!("{window:?}"), "whole seconds"));
+        let mut fields = Fields::new("settings", "", json, &NAMES)?;
+        let metric = fields.one_of(METRIC.name, METRIC.expected, &METRICS)?.unwrap_or(self.metric);
+        let target = number(&mut fields, &TARGET)?.unwrap_or_else(|| self.full_target(metric, rps_target));
+        let max_scale = pods(&mut fields, &MAX_SCALE)?.unwrap_or(self.max_scale);
+        let min_scale = pods(&mut fields, &MIN_SCALE)?.unwrap_or(self.min_scale);
+        if max_scale > 0 && max_scale < min_scale {
+            let expected = format!("0, or a number from min_scale ({min_scale}) on");
+            return Err(fields.error(MAX_SCALE.name, max_scale.to_string(), expected));
         }
-        let settings = Self {
+        Ok(Self {
             metric,
-            target: target.unwrap_or_else(|| self.full_target(metric, rps_target)),
-            target_utilization_percentage: utilization.unwrap_or(self.target_utilization_percentage),
-            stable_window: stable_window.unwrap_or(self.stable_window),
-            panic_window_percentage: panic_window.unwrap_or(self.panic_window_percentage),
-            panic_threshold_percentage: threshold.unwrap_or(self.panic_threshold_percentage),
-            max_scale_up_rate: up.unwrap_or(self.max_scale_up_rate),
-            max_scale_down_rate: down.unwrap_or(self.max_scale_down_rate),
-            target_burst_capacity: burst.unwrap_or(self.target_burst_capacity),
-            scale_down_delay: fields
-                .duration("scale_down_delay", Duration::ZERO, LONGEST_DELAY)?
-                .unwrap_or(self.scale_down_delay),
-            activation_scale: fields.integer("activation_scale", MOST_PODS)?.unwrap_or(self.activation_scale),
-            min_scale: fields.integer("min_scale", MOST_PODS)?.unwrap_or(self.min_scale),
-            max_scale: fields.integer("max_scale", MOST_PODS)?.unwrap_or(self.max_scale),
-            ready_pods: fields.integer("ready_pods", MOST_PODS)?.or(self.ready_pods),
-        };
-        if settings.max_scale > 0 && settings.max_scale < settings.min_scale {
-            let allowed = format!("0, or a number from min_scale ({}) on", settings.min_scale);
-            return Err(fields.error("max_scale", settings.max_scale.to_string(), allowed));
-        }
-        fields.finish()?;
-        Ok(settings)
+            target,
+            target_utilization_percentage: number(&mut fields, &TARGET_UTILIZATION_PERCENTAGE)?
+                .unwrap_or(self.target_utilization_percentage),
+            stable_window: duration(&mut fields, &STABLE_WINDOW)?.unwrap_or(self.stable_window),
+            panic_window_percentage: number(&mut fields, &PANIC_WINDOW_PERCENTAGE)?
+                .unwrap_or(self.panic_window_percentage),
+            panic_threshold_percentage: number(&mut fields, &PANIC_THRESHOLD_PERCENTAGE)?
+                .unwrap_or(self.panic_threshold_percentage),
+            max_scale_up_rate: number(&mut fields, &MAX_SCALE_UP_RATE)?.unwrap_or(self.max_scale_up_rate),
+            max_scale_down_rate: number(&mut fields, &MAX_SCALE_DOWN_RATE)?
+                .unwrap_or(self.max_scale_down_rate),
+            target_burst_capacity: number(&mut fields, &TARGET_BURST_CAPACITY)?
+                .unwrap_or(self.target_burst_capacity),
+            scale_down_delay: duration(&mut fields, &SCALE_DOWN_DELAY)?.unwrap_or(self.scale_down_delay),
+            activation_scale: pods(&mut fields, &ACTIVATION_SCALE)?.unwrap_or(self.activation_scale),
+            min_scale,
+            max_scale,
+            ready_pods: pods(&mut fields, &READY_PODS)?.or(self.ready_pods),
+        })
     }
 
-    /// As the decider takes them.
-    pub fn decider(&self) -> decider::Settings {
-        decider::Settings {
-            target: self.target_of(self.metric, self.target),
-            total: self.target,
-            max_scale_up_rate: self.max_scale_up_rate,
-            max_scale_down_rate: self.max_scale_down_rate,
-            target_burst_capacity: self.target_burst_capacity,
-            panic_threshold: self.panic_threshold_percentage / 100.0,
-            stable_window_ns: in_nanoseconds(self.stable_window),
-            scale_down_delay_ns: in_nanoseconds(self.scale_down_delay),
-            activation_scale: self.activation_scale,
-        }
+    /// Returns what one pod should have of the key's own metric: Knative's target times its utilization.
+    pub fn target_per_pod(&self) -> f64 {
+        self.target * self.target_utilization_percentage / 100.0
     }
 
-    /// What one pod should have of a metric: of the key's own its target, of rps else `rps_target`, times the utilisation.
+    /// Returns what one pod should have of a metric: the key's own target for its own metric, else
+    /// `rps_target` for rps; times the utilization.
     pub fn target_of(&self, metric: Metric, rps_target: f64) -> f64 {
         self.full_target(metric, rps_target) * self.target_utilization_percentage / 100.0
     }
@@ -175,57 +315,52 @@ impl KeySettings {
         match metric {
             _ if metric == self.metric => self.target,
             Metric::Rps => rps_target,
-            Metric::Concurrency => Self::default().target,
+            Metric::Concurrency => Self::DEFAULT.target,
         }
     }
 
-    /// The windows in seconds; the panic window has at least one.
+    /// Returns the windows in seconds; the panic window has at least one.
     pub fn windows(&self) -> WindowSizes {
-        let [_, longest] = STABLE_WINDOW;
-        let stable = self.stable_window.min(longest).as_secs();
+        let [_, max] = STABLE_WINDOW_RANGE;
+        let stable = self.stable_window.min(max).as_secs();
         let panic = stable as f64 * self.panic_window_percentage / 100.0;
         WindowSizes { stable_seconds: stable as usize, panic_seconds: (panic.round() as usize).max(1) }
     }
 
-    /// A count of pods within the bounds.
+    /// Returns a pod count within the bounds.
     pub fn bounded(&self, pods: u32) -> u32 {
-        let most = if self.max_scale == 0 { MOST_PODS } else { self.max_scale };
-        pods.max(self.min_scale).min(most)
+        let max = if self.max_scale == 0 { MAX_PODS } else { self.max_scale };
+        pods.max(self.min_scale).min(max)
     }
 
-    /// The memory that a key takes by these settings, in bytes: its windows, and what its decider remembers of the
-    /// scale-down delay at the most.
-    pub fn bytes(&self) -> usize {
-        let WindowSizes { stable_seconds, panic_seconds } = self.windows();
-        let seconds = |seconds| heap_bytes(size_of::<[f64; 2]>().saturating_mul(seconds));
-        let delay = decider::delay_bytes(in_nanoseconds(self.scale_down_delay));
-        seconds(stable_seconds).saturating_add(seconds(panic_seconds)).saturating_add(heap_bytes(delay))
-    }
-
-    /// `json`, of which these settings were made, as short as it can be said: a duration may be written in any length.
+    /// Returns `json`, of which these settings were made, in its shortest form: a duration may be written
+    /// in any length.
     pub fn shortened(&self, json: Value) -> Value {
-        let (Value::Object(mut told), Ok(Value::Object(mut shown))) = (json, serde_json::to_value(self))
+        let (Value::Object(mut given), Ok(Value::Object(mut shown))) = (json, serde_json::to_value(self))
         else {
             return Value::Null;
         };
-        for (key, value) in &mut told {
+        for (key, value) in &mut given {
             if value.is_string()
                 && let Some(short) = shown.remove(key)
             {
                 *value = short;
             }
         }
-        Value::Object(told)
+        Value::Object(given)
     }
 }
 
-/// What so many bytes take of the heap: an allocator adds a word and rounds up.
-pub fn heap_bytes(bytes: usize) -> usize {
-    if bytes == 0 { 0 } else { bytes.saturating_add(size_of::<usize>()).next_multiple_of(16).max(32) }
+fn number(fields: &mut Fields, setting: &Setting<f64>) -> Result<Option<f64>, ConfigError> {
+    fields.number(setting.name, setting.expected, setting.fits)
 }
 
-fn in_nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+fn duration(fields: &mut Fields, setting: &Setting<Duration>) -> Result<Option<Duration>, ConfigError> {
+    fields.duration(setting.name, setting.expected, setting.fits)
+}
+
+fn pods(fields: &mut Fields, setting: &Setting<u32>) -> Result<Option<u32>, ConfigError> {
+    fields.integer(setting.name, setting.expected, setting.fits)
 }
 
 fn as_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
@@ -237,6 +372,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::scaling::key::Key;
 
     fn with(json: Value) -> Result<KeySettings, String> {
         KeySettings::default().with(json, DEFAULT_RPS_TARGET).map_err(|e| e.to_string())
@@ -244,22 +380,35 @@ mod tests {
 
     #[test]
     fn the_defaults_are_knatives() {
-        assert_eq!(KeySettings::default().decider(), decider::Settings::default());
+        assert_eq!(KeySettings::default().target_per_pod(), 70.0);
         assert_eq!(KeySettings::default().windows(), WindowSizes::default());
         assert_eq!(with(json!({})).unwrap(), KeySettings::default());
     }
 
     #[test]
+    fn every_setting_that_is_listed_is_read_and_every_one_that_is_shown_is_listed() {
+        for setting in SETTINGS {
+            let error = with(json!({setting.name: []})).unwrap_err();
+            let expected =
+                format!("invalid settings: `{}` is []; expected {}", setting.name, setting.expected);
+            assert_eq!(error, expected);
+        }
+        let Value::Object(shown) = serde_json::to_value(KeySettings::default()).unwrap() else { panic!() };
+        assert!(shown.keys().all(|key| NAMES.contains(&key.as_str())), "{shown:?}");
+        assert_eq!(shown.len() + 1, NAMES.len(), "`ready_pods` has no default");
+    }
+
+    #[test]
     fn what_is_shown_can_be_told() {
-        let told = json!({"metric": "rps", "target": 5, "stable_window": "30s", "scale_down_delay": "1.5s",
+        let given = json!({"metric": "rps", "target": 5, "stable_window": "30s", "scale_down_delay": "1.5s",
             "min_scale": 2, "max_scale": 7, "ready_pods": 3, "target_burst_capacity": -1});
-        let settings = with(told).unwrap();
+        let settings = with(given).unwrap();
         assert_eq!(settings.windows(), WindowSizes { stable_seconds: 30, panic_seconds: 3 });
         assert_eq!((settings.bounded(0), settings.bounded(5), settings.bounded(9)), (2, 5, 7));
         let mut shown = serde_json::to_value(&settings).unwrap();
         assert_eq!(shown["scale_down_delay"], "1.5s");
         assert_eq!(with(shown.take()).unwrap(), settings);
-        // Found by fuzzing: what was not told is not shown, or it could not be told.
+        // Found by fuzzing: what was not given is not shown, or it could not be put again.
         let shown = serde_json::to_value(KeySettings::default()).unwrap();
         assert_eq!(with(shown).unwrap(), KeySettings::default());
     }
@@ -267,10 +416,10 @@ mod tests {
     #[test]
     fn what_was_told_at_length_is_kept_short() {
         let zeros = "0".repeat(1_000);
-        let told = json!({"stable_window": format!("{zeros}60s"), "scale_down_delay": format!("1500.{zeros}ms"), "target": 7,
+        let given = json!({"stable_window": format!("{zeros}60s"), "scale_down_delay": format!("1500.{zeros}ms"), "target": 7,
             "metric": "rps"});
-        let settings = with(told.clone()).unwrap();
-        let short = settings.shortened(told);
+        let settings = with(given.clone()).unwrap();
+        let short = settings.shortened(given);
         assert_eq!(
             short,
             json!({"stable_window": "60s", "scale_down_delay": "1.5s", "target": 7, "metric": "rps"})
@@ -280,7 +429,7 @@ mod tests {
 
     #[test]
     fn settings_say_what_their_windows_and_their_delay_take() {
-        let bytes = |json| with(json).unwrap().bytes();
+        let bytes = |json| Key::settings_bytes(&with(json).unwrap());
         let widest = json!({"stable_window": "60m", "panic_window_percentage": 100});
         assert_eq!((bytes(json!({})), bytes(widest)), (16 * 60 + 16 + 16 * 6 + 16, 2 * (16 * 3600 + 16)));
         assert_eq!(bytes(json!({"scale_down_delay": "60m"})) - bytes(json!({})), 8 * 2048 + 16);
@@ -288,7 +437,7 @@ mod tests {
 
     #[test]
     fn a_key_that_scales_by_rps_has_its_own_default_target() {
-        assert_eq!(with(json!({"metric": "rps"})).unwrap().decider().target, 140.0);
+        assert_eq!(with(json!({"metric": "rps"})).unwrap().target_per_pod(), 140.0);
         assert_eq!(with(json!({"metric": "concurrency"})).unwrap().target, 100.0);
     }
 
@@ -303,11 +452,16 @@ mod tests {
             (json!({"min_scale": 3, "max_scale": 2}), "max_scale"),
             (json!({"metric": "cpu"}), "metric"),
             (json!({"ready_pods": -1}), "ready_pods"),
-            (json!({"tarjet": 1}), "tarjet"),
         ] {
             let error = with(json).unwrap_err();
-            assert!(error.contains(&format!("`{key}` was ")) && error.contains("allowed is"), "{error}");
+            assert!(error.starts_with(&format!("invalid settings: `{key}` is ")), "{error}");
+            assert!(error.contains("; expected "), "{error}");
         }
-        assert!(with(json!([1])).is_err());
+        let error = with(json!({"tarjet": 1})).unwrap_err();
+        assert_eq!(error, "invalid settings: unknown key `tarjet`; did you mean `target`?");
+        assert_eq!(
+            with(json!([1])).unwrap_err(),
+            "invalid settings: the document is [1]; expected a JSON object"
+        );
     }
 }

@@ -1,6 +1,21 @@
 //! Window averages as Knative's autoscaler computes them (knative/serving,
 //! `pkg/autoscaler/aggregation`): buckets of one second, indexed by unix second.
 
+/// The sizes of the stable and the panic window in seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowSizes {
+    /// Knative's stable window; its default is 60 s.
+    pub stable_seconds: usize,
+    /// Knative's panic window; its default is 10 % of the stable one.
+    pub panic_seconds: usize,
+}
+
+impl Default for WindowSizes {
+    fn default() -> Self {
+        Self { stable_seconds: 60, panic_seconds: 6 }
+    }
+}
+
 /// A window of one-second buckets, each of `N` quantities that are recorded together.
 #[derive(Clone, Debug)]
 pub struct Window<const N: usize> {

@@ -1,143 +1,197 @@
-//! The command line. Each flag is also a variable `INFLIGHT_*`.
+//! The command line. Each flag can also be given as an environment variable `INFLIGHT_*`.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Command, CommandFactory, FromArgMatches, Parser};
+use inflight_stats::config::parse_duration;
 use inflight_stats::scaling::settings::{
-    BURST, Bound, DEFAULT_RPS_TARGET, KeySettings, LONGEST_DELAY, MOST_PODS, PERCENTAGE, RATE, STABLE_WINDOW,
-    TARGET, THRESHOLD,
+    ACTIVATION_SCALE, DEFAULT_RPS_TARGET, KeySettings, MAX_SCALE_DOWN_RATE, MAX_SCALE_UP_RATE,
+    PANIC_THRESHOLD_PERCENTAGE, PANIC_WINDOW_PERCENTAGE, SCALE_DOWN_DELAY, STABLE_WINDOW, Setting, TARGET,
+    TARGET_BURST_CAPACITY, TARGET_UTILIZATION_PERCENTAGE,
 };
 use tokio_tungstenite::tungstenite::http::Uri;
 use tracing::level_filters::LevelFilter;
 
+use crate::cli::environment::variable_of;
 use crate::cli::limits::Limits;
-use crate::net::auth::Without;
 
-/// Takes the reports of Inflight's filters and answers autoscalers.
+const DEFAULTS: KeySettings = KeySettings::DEFAULT;
+
+/// Receives the reports of Inflight's filters and answers autoscalers.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Flags {
-    /// Where to listen for HTTP.
-    #[arg(long, env = "INFLIGHT_LISTEN", default_value = "127.0.0.1:8080")]
+    /// Address to serve HTTP on; :PORT is all interfaces.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
     pub listen: SocketAddr,
 
-    /// Where to listen for KEDA's gRPC.
-    #[arg(long, env = "INFLIGHT_GRPC_LISTEN", default_value = "127.0.0.1:8081")]
+    /// Address to serve KEDA's gRPC on; :PORT is all interfaces.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8081", value_parser = address)]
     pub grpc_listen: SocketAddr,
 
-    /// The file with the tokens that may report and ask: `TOKEN NAMESPACES [admin]` a line, `*` or a list with commas.
-    #[arg(long, env = "INFLIGHT_TOKEN_FILE", value_name = "FILE")]
+    /// File of the bearer tokens that may report and read, one per line: `TOKEN NAMESPACES [admin]`, where NAMESPACES is `*` or a
+    /// list separated by commas.
+    #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
-    /// The server's certificate chain in PEM; with it, both addresses speak TLS alone.
-    #[arg(long, env = "INFLIGHT_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    /// Certificate chain of the server, in PEM; with it, both addresses accept TLS only.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
 
-    /// The certificate's private key in PEM.
-    #[arg(long, env = "INFLIGHT_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    /// Private key of the certificate, in PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
-    /// The CA, in PEM, whose clients may report and ask for every namespace without a token.
-    #[arg(long, env = "INFLIGHT_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    /// CA certificates, in PEM; clients with a certificate of one of them may report and read for every namespace without a token.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// Lets everybody in who reaches the address, also if it is not a loopback one: to report and to ask for every namespace. Only on
-    /// loopback they may also tell keys their settings.
-    #[arg(long, env = "INFLIGHT_INSECURE")]
+    /// Allow unauthenticated access on non-loopback addresses: to report and read for every namespace, but not to change settings.
+    #[arg(long)]
     pub insecure: bool,
 
-    /// The file that keeps what single keys were told; without it, a restart forgets.
-    #[arg(long, env = "INFLIGHT_SETTINGS", value_name = "FILE")]
+    /// File in which per-key settings are persisted; without it, a restart forgets them.
+    #[arg(long, value_name = "FILE")]
     pub settings: Option<PathBuf>,
 
-    /// A Knative autoscaler to which every stat is sent on, such as ws://autoscaler.knative-serving:8080.
-    #[arg(long, env = "INFLIGHT_FORWARD", value_name = "URL", value_parser = websocket)]
+    /// Knative autoscaler to forward every stat to, for example ws://autoscaler.knative-serving:8080.
+    #[arg(long, value_name = "URL", value_parser = websocket_url)]
     pub forward: Option<String>,
 
     /// What to log: error, warn, info, debug or trace.
-    #[arg(long, env = "INFLIGHT_LOG_LEVEL", default_value = "info")]
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: LevelFilter,
 
-    /// How long to go on serving after SIGTERM, with /readyz at 503, before the listener closes.
-    #[arg(long, env = "INFLIGHT_DRAIN_DELAY", default_value = "1s", value_parser = duration)]
+    /// How long to keep serving after SIGTERM, with /readyz at 503, before the listeners close.
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = drain_delay)]
     pub drain_delay: Duration,
 
-    /// The window over which `stable` is averaged; whole seconds.
-    #[arg(long, env = "INFLIGHT_STABLE_WINDOW", default_value = "60s", value_parser = window)]
+    /// Time over which the stable averages are taken.
+    #[arg(long, help_heading = SCALING, value_name = "DURATION", help = STABLE_WINDOW.help,
+        default_value = in_seconds(DEFAULTS.stable_window), value_parser = duration(&STABLE_WINDOW))]
     pub stable_window: Duration,
 
-    /// The panic window, in percent of the stable one.
-    #[arg(long, env = "INFLIGHT_PANIC_WINDOW_PERCENTAGE", default_value_t = 10.0, value_parser = percentage)]
+    /// Length of the panic window.
+    #[arg(long, help_heading = SCALING, value_name = "PERCENT", help = PANIC_WINDOW_PERCENTAGE.help,
+        default_value_t = DEFAULTS.panic_window_percentage, value_parser = number(&PANIC_WINDOW_PERCENTAGE))]
     pub panic_window_percentage: f64,
 
-    /// The concurrency that one pod can have.
-    #[arg(long, env = "INFLIGHT_TARGET", default_value_t = 100.0, value_parser = positive)]
+    /// Concurrency that one pod can handle.
+    #[arg(long, help_heading = SCALING, value_name = "NUMBER",
+        default_value_t = DEFAULTS.target, value_parser = number(&TARGET))]
     pub target: f64,
 
-    /// The requests a second that one pod can have, for keys that scale by these.
-    #[arg(long, env = "INFLIGHT_RPS_TARGET", default_value_t = DEFAULT_RPS_TARGET, value_parser = positive)]
+    /// Requests per second that one pod can handle, for keys with the metric rps.
+    #[arg(long, help_heading = SCALING, value_name = "NUMBER",
+        default_value_t = DEFAULT_RPS_TARGET, value_parser = number(&TARGET))]
     pub rps_target: f64,
 
-    /// How much of the target one pod should have, in percent.
-    #[arg(long, env = "INFLIGHT_TARGET_UTILIZATION_PERCENTAGE", default_value_t = 70.0, value_parser = percentage)]
+    /// Percentage of the target at which each pod should run.
+    #[arg(long, help_heading = SCALING, value_name = "PERCENT", help = TARGET_UTILIZATION_PERCENTAGE.help,
+        default_value_t = DEFAULTS.target_utilization_percentage,
+        value_parser = number(&TARGET_UTILIZATION_PERCENTAGE))]
     pub target_utilization_percentage: f64,
 
-    /// Panic begins when the panic window wants so many percent of the ready pods.
-    #[arg(long, env = "INFLIGHT_PANIC_THRESHOLD_PERCENTAGE", default_value_t = 200.0, value_parser = threshold)]
+    /// When panic mode starts.
+    #[arg(long, help_heading = SCALING, value_name = "PERCENT", help = PANIC_THRESHOLD_PERCENTAGE.help,
+        default_value_t = DEFAULTS.panic_threshold_percentage,
+        value_parser = number(&PANIC_THRESHOLD_PERCENTAGE))]
     pub panic_threshold_percentage: f64,
 
-    /// At most so many times the ready pods at once.
-    #[arg(long, env = "INFLIGHT_MAX_SCALE_UP_RATE", default_value_t = 1000.0, value_parser = rate)]
+    /// Largest factor by which one decision may scale up.
+    #[arg(long, help_heading = SCALING, value_name = "FACTOR", help = MAX_SCALE_UP_RATE.help,
+        default_value_t = DEFAULTS.max_scale_up_rate, value_parser = number(&MAX_SCALE_UP_RATE))]
     pub max_scale_up_rate: f64,
 
-    /// At least the ready pods divided by this.
-    #[arg(long, env = "INFLIGHT_MAX_SCALE_DOWN_RATE", default_value_t = 2.0, value_parser = rate)]
+    /// Largest factor by which one decision may scale down.
+    #[arg(long, help_heading = SCALING, value_name = "FACTOR", help = MAX_SCALE_DOWN_RATE.help,
+        default_value_t = DEFAULTS.max_scale_down_rate, value_parser = number(&MAX_SCALE_DOWN_RATE))]
     pub max_scale_down_rate: f64,
 
-    /// Concurrency to be kept free; 0: none; -1: there is never enough.
-    #[arg(long, env = "INFLIGHT_TARGET_BURST_CAPACITY", default_value_t = 211.0, value_parser = burst, allow_negative_numbers = true)]
+    /// Capacity to keep free for bursts.
+    #[arg(long, help_heading = SCALING, value_name = "NUMBER", help = TARGET_BURST_CAPACITY.help,
+        default_value_t = DEFAULTS.target_burst_capacity, value_parser = number(&TARGET_BURST_CAPACITY),
+        allow_negative_numbers = true)]
     pub target_burst_capacity: f64,
 
-    /// Fewer pods only after they were enough for so long.
-    #[arg(long, env = "INFLIGHT_SCALE_DOWN_DELAY", default_value = "0s", value_parser = duration)]
+    /// How long a lower pod count must hold before scaling down.
+    #[arg(long, help_heading = SCALING, value_name = "DURATION", help = SCALE_DOWN_DELAY.help,
+        default_value = in_seconds(DEFAULTS.scale_down_delay), value_parser = duration(&SCALE_DOWN_DELAY))]
     pub scale_down_delay: Duration,
 
-    /// If any pod is needed, so many are.
-    #[arg(long, env = "INFLIGHT_ACTIVATION_SCALE", default_value_t = 1, value_parser = pods)]
+    /// Smallest non-zero pod count.
+    #[arg(long, help_heading = SCALING, value_name = "PODS", help = ACTIVATION_SCALE.help,
+        default_value_t = DEFAULTS.activation_scale, value_parser = pods(&ACTIVATION_SCALE))]
     pub activation_scale: u32,
 
-    /// How much is taken from a network.
+    /// How much is accepted.
     #[command(flatten)]
     pub limits: Limits,
 }
 
+/// The heading of the flags whose names a key's settings have, too.
+const SCALING: &str = "Scaling, for keys without settings of their own";
+
+/// What somebody may do who shows neither a token nor a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnonymousAccess {
+    /// Nothing: there are tokens, or a client CA.
+    Denied,
+    /// Everything: only this machine can connect.
+    Full,
+    /// Report and read, for every namespace: others can connect, by `--insecure`.
+    WithoutSettings,
+}
+
 impl Flags {
-    /// Whether nobody can get in who should not.
+    /// Returns the command line with all flags, each of which is also an environment variable.
+    pub fn command_line() -> Command {
+        Self::command().mut_args(|arg| match arg.get_long().map(variable_of) {
+            Some(variable) => arg.env(variable),
+            None => arg,
+        })
+    }
+
+    /// Reads the command line and the environment. Ends the process after `--help`, `--version` and
+    /// mistakes.
+    pub fn read() -> Self {
+        let matches = Self::command_line().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Returns the variables of all flags.
+    pub fn variables() -> Vec<String> {
+        let flags = Self::command_line();
+        flags.get_arguments().filter_map(|flag| flag.get_long()).map(variable_of).collect()
+    }
+
+    /// Checks that nobody has access who should not.
     ///
     /// # Errors
-    /// In one line, what to do.
+    /// In one line: what to do.
     pub fn check_access(&self) -> Result<(), String> {
         if self.token_file.is_some() || self.tls_client_ca.is_some() || self.insecure {
             return Ok(());
         }
-        let open = [("--listen", self.listen), ("--grpc-listen", self.grpc_listen)];
-        match open.into_iter().find(|(_, address)| !address.ip().is_loopback()) {
+        let addresses = [("--listen", self.listen), ("--grpc-listen", self.grpc_listen)];
+        match addresses.into_iter().find(|(_, address)| !address.ip().is_loopback()) {
             None => Ok(()),
             Some((flag, address)) => Err(format!(
-                "{flag} was {address}, allowed without --token-file or --tls-client-ca is a loopback address; --insecure lets \
-                 everybody in"
+                "{flag} is {address}, which other machines can reach; expected a loopback address, --token-file or \
+                 --tls-client-ca (--insecure allows access without either)"
             )),
         }
     }
 
-    /// What somebody may do who shows nothing, if nothing is asked for. Settings are told over HTTP.
-    pub fn without(&self) -> Without {
-        if self.listen.ip().is_loopback() { Without::Loopback } else { Without::Insecure }
+    /// Returns what somebody may do who shows nothing, if nothing is asked for. Settings are changed over
+    /// HTTP.
+    pub fn anonymous_access(&self) -> AnonymousAccess {
+        if self.listen.ip().is_loopback() { AnonymousAccess::Full } else { AnonymousAccess::WithoutSettings }
     }
 
-    /// What keys are scaled by that were told nothing.
+    /// Returns what keys are scaled by that have no settings of their own.
     pub fn key_settings(&self) -> KeySettings {
         KeySettings {
             target: self.target,
@@ -150,59 +204,56 @@ impl Flags {
             target_burst_capacity: self.target_burst_capacity,
             scale_down_delay: self.scale_down_delay,
             activation_scale: self.activation_scale,
-            ..KeySettings::default()
+            ..DEFAULTS
         }
     }
 }
 
-fn number(text: &str, (fits, allowed): Bound) -> Result<f64, String> {
-    text.parse()
-        .ok()
-        .filter(|n: &f64| n.is_finite() && fits(*n))
-        .ok_or_else(|| format!("allowed is {allowed}"))
+fn in_seconds(duration: Duration) -> String {
+    format!("{}s", duration.as_secs_f64())
 }
 
-fn positive(text: &str) -> Result<f64, String> {
-    number(text, TARGET)
+/// Parses an address. `:PORT` is all interfaces, of IPv6 and IPv4.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let port = text.strip_prefix(':').and_then(|port| port.parse().ok());
+    let address = match port {
+        Some(port) => Some(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))),
+        None => text.parse().ok(),
+    };
+    address.ok_or_else(|| {
+        "expected IP:PORT, for example 127.0.0.1:8080 or [::1]:8080, or :PORT for all interfaces".into()
+    })
 }
 
-fn threshold(text: &str) -> Result<f64, String> {
-    number(text, THRESHOLD)
+fn number(setting: &'static Setting<f64>) -> impl Fn(&str) -> Result<f64, String> + Clone {
+    move |text: &str| {
+        let number = text.parse().ok().filter(|n: &f64| n.is_finite() && (setting.fits)(*n));
+        number.ok_or_else(|| format!("expected {}", setting.expected))
+    }
 }
 
-fn rate(text: &str) -> Result<f64, String> {
-    number(text, RATE)
+fn pods(setting: &'static Setting<u32>) -> impl Fn(&str) -> Result<u32, String> + Clone {
+    move |text: &str| {
+        let pods = text.parse().ok().filter(|pods| (setting.fits)(*pods));
+        pods.ok_or_else(|| format!("expected {}", setting.expected))
+    }
 }
 
-fn burst(text: &str) -> Result<f64, String> {
-    number(text, BURST)
+fn duration(setting: &'static Setting<Duration>) -> impl Fn(&str) -> Result<Duration, String> + Clone {
+    move |text: &str| {
+        let duration = parse_duration(text).filter(|duration| (setting.fits)(*duration));
+        duration.ok_or_else(|| format!("expected {}", setting.expected))
+    }
 }
 
-fn percentage(text: &str) -> Result<f64, String> {
-    number(text, PERCENTAGE)
+fn drain_delay(text: &str) -> Result<Duration, String> {
+    let delay = parse_duration(text).filter(|delay| *delay <= Duration::from_secs(3600));
+    delay.ok_or_else(|| "expected a duration from 0s to 60m".into())
 }
 
-fn pods(text: &str) -> Result<u32, String> {
-    let pods = text.parse().ok().filter(|pods| *pods <= MOST_PODS);
-    pods.ok_or_else(|| format!("allowed is a whole number from 0 to {MOST_PODS}"))
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    let duration = inflight_stats::config::parse_duration(text);
-    duration.filter(|d| *d <= LONGEST_DELAY).ok_or_else(|| "allowed is 0s to 60m".into())
-}
-
-fn window(text: &str) -> Result<Duration, String> {
-    let [shortest, longest] = STABLE_WINDOW;
-    let duration = inflight_stats::config::parse_duration(text);
-    duration
-        .filter(|d| (shortest..=longest).contains(d) && d.subsec_nanos() == 0)
-        .ok_or_else(|| "allowed is 6s to 60m, in whole seconds".into())
-}
-
-fn websocket(text: &str) -> Result<String, String> {
+fn websocket_url(text: &str) -> Result<String, String> {
     let url = text.parse::<Uri>().ok().filter(|url| url.scheme_str() == Some("ws") && url.host().is_some());
-    url.map(|_| text.to_owned()).ok_or_else(|| "allowed is ws://HOST[:PORT][/PATH]".into())
+    url.map(|_| text.to_owned()).ok_or_else(|| "expected ws://HOST[:PORT][/PATH]".into())
 }
 
 #[cfg(test)]
@@ -215,6 +266,27 @@ mod tests {
         assert_eq!(flags.listen.to_string(), "127.0.0.1:8080");
         assert_eq!(flags.grpc_listen.to_string(), "127.0.0.1:8081");
         assert_eq!(flags.key_settings(), KeySettings::default());
+    }
+
+    #[test]
+    fn every_flag_has_a_variable_and_a_help_text() {
+        Flags::command_line().debug_assert();
+        for flag in Flags::command_line().get_arguments() {
+            let (name, variable) = (flag.get_long().unwrap(), flag.get_env().unwrap().to_str().unwrap());
+            assert_eq!(variable.to_ascii_lowercase().replace('_', "-"), format!("inflight-{name}"));
+            assert!(flag.get_help().is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_port_alone_is_all_interfaces_and_no_loopback_address() {
+        let flags = Flags::parse_from(["inflight-statserver", "--listen", ":8080"]);
+        assert_eq!(flags.listen.to_string(), "[::]:8080");
+        assert!(flags.check_access().is_err());
+        for wrong in ["8080", "localhost:8080", ":", ":65536", "", "1.2.3.4"] {
+            let error = Flags::try_parse_from(["inflight-statserver", "--listen", wrong]).unwrap_err();
+            assert!(error.to_string().contains("expected IP:PORT, for example"), "{error}");
+        }
     }
 
     #[test]
@@ -239,11 +311,12 @@ mod tests {
 
     #[test]
     fn insecure_gives_no_settings_to_other_machines() {
-        let without = |more: &[&str]| Flags::parse_from(["inflight-statserver"].iter().chain(more)).without();
-        assert_eq!(without(&[]), Without::Loopback);
-        assert_eq!(without(&["--insecure", "--listen", "[::1]:0"]), Without::Loopback);
-        assert_eq!(without(&["--insecure", "--grpc-listen", "0.0.0.0:0"]), Without::Loopback);
-        assert_eq!(without(&["--insecure", "--listen", "[::]:80"]), Without::Insecure);
+        let access =
+            |more: &[&str]| Flags::parse_from(["inflight-statserver"].iter().chain(more)).anonymous_access();
+        assert_eq!(access(&[]), AnonymousAccess::Full);
+        assert_eq!(access(&["--insecure", "--listen", "[::1]:0"]), AnonymousAccess::Full);
+        assert_eq!(access(&["--insecure", "--grpc-listen", "0.0.0.0:0"]), AnonymousAccess::Full);
+        assert_eq!(access(&["--insecure", "--listen", "[::]:80"]), AnonymousAccess::WithoutSettings);
     }
 
     #[test]
@@ -265,7 +338,7 @@ mod tests {
             ["--activation-scale", "1000001"],
         ] {
             let error = Flags::try_parse_from(["inflight-statserver", wrong[0], wrong[1]]).unwrap_err();
-            assert!(error.to_string().contains("allowed is"), "{error}");
+            assert!(error.to_string().contains(": expected "), "{error}");
         }
     }
 }

@@ -1,194 +1,178 @@
-//! How much of everything is taken from a network. Each limit is a flag; what goes beyond it is refused with a word on which
-//! one it was, and counted under the flag's name.
+//! How much the server accepts. Each limit is a flag; what goes beyond it is refused with a message that
+//! names the flag, and counted under the flag's name.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use clap::Args;
+use inflight_stats::config::parse_duration;
 use inflight_stats::protocol::frame::FrameLimits;
 use inflight_stats::protocol::report::MAX_BYTES;
 
-/// The limits.
-#[derive(Clone, Copy, Debug, Args)]
-#[command(next_help_heading = "Limits")]
-pub struct Limits {
-    /// The most connections at once over HTTP, websockets among them.
-    #[arg(long, env = "INFLIGHT_MAX_CONNECTIONS", default_value_t = 3_000, value_parser = up_to::<1, 1_000_000>)]
-    pub max_connections: usize,
+/// Declares each limit once: help, field, flag, default, range, and the name under which what goes beyond
+/// it is counted.
+macro_rules! limits {
+    ($(
+        #[doc = $help:literal]
+        $field:ident $flag:literal: $type:ty = $default:expr, $range:expr $(=> $limit:ident)?;
+    )*) => {
+        /// The limits.
+        #[derive(Clone, Copy, Debug, Args)]
+        #[command(next_help_heading = "Limits")]
+        pub struct Limits {
+            $(
+                #[doc = $help]
+                #[arg(
+                    long = $flag,
+                    default_value = <$type as Value>::text($default),
+                    value_parser = <$type as Value>::parser($range),
+                    value_name = <$type as Value>::NAME,
+                )]
+                pub $field: $type,
+            )*
+        }
 
-    /// The most connections at once over gRPC; KEDA has one for each address that it is told.
-    #[arg(long, env = "INFLIGHT_MAX_GRPC_CONNECTIONS", default_value_t = 32, value_parser = up_to::<1, 1_000_000>)]
-    pub max_grpc_connections: usize,
+        /// A limit, by its flag.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[allow(missing_docs, reason = "the flags' own names")]
+        pub enum Limit {
+            $($($limit,)?)*
+        }
 
-    /// The most connections at once over which nobody has shown a token or a certificate yet; one more takes the place of the oldest.
-    #[arg(long, env = "INFLIGHT_MAX_STRANGERS", default_value_t = 500, value_parser = up_to::<1, 1_000_000>)]
-    pub max_strangers: usize,
+        impl Limit {
+            /// All that are counted.
+            pub const ALL: &[Self] = &[$($(Self::$limit,)?)*];
 
-    /// The most bytes of bodies, frames and messages that are being received at once, over all connections; the first 4 KiB of
-    /// each count nothing.
-    #[arg(long, env = "INFLIGHT_MAX_BYTES_IN_FLIGHT", default_value_t = 16 << 20, value_parser = up_to::<{ 1 << 20 }, 4_294_967_295>)]
-    pub max_bytes_in_flight: usize,
+            /// Returns the flag, without its dashes.
+            pub fn flag(self) -> &'static str {
+                match self {
+                    $($(Self::$limit => $flag,)?)*
+                }
+            }
+        }
+    };
+}
 
-    /// The most bytes of answers that clients have yet to read, over all connections; the first 4 KiB of each count nothing.
-    #[arg(long, env = "INFLIGHT_MAX_ANSWER_BYTES", default_value_t = 12 << 20, value_parser = up_to::<{ 1 << 20 }, 4_294_967_295>)]
-    pub max_answer_bytes: usize,
+const MIB: usize = 1 << 20;
+const GIB: usize = 1 << 30;
+/// How long anything may be waited for.
+const TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(600);
 
-    /// The largest head of a request in bytes.
-    #[arg(long, env = "INFLIGHT_MAX_HEAD_BYTES", default_value_t = 8_192, value_parser = up_to::<8_192, 1_048_576>)]
-    pub max_head_bytes: usize,
+const fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+limits! {
+    /// Most concurrent HTTP connections, websockets included; one more takes the place of the one that has been idle for longest.
+    max_connections "max-connections": usize = 3_000, 1..=1_000_000 => Connections;
+
+    /// Most concurrent gRPC connections; KEDA opens one for each address that it is given.
+    max_grpc_connections "max-grpc-connections": usize = 32, 1..=1_000_000 => GrpcConnections;
+
+    /// Most concurrent connections that have not authenticated yet; one more replaces the oldest.
+    max_unauthenticated_connections "max-unauthenticated-connections": usize = 500, 1..=1_000_000 => UnauthenticatedConnections;
+
+    /// Most bytes of bodies, frames and messages being received at once, over all connections; the first 4 KiB of each are free.
+    max_bytes_in_flight "max-bytes-in-flight": usize = 16 * MIB, MIB..=4 * GIB - 1 => BytesInFlight;
+
+    /// Most bytes of responses that clients have yet to read, over all connections; the first 4 KiB of each are free.
+    max_answer_bytes "max-answer-bytes": usize = 12 * MIB, MIB..=4 * GIB - 1 => AnswerBytes;
+
+    /// Largest request head, in bytes.
+    max_head_bytes "max-head-bytes": usize = 8_192, 8_192..=MIB => HeadBytes;
 
     /// How long a TLS handshake, and then a request's head, may take.
-    #[arg(long, env = "INFLIGHT_HEAD_TIMEOUT", default_value = "10s", value_parser = timeout)]
-    pub head_timeout: Duration,
+    head_timeout "head-timeout": Duration = seconds(10), TIMEOUT => HeadTimeout;
 
     /// How long a request's body, a frame of the stat stream or the message of a gRPC call may take.
-    #[arg(long, env = "INFLIGHT_BODY_TIMEOUT", default_value = "10s", value_parser = timeout)]
-    pub body_timeout: Duration,
+    body_timeout "body-timeout": Duration = seconds(10), TIMEOUT => BodyTimeout;
 
     /// How long an HTTP connection may be idle between two requests; longer than the longest reporting period.
-    #[arg(long, env = "INFLIGHT_IDLE_TIMEOUT", default_value = "75s", value_parser = timeout)]
-    pub idle_timeout: Duration,
+    idle_timeout "idle-timeout": Duration = seconds(75), TIMEOUT;
 
     /// How long a client may take to read what is written to it.
-    #[arg(long, env = "INFLIGHT_WRITE_TIMEOUT", default_value = "20s", value_parser = timeout)]
-    pub write_timeout: Duration,
+    write_timeout "write-timeout": Duration = seconds(20), TIMEOUT => WriteTimeout;
 
-    /// The largest report in bytes.
-    #[arg(long, env = "INFLIGHT_MAX_REPORT_BYTES", default_value_t = MAX_BYTES, value_parser = up_to::<1_024, MAX_BYTES>)]
-    pub max_report_bytes: usize,
+    /// Largest report, in bytes.
+    max_report_bytes "max-report-bytes": usize = MAX_BYTES, 1_024..=MAX_BYTES => ReportBytes;
 
-    /// The largest frame of the stat stream in bytes.
-    #[arg(long, env = "INFLIGHT_MAX_FRAME_BYTES", default_value_t = 1_048_576, value_parser = up_to::<1_024, 67_108_864>)]
-    pub max_frame_bytes: usize,
+    /// Largest frame of the stat stream, in bytes.
+    max_frame_bytes "max-frame-bytes": usize = MIB, 1_024..=64 * MIB => FrameBytes;
 
-    /// The largest settings of a key, as JSON, in bytes.
-    #[arg(long, env = "INFLIGHT_MAX_SETTINGS_BYTES", default_value_t = 16_384, value_parser = up_to::<256, 1_048_576>)]
-    pub max_settings_bytes: usize,
+    /// Largest settings of a key as JSON, in bytes.
+    max_settings_bytes "max-settings-bytes": usize = 16_384, 256..=MIB => SettingsBytes;
 
-    /// The largest message of a gRPC call in bytes.
-    #[arg(long, env = "INFLIGHT_MAX_GRPC_BYTES", default_value_t = 8_192, value_parser = up_to::<1_024, 4_194_304>)]
-    pub max_grpc_bytes: usize,
+    /// Largest message of a gRPC call, in bytes.
+    max_grpc_bytes "max-grpc-bytes": usize = 8_192, 1_024..=4 * MIB => GrpcBytes;
 
-    /// The most gRPC calls at once, over all connections; KEDA has two open for each ScaledObject.
-    #[arg(long, env = "INFLIGHT_MAX_GRPC_STREAMS", default_value_t = 2_000, value_parser = up_to::<1, 1_000_000>)]
-    pub max_grpc_streams: usize,
+    /// Most concurrent gRPC calls, over all connections; KEDA keeps two open for each ScaledObject.
+    max_grpc_streams "max-grpc-streams": usize = 2_000, 1..=1_000_000 => GrpcStreams;
 
-    /// The most keys in a report, and stats in a frame of the stream.
-    #[arg(long, env = "INFLIGHT_MAX_MESSAGES", default_value_t = 10_000, value_parser = up_to::<1, 1_000_000>)]
-    pub max_messages: usize,
+    /// Most keys in a report, and stats in a frame of the stream.
+    max_messages "max-messages": usize = 10_000, 1..=1_000_000 => Messages;
 
-    /// How deep values may lie in each other, in settings and in a gob stream.
-    #[arg(long, env = "INFLIGHT_MAX_DEPTH", default_value_t = 16, value_parser = up_to::<1, 64>)]
-    pub max_depth: usize,
+    /// Deepest nesting of values, in settings and in gob streams.
+    max_depth "max-depth": usize = 16, 1..=64 => Depth;
 
-    /// The most keys in all.
-    #[arg(long, env = "INFLIGHT_MAX_KEYS", default_value_t = 100_000, value_parser = up_to::<1, 10_000_000>)]
-    pub max_keys: usize,
+    /// Most keys in all.
+    max_keys "max-keys": usize = 100_000, 1..=10_000_000 => Keys;
 
-    /// The most keys of one namespace.
-    #[arg(long, env = "INFLIGHT_MAX_KEYS_PER_NAMESPACE", default_value_t = 10_000, value_parser = up_to::<1, 1_000_000>)]
-    pub max_keys_per_namespace: usize,
+    /// Most keys of one namespace.
+    max_keys_per_namespace "max-keys-per-namespace": usize = 10_000, 1..=1_000_000 => KeysPerNamespace;
 
-    /// The most pods and gateways that report one key.
-    #[arg(long, env = "INFLIGHT_MAX_PODS_PER_KEY", default_value_t = 20_000, value_parser = up_to::<1, 1_000_000>)]
-    pub max_pods_per_key: usize,
+    /// Most pods and gateways that report one key.
+    max_pods_per_key "max-pods-per-key": usize = 20_000, 1..=1_000_000 => PodsPerKey;
 
-    /// The most bytes that all keys, their windows and those who report them take.
-    #[arg(long, env = "INFLIGHT_MAX_TABLE_BYTES", default_value_t = 224 << 20, value_parser = up_to::<{ 1 << 20 }, { 1 << 40 }>)]
-    pub max_table_bytes: usize,
+    /// Most bytes that all keys, their windows and their senders take.
+    max_table_bytes "max-table-bytes": usize = 224 * MIB, MIB..=1024 * GIB => TableBytes;
 }
 
 impl Limits {
-    /// Of a frame of the stat stream.
+    /// Returns those of a frame of the stat stream.
     pub fn of_frames(&self) -> FrameLimits {
         FrameLimits { bytes: self.max_frame_bytes, messages: self.max_messages, depth: self.max_depth }
     }
 }
 
-/// A limit, by its flag.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the flags' own names")]
-pub enum Limit {
-    Connections,
-    GrpcConnections,
-    Strangers,
-    BytesInFlight,
-    AnswerBytes,
-    HeadBytes,
-    HeadTimeout,
-    BodyTimeout,
-    WriteTimeout,
-    ReportBytes,
-    FrameBytes,
-    SettingsBytes,
-    GrpcBytes,
-    GrpcStreams,
-    Messages,
-    Depth,
-    Keys,
-    KeysPerNamespace,
-    PodsPerKey,
-    TableBytes,
+/// A limit's type, as the command line has it.
+trait Value: Sized {
+    /// What it is called in `--help`.
+    const NAME: &str;
+
+    /// Returns a value as it is written.
+    fn text(self) -> String;
+
+    /// Returns a parser of values within a range.
+    fn parser(range: RangeInclusive<Self>) -> impl Fn(&str) -> Result<Self, String> + Clone;
 }
 
-impl Limit {
-    /// All that are counted.
-    pub const ALL: [Self; 20] = [
-        Self::Connections,
-        Self::GrpcConnections,
-        Self::Strangers,
-        Self::BytesInFlight,
-        Self::AnswerBytes,
-        Self::HeadBytes,
-        Self::HeadTimeout,
-        Self::BodyTimeout,
-        Self::WriteTimeout,
-        Self::ReportBytes,
-        Self::FrameBytes,
-        Self::SettingsBytes,
-        Self::GrpcBytes,
-        Self::GrpcStreams,
-        Self::Messages,
-        Self::Depth,
-        Self::Keys,
-        Self::KeysPerNamespace,
-        Self::PodsPerKey,
-        Self::TableBytes,
-    ];
+impl Value for usize {
+    const NAME: &str = "NUMBER";
 
-    /// The flag, without its dashes.
-    pub fn flag(self) -> &'static str {
-        match self {
-            Self::Connections => "max-connections",
-            Self::GrpcConnections => "max-grpc-connections",
-            Self::Strangers => "max-strangers",
-            Self::BytesInFlight => "max-bytes-in-flight",
-            Self::AnswerBytes => "max-answer-bytes",
-            Self::HeadBytes => "max-head-bytes",
-            Self::HeadTimeout => "head-timeout",
-            Self::BodyTimeout => "body-timeout",
-            Self::WriteTimeout => "write-timeout",
-            Self::ReportBytes => "max-report-bytes",
-            Self::FrameBytes => "max-frame-bytes",
-            Self::SettingsBytes => "max-settings-bytes",
-            Self::GrpcBytes => "max-grpc-bytes",
-            Self::GrpcStreams => "max-grpc-streams",
-            Self::Messages => "max-messages",
-            Self::Depth => "max-depth",
-            Self::Keys => "max-keys",
-            Self::KeysPerNamespace => "max-keys-per-namespace",
-            Self::PodsPerKey => "max-pods-per-key",
-            Self::TableBytes => "max-table-bytes",
+    fn text(self) -> String {
+        self.to_string()
+    }
+
+    fn parser(range: RangeInclusive<Self>) -> impl Fn(&str) -> Result<Self, String> + Clone {
+        move |text| {
+            let number = text.parse().ok().filter(|number| range.contains(number));
+            number.ok_or_else(|| format!("expected a whole number from {} to {}", range.start(), range.end()))
         }
     }
 }
 
-fn up_to<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
-    let number = text.parse().ok().filter(|number| (LEAST..=MOST).contains(number));
-    number.ok_or_else(|| format!("allowed is a whole number from {LEAST} to {MOST}"))
-}
+impl Value for Duration {
+    const NAME: &str = "DURATION";
 
-fn timeout(text: &str) -> Result<Duration, String> {
-    let (shortest, longest) = (Duration::from_millis(100), Duration::from_secs(600));
-    let duration = inflight_stats::config::parse_duration(text).filter(|d| (shortest..=longest).contains(d));
-    duration.ok_or_else(|| "allowed is 100ms to 10m".into())
+    fn text(self) -> String {
+        format!("{self:?}")
+    }
+
+    fn parser(range: RangeInclusive<Self>) -> impl Fn(&str) -> Result<Self, String> + Clone {
+        move |text| {
+            let duration = parse_duration(text).filter(|duration| range.contains(duration));
+            duration
+                .ok_or_else(|| format!("expected a duration from {:?} to {:?}", range.start(), range.end()))
+        }
+    }
 }

@@ -1,4 +1,5 @@
-//! The command line.
+//! The command line and its environment variables.
 
+pub mod environment;
 pub mod flags;
 pub mod limits;

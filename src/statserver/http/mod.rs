@@ -18,7 +18,7 @@ use http_body_util::{BodyExt, Collected};
 use inflight_stats::Report;
 use inflight_stats::counting::request::{KUBELET_PROBE_HEADER, is_kubelet_agent};
 use inflight_stats::protocol::report::{CONTENT_TYPE, MAX_NAME_BYTES, is_name};
-use inflight_stats::scaling::decider::EVERY_NS;
+use inflight_stats::scaling::decider::DECISION_PERIOD_NS;
 use inflight_stats::scaling::key::Averages;
 use inflight_stats::scaling::settings::KeySettings;
 use serde::{Deserialize, Serialize};
@@ -593,7 +593,7 @@ async fn history(State(app): State<Arc<App>>, grant: Grant, Named(name): Named) 
     if !grant.covers(&name.0) {
         return not_covered(&app, &name.0).into_response();
     }
-    let seconds_between = EVERY_NS / 1_000_000_000;
+    let seconds_between = DECISION_PERIOD_NS / 1_000_000_000;
     let points = app.keys.past(&name.0, &name.1);
     points.map_or_else(
         || unknown(&name),

@@ -7,7 +7,7 @@ use tower::ServiceExt;
 use super::*;
 
 fn app() -> Arc<App> {
-    guarded(Access::load(None, false, crate::net::auth::Without::Loopback).unwrap())
+    guarded(Access::load(None, false, crate::cli::flags::AnonymousAccess::Full).unwrap())
 }
 
 fn guarded(access: Access) -> Arc<App> {
@@ -205,7 +205,7 @@ async fn of_a_report_the_keys_that_are_granted_are_taken() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("tokens");
     std::fs::write(&file, "reporter-of-ns-0123 ns\n").unwrap();
-    let app = guarded(Access::load(Some(&file), false, crate::net::auth::Without::Nothing).unwrap());
+    let app = guarded(Access::load(Some(&file), false, crate::cli::flags::AnonymousAccess::Denied).unwrap());
     let send = async |report: &Report| {
         let request = Request::post("/v1/reports").header("authorization", "Bearer reporter-of-ns-0123");
         ask(&app, request.body(Body::from(report.encode().unwrap())).unwrap()).await.0
@@ -282,8 +282,8 @@ async fn a_key_is_told_its_settings_and_told_otherwise() {
     assert_eq!((&history["seconds_between"], &history["points"][0]["desired_pods"]), (&2.into(), &2.into()));
 
     for (json, reason) in [
-        (r#"{"target": 0}"#, "`target` was 0"),
-        (r#"{"tarjet": 1}"#, "`tarjet` was an unknown key"),
+        (r#"{"target": 0}"#, "`target` is 0; expected a number from 0.01 on"),
+        (r#"{"tarjet": 1}"#, "unknown key `tarjet`; did you mean `target`?"),
         ("{", "not JSON"),
         (&format!("[{}]", "1,".repeat(20_000)), "allowed 16384 bytes"),
         (&format!("{}1{}", "[".repeat(5_000), "]".repeat(5_000)), "not JSON"),
@@ -339,7 +339,7 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
         "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
     )
     .unwrap();
-    let app = guarded(Access::load(Some(&file), false, crate::net::auth::Without::Loopback).unwrap());
+    let app = guarded(Access::load(Some(&file), false, crate::cli::flags::AnonymousAccess::Full).unwrap());
     let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {

@@ -13,6 +13,7 @@ use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::watch;
 use tracing::{error, info};
 
+use crate::cli::flags::AnonymousAccess;
 use crate::files;
 use crate::net::listener::Peer;
 
@@ -58,17 +59,6 @@ impl Grant {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unknown;
 
-/// What somebody may do who shows neither a token nor a certificate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Without {
-    /// Nothing: there are tokens, or a client CA.
-    Nothing,
-    /// Everything: only this machine can connect.
-    Loopback,
-    /// Report and ask, of every namespace: others can connect, by `--insecure`.
-    Insecure,
-}
-
 struct Token {
     secret: Arc<[u8]>,
     grant: Grant,
@@ -79,7 +69,7 @@ pub struct Access {
     file: Option<PathBuf>,
     /// Whether a certificate lets somebody in.
     certificates: bool,
-    without: Without,
+    without: AnonymousAccess,
     tokens: RwLock<(Vec<u8>, Arc<[Token]>)>,
     /// How often the tokens have changed.
     changes: watch::Sender<u64>,
@@ -101,14 +91,14 @@ impl Access {
     ///
     /// # Errors
     /// In one line, without a secret.
-    pub fn load(file: Option<&Path>, certificates: bool, without: Without) -> Result<Self, String> {
+    pub fn load(file: Option<&Path>, certificates: bool, without: AnonymousAccess) -> Result<Self, String> {
         let tokens = match file {
             None => (Vec::new(), Arc::default()),
             Some(path) => {
                 read(path).map_err(|reason| format!("--token-file {}: {reason}", path.display()))?
             }
         };
-        let without = if file.is_some() || certificates { Without::Nothing } else { without };
+        let without = if file.is_some() || certificates { AnonymousAccess::Denied } else { without };
         let (tokens, changes) = (RwLock::new(tokens), watch::Sender::default());
         Ok(Self { file: file.map(Path::to_owned), certificates, without, tokens, changes })
     }
@@ -137,9 +127,9 @@ impl Access {
     /// [`Unknown`].
     pub fn check(&self, authorization: Option<&[u8]>, peer: Peer) -> Result<Grant, Unknown> {
         match self.without {
-            Without::Loopback => return Ok(Grant::ALL),
-            Without::Insecure => return Ok(Grant::EVERY_NAMESPACE),
-            Without::Nothing => {}
+            AnonymousAccess::Full => return Ok(Grant::ALL),
+            AnonymousAccess::WithoutSettings => return Ok(Grant::EVERY_NAMESPACE),
+            AnonymousAccess::Denied => {}
         }
         match (&self.file, authorization) {
             (None, _) | (Some(_), None) => {
@@ -179,7 +169,7 @@ impl Access {
 
     /// Whether anybody who connects is let in.
     pub fn is_open(&self) -> bool {
-        !matches!(self.without, Without::Nothing)
+        !matches!(self.without, AnonymousAccess::Denied)
     }
 }
 
@@ -273,16 +263,16 @@ mod tests {
         let (folder, _) = access(FILE);
         let file = folder.path().join("tokens");
         for file in [None, Some(&*file)] {
-            let access = Access::load(file, true, Without::Loopback).unwrap();
+            let access = Access::load(file, true, AnonymousAccess::Full).unwrap();
             assert_eq!(access.check(None, NOBODY), Err(Unknown));
             let grant = access.check(None, CERTIFIED).unwrap();
             assert_eq!((grant.covers("anything"), grant.admin), (true, false));
         }
-        let both = Access::load(Some(&file), true, Without::Insecure).unwrap();
+        let both = Access::load(Some(&file), true, AnonymousAccess::WithoutSettings).unwrap();
         assert_eq!(both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED), Err(Unknown));
         assert!(!both.check(Some(b"Bearer shop-token-0123456789"), CERTIFIED).unwrap().covers("other"));
         // A certificate that nobody asked for is none.
-        let tokens = Access::load(Some(&file), false, Without::Insecure).unwrap();
+        let tokens = Access::load(Some(&file), false, AnonymousAccess::WithoutSettings).unwrap();
         assert_eq!(tokens.check(None, CERTIFIED), Err(Unknown));
     }
 
@@ -290,7 +280,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("tokens");
         std::fs::write(&file, text).unwrap();
-        let access = Access::load(Some(&file), false, Without::Insecure);
+        let access = Access::load(Some(&file), false, AnonymousAccess::WithoutSettings);
         (folder, access)
     }
 
@@ -324,10 +314,10 @@ mod tests {
     #[test]
     fn without_a_file_everybody_on_this_machine_may_and_others_may_not_tell_keys_anything() {
         let access = |without| Access::load(None, false, without).unwrap().check(None, NOBODY);
-        assert_eq!(access(Without::Loopback), Ok(Grant::ALL));
-        let insecure = access(Without::Insecure).unwrap();
+        assert_eq!(access(AnonymousAccess::Full), Ok(Grant::ALL));
+        let insecure = access(AnonymousAccess::WithoutSettings).unwrap();
         assert_eq!((insecure.covers("anything"), insecure.admin), (true, false));
-        assert_eq!(access(Without::Nothing), Err(Unknown));
+        assert_eq!(access(AnonymousAccess::Denied), Err(Unknown));
     }
 
     #[test]

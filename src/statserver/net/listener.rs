@@ -128,7 +128,7 @@ impl Door {
                             Some(strangers) => {
                                 let (stranger, evicts) = strangers.enter().await;
                                 if evicts {
-                                    metrics.refused(Limit::Strangers);
+                                    metrics.refused(Limit::UnauthenticatedConnections);
                                 }
                                 Some(stranger)
                             }

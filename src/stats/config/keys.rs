@@ -1,0 +1,266 @@
+//! The keys of the plugin's configuration: the one table from which the parser has its names and its
+//! words, and the reference page is generated.
+
+/// One key of the configuration.
+#[derive(Clone, Copy, Debug)]
+pub struct ConfigKey {
+    /// The object that it is in, with a dot; empty for the document itself.
+    pub object: &'static str,
+    /// Its name in that object.
+    pub name: &'static str,
+    /// Its default as JSON, or in words.
+    pub default: &'static str,
+    /// What is allowed, in words.
+    pub expected: &'static str,
+    /// What it means.
+    pub help: &'static str,
+}
+
+pub(super) const A_NAME: &str = "a string of 1 to 512 bytes without control characters";
+pub(super) const A_LABEL: &str = "a string of at most 512 bytes without control characters";
+pub(super) const A_PATH: &str = "an absolute URL path without spaces";
+pub(super) const AN_OBJECT: &str = "a JSON object";
+pub(super) const A_BOOLEAN: &str = "true or false";
+pub(super) const A_HEADER: &str = "the name of an HTTP header";
+
+pub(super) const ROLE: ConfigKey = ConfigKey {
+    object: "",
+    name: "role",
+    default: r#""sidecar""#,
+    expected: r#""sidecar", "gateway" or "exporter""#,
+    help: "What the filter does: count for the pod it stands in front of, count per destination at a gateway, or \
+           serve the pod's figures at `/metrics`.",
+};
+pub(super) const NAMESPACE: ConfigKey = ConfigKey {
+    object: "",
+    name: "namespace",
+    default: "Istio's node metadata",
+    expected: A_NAME,
+    help: "Namespace of the workload. Required for the roles `sidecar` and `exporter`; at a gateway it completes \
+           clusters that name no namespace.",
+};
+pub(super) const SERVICE: ConfigKey = ConfigKey {
+    object: "",
+    name: "service",
+    default: "Istio's node metadata",
+    expected: A_LABEL,
+    help: "Service of the workload.",
+};
+pub(super) const CONFIGURATION: ConfigKey = ConfigKey {
+    object: "",
+    name: "configuration",
+    default: "Istio's node metadata",
+    expected: A_LABEL,
+    help: "Knative configuration of the workload, for labels.",
+};
+pub(super) const REVISION: ConfigKey = ConfigKey {
+    object: "",
+    name: "revision",
+    default: "Istio's node metadata",
+    expected: A_NAME,
+    help: "Name under which the workload is scaled. Required for the roles `sidecar` and `exporter`.",
+};
+pub(super) const POD: ConfigKey = ConfigKey {
+    object: "",
+    name: "pod",
+    default: "Istio's node metadata",
+    expected: A_NAME,
+    help: "Name of the pod that reports. Required.",
+};
+pub(super) const REPORTING_PERIOD: ConfigKey = ConfigKey {
+    object: "",
+    name: "reporting_period",
+    default: r#""1s""#,
+    expected: "a duration from 100ms to 60s",
+    help: "Time between two reports.",
+};
+pub(super) const PROXIED_HEADER: ConfigKey = ConfigKey {
+    object: "",
+    name: "proxied_header",
+    default: r#""K-Proxy-Request""#,
+    expected: A_HEADER,
+    help: "Header that marks a request as proxied, with the value `activator`.",
+};
+pub(super) const CONTAINER_CONCURRENCY: ConfigKey = ConfigKey {
+    object: "",
+    name: "container_concurrency",
+    default: "0",
+    expected: "a whole number from 0 to 100000",
+    help: "Most requests in the app at once, over all workers; 0: no limit.",
+};
+pub(super) const QUEUE_DEPTH: ConfigKey = ConfigKey {
+    object: "",
+    name: "queue_depth",
+    default: "10 times `container_concurrency`",
+    expected: "a whole number from 0 to 100000",
+    help: "Most requests that wait for the app; one more is answered with 503.",
+};
+pub(super) const QUEUE_TIMEOUT: ConfigKey = ConfigKey {
+    object: "",
+    name: "queue_timeout",
+    default: "none",
+    expected: "a duration from 10ms to 60m",
+    help: "Longest wait for the app; then the request is answered with 503.",
+};
+pub(super) const PROBES_BYPASS_BREAKER: ConfigKey = ConfigKey {
+    object: "",
+    name: "probes_bypass_breaker",
+    default: "false",
+    expected: A_BOOLEAN,
+    help: "Whether probes go to the app without waiting for it.",
+};
+pub(super) const STATSERVER: ConfigKey = ConfigKey {
+    object: "",
+    name: "statserver",
+    default: "none",
+    expected: AN_OBJECT,
+    help: "Where reports go; without it, only Envoy stats are kept.",
+};
+pub(super) const STATSERVER_CLUSTER: ConfigKey = ConfigKey {
+    object: "statserver.",
+    name: "cluster",
+    default: "required",
+    expected: A_NAME,
+    help: "Envoy cluster of the stats server.",
+};
+pub(super) const STATSERVER_AUTHORITY: ConfigKey = ConfigKey {
+    object: "statserver.",
+    name: "authority",
+    default: "the cluster's name",
+    expected: A_NAME,
+    help: "`:authority` of the calls.",
+};
+pub(super) const STATSERVER_PATH: ConfigKey = ConfigKey {
+    object: "statserver.",
+    name: "path",
+    default: r#""/v1/reports""#,
+    expected: A_PATH,
+    help: "`:path` of the calls.",
+};
+pub(super) const STATSERVER_TIMEOUT: ConfigKey = ConfigKey {
+    object: "statserver.",
+    name: "timeout",
+    default: r#""1s""#,
+    expected: "a duration from 10ms to 60s",
+    help: "How long to wait for an answer.",
+};
+pub(super) const STATSERVER_TOKEN_ENV: ConfigKey = ConfigKey {
+    object: "statserver.",
+    name: "token_env",
+    default: "none",
+    expected: "the name of a variable",
+    help: "Variable of the VM's environment (`vm_config.environment_variables`) that holds the bearer token.",
+};
+pub(super) const GATEWAY: ConfigKey = ConfigKey {
+    object: "",
+    name: "gateway",
+    default: "{}",
+    expected: AN_OBJECT,
+    help: "Settings of the role `gateway`.",
+};
+pub(super) const GATEWAY_KEY: ConfigKey = ConfigKey {
+    object: "gateway.",
+    name: "key",
+    default: r#"{"from": "cluster"}"#,
+    expected: AN_OBJECT,
+    help: "Where the key of a request comes from.",
+};
+pub(super) const GATEWAY_KEY_FROM: ConfigKey = ConfigKey {
+    object: "gateway.key.",
+    name: "from",
+    default: r#""cluster""#,
+    expected: r#""cluster" or "headers""#,
+    help: "`cluster`: the name of the Envoy cluster; Istio's names give namespace and service. `headers`: two request \
+           headers.",
+};
+pub(super) const GATEWAY_KEY_NAMESPACE: ConfigKey = ConfigKey {
+    object: "gateway.key.",
+    name: "namespace",
+    default: r#""Knative-Serving-Namespace""#,
+    expected: A_HEADER,
+    help: "Header with the key's namespace, if the key comes from headers.",
+};
+pub(super) const GATEWAY_KEY_NAME: ConfigKey = ConfigKey {
+    object: "gateway.key.",
+    name: "name",
+    default: r#""Knative-Serving-Revision""#,
+    expected: A_HEADER,
+    help: "Header with the key's name, if the key comes from headers.",
+};
+pub(super) const GATEWAY_MAX_KEYS: ConfigKey = ConfigKey {
+    object: "gateway.",
+    name: "max_keys",
+    default: "10000",
+    expected: "a whole number from 0 to 1000000",
+    help: "Most keys that are tracked at once; requests beyond it are not counted by key.",
+};
+pub(super) const GATEWAY_MARK: ConfigKey = ConfigKey {
+    object: "gateway.",
+    name: "mark",
+    default: "true",
+    expected: A_BOOLEAN,
+    help: "Whether requests go on marked as proxied.",
+};
+
+/// All keys, in the order of the reference page.
+pub const CONFIG_KEYS: [ConfigKey; 25] = [
+    ROLE,
+    NAMESPACE,
+    SERVICE,
+    CONFIGURATION,
+    REVISION,
+    POD,
+    REPORTING_PERIOD,
+    PROXIED_HEADER,
+    CONTAINER_CONCURRENCY,
+    QUEUE_DEPTH,
+    QUEUE_TIMEOUT,
+    PROBES_BYPASS_BREAKER,
+    STATSERVER,
+    STATSERVER_CLUSTER,
+    STATSERVER_AUTHORITY,
+    STATSERVER_PATH,
+    STATSERVER_TIMEOUT,
+    STATSERVER_TOKEN_ENV,
+    GATEWAY,
+    GATEWAY_KEY,
+    GATEWAY_KEY_FROM,
+    GATEWAY_KEY_NAMESPACE,
+    GATEWAY_KEY_NAME,
+    GATEWAY_MAX_KEYS,
+    GATEWAY_MARK,
+];
+
+/// The names of the document's own keys.
+pub(super) const OF_DOCUMENT: [&str; 14] = names_in("");
+/// Those of `statserver`.
+pub(super) const OF_STATSERVER: [&str; 5] = names_in("statserver.");
+/// Those of `gateway`.
+pub(super) const OF_GATEWAY: [&str; 3] = names_in("gateway.");
+/// Those of `gateway.key`, if it comes from headers.
+pub(super) const OF_GATEWAY_KEY: [&str; 3] = names_in("gateway.key.");
+
+/// Returns the names of an object's keys, of which there must be `N`.
+#[allow(clippy::indexing_slicing, reason = "at compile time, where an index out of bounds is an error")]
+const fn names_in<const N: usize>(object: &str) -> [&'static str; N] {
+    let (mut names, mut count, mut index) = ([""; N], 0, 0);
+    while index < CONFIG_KEYS.len() {
+        if is_same(CONFIG_KEYS[index].object, object) {
+            names[count] = CONFIG_KEYS[index].name;
+            count += 1;
+        }
+        index += 1;
+    }
+    assert!(count == N);
+    names
+}
+
+#[allow(clippy::indexing_slicing, reason = "at compile time, where an index out of bounds is an error")]
+const fn is_same(one: &str, other: &str) -> bool {
+    let (one, other) = (one.as_bytes(), other.as_bytes());
+    let mut index = 0;
+    while index < one.len() && index < other.len() && one[index] == other[index] {
+        index += 1;
+    }
+    index == one.len() && index == other.len()
+}

@@ -1,0 +1,252 @@
+//! The senders of one key: the pods and gateways that report it, or stream stats of it.
+
+use std::fmt;
+use std::hash::RandomState;
+
+use hashbrown::HashMap;
+use hashbrown::hash_map::EntryRef;
+
+use crate::counting::snapshot::Snapshot;
+use crate::protocol::stat::Stat;
+use crate::scaling::heap::heap_bytes;
+
+const SECOND_NS: u64 = 1_000_000_000;
+/// A sender that has not reported for this many of its periods no longer counts.
+pub const SILENT_PERIODS: u64 = 10;
+/// How long the last snapshot of a silent sender is kept, so that a report whose acknowledgement was
+/// lost is recognised when it is sent again.
+pub const RETENTION_NS: u64 = 15 * 60 * SECOND_NS;
+/// A stat does not contain its sender's period; Knative's is a second.
+const STAT_PERIOD_NS: u64 = SECOND_NS;
+/// The incarnations that are kept of a sender: one that ends, one that begins, and as many again.
+pub(super) const MAX_INCARNATIONS: usize = 4;
+/// No sender has so many requests in a second.
+const MAX_PER_SECOND: f64 = 1e9;
+/// A negative count takes back a request that was counted too early: Knative's activator reports 1 for
+/// a key's first request at once, and one less at its next tick, although that request may already have
+/// been the last.
+const MAX_TAKEN_BACK: f64 = 1.0;
+
+/// A stat whose numbers are not finite, or out of all proportion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImplausibleStat;
+
+impl fmt::Display for ImplausibleStat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a number of the stat is not finite, or out of all proportion")
+    }
+}
+
+impl std::error::Error for ImplausibleStat {}
+
+/// What a sender adds per second; its bucket in the windows gets this.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PerSecond {
+    /// Requests in flight, on average.
+    pub concurrency: f64,
+    /// Of these, proxied ones; always 0 for a gateway, which is in front of all.
+    pub proxied_concurrency: f64,
+    /// Requests that came in.
+    pub requests: f64,
+    /// Of these, proxied ones.
+    pub proxied_requests: f64,
+}
+
+impl PerSecond {
+    /// Reads a stat.
+    ///
+    /// # Errors
+    /// [`ImplausibleStat`].
+    pub fn of(stat: &Stat) -> Result<Self, ImplausibleStat> {
+        let per_second = Self {
+            concurrency: stat.average_concurrent_requests,
+            proxied_concurrency: stat.average_proxied_concurrent_requests,
+            requests: stat.request_count,
+            proxied_requests: stat.proxied_request_count,
+        };
+        let Self { concurrency, proxied_concurrency, requests, proxied_requests } = per_second;
+        let fits = |value: f64| (0.0..=MAX_PER_SECOND).contains(&value);
+        let plausible = fits(concurrency)
+            && fits(proxied_concurrency)
+            && (-MAX_TAKEN_BACK..=MAX_PER_SECOND).contains(&requests)
+            && fits(proxied_requests);
+        if plausible { Ok(per_second) } else { Err(ImplausibleStat) }
+    }
+
+    /// Returns concurrency and requests without those that a gateway has counted already.
+    pub(super) fn unproxied(&self) -> [f64; 2] {
+        [self.concurrency - self.proxied_concurrency, self.requests - self.proxied_requests]
+    }
+}
+
+/// Returns whether a sender of stats is an activator instead of a pod. A stat does not contain that; the
+/// sender's name does (as in older Knative's `pkg/autoscaler`, which distinguished them by this prefix).
+pub fn is_activator(pod_name: &str) -> bool {
+    pod_name.starts_with("activator")
+}
+
+/// One life of a sender, in which its counters never decrease.
+#[derive(Clone, Debug)]
+pub(super) struct Incarnation {
+    pub(super) id: u64,
+    /// The highest totals that it has reported, and what was in flight at the latest instant.
+    pub(super) last: Snapshot,
+    /// The instant that its last report began at.
+    pub(super) since_ns: u64,
+    pub(super) from_gateway: bool,
+    pub(super) period_ns: u64,
+    pub(super) seen_ns: u64,
+}
+
+impl Incarnation {
+    pub(super) fn is_live(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.seen_ns) <= self.period_ns.saturating_mul(SILENT_PERIODS)
+    }
+}
+
+/// The last stat that a sender streamed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Streamed {
+    pub(super) concurrency: f64,
+    pub(super) seen_ns: u64,
+    pub(super) from_gateway: bool,
+}
+
+impl Streamed {
+    fn is_live(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.seen_ns) <= STAT_PERIOD_NS * SILENT_PERIODS
+    }
+}
+
+/// One pod, or one gateway.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sender {
+    /// Seldom more than one, never more than [`MAX_INCARNATIONS`].
+    pub(super) incarnations: Vec<Incarnation>,
+    pub(super) streamed: Option<Streamed>,
+}
+
+impl Sender {
+    /// Returns what is in flight at the sender and whether it counts as a pod, or `None` if it is silent.
+    fn live(&self, now_ns: u64) -> Option<(f64, bool)> {
+        let mut live = None;
+        let mut add = |in_flight: f64, is_pod: bool| {
+            let (sum, pod) = live.unwrap_or((0.0, false));
+            live = Some((sum + in_flight, pod || is_pod));
+        };
+        for incarnation in self.incarnations.iter().filter(|incarnation| incarnation.is_live(now_ns)) {
+            let Incarnation { last, from_gateway, .. } = incarnation;
+            let proxied = if *from_gateway { 0 } else { last.proxied_in_flight };
+            add(last.in_flight.saturating_sub(proxied).into(), !from_gateway);
+        }
+        if let Some(streamed) = self.streamed.filter(|streamed| streamed.is_live(now_ns)) {
+            add(streamed.concurrency, !streamed.from_gateway);
+        }
+        live
+    }
+}
+
+/// A key's senders by name, and the memory that they take.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Senders {
+    pub(super) by_name: HashMap<Box<str>, Sender, RandomState>,
+    pub(super) bytes: usize,
+}
+
+impl Senders {
+    /// A bucket of the map, which is at least 7/16 full once it has grown, and a control byte.
+    pub(super) const BUCKET_BYTES: usize = (size_of::<(Box<str>, Sender)>() + 1) * 16 / 7;
+    /// What the smallest map takes beyond its first bucket.
+    pub(super) const EMPTY_BYTES: usize = 4 * size_of::<(Box<str>, Sender)>();
+    pub(super) const INCARNATION_BYTES: usize = size_of::<Incarnation>() + 16;
+
+    /// Returns what a sender takes without its incarnations.
+    pub(super) fn sender_bytes(name: &str) -> usize {
+        Self::BUCKET_BYTES + heap_bytes(name.len())
+    }
+
+    /// Returns what a report, or (without an incarnation) a stat would take that is not taken yet.
+    pub(super) fn additional_bytes(&self, name: &str, incarnation: Option<u64>) -> usize {
+        let sender = self.by_name.get(name);
+        let known = sender.map_or(&[][..], |sender| &sender.incarnations);
+        let is_new = incarnation
+            .is_some_and(|id| known.len() < MAX_INCARNATIONS && !known.iter().any(|known| known.id == id));
+        let of_sender = if sender.is_none() { Self::sender_bytes(name) } else { 0 };
+        of_sender + if is_new { Self::INCARNATION_BYTES } else { 0 }
+    }
+
+    pub(super) fn incarnation(&self, name: &str, id: u64) -> Option<&Incarnation> {
+        self.by_name.get(name)?.incarnations.iter().find(|incarnation| incarnation.id == id)
+    }
+
+    /// Returns all incarnations that have reported, of all senders.
+    pub(super) fn incarnations(&self) -> impl Iterator<Item = &Incarnation> + Clone {
+        self.by_name.values().flat_map(|sender| &sender.incarnations)
+    }
+
+    /// Returns what is in flight, and how many pods report.
+    pub(super) fn live(&self, now_ns: u64) -> (f64, u64) {
+        let (mut in_flight, mut pods) = (0.0, 0);
+        for (of_sender, is_pod) in self.by_name.values().filter_map(|sender| sender.live(now_ns)) {
+            in_flight += of_sender;
+            pods += u64::from(is_pod);
+        }
+        (in_flight, pods)
+    }
+
+    /// Stores what an incarnation reported. If there are too many, the one that was silent for longest is
+    /// replaced.
+    pub(super) fn put(&mut self, name: &str, now: Incarnation) {
+        let incarnations = &mut self.sender_mut(name).incarnations;
+        if let Some(known) = incarnations.iter_mut().find(|known| known.id == now.id) {
+            *known = now;
+        } else if incarnations.len() < MAX_INCARNATIONS {
+            incarnations.reserve_exact(1);
+            incarnations.push(now);
+            self.bytes += Self::INCARNATION_BYTES;
+        } else if let Some(oldest) = incarnations.iter_mut().min_by_key(|known| known.seen_ns) {
+            *oldest = now;
+        }
+    }
+
+    /// Notes that an incarnation reported, although nothing new.
+    pub(super) fn touch(&mut self, name: &str, id: u64, now_ns: u64) {
+        let incarnations = self.by_name.get_mut(name).map_or(&mut [][..], |sender| &mut sender.incarnations);
+        if let Some(incarnation) = incarnations.iter_mut().find(|incarnation| incarnation.id == id) {
+            incarnation.seen_ns = now_ns;
+        }
+    }
+
+    /// Returns a sender by its name, which is copied only the first time.
+    pub(super) fn sender_mut(&mut self, name: &str) -> &mut Sender {
+        let Self { by_name, bytes } = self;
+        match by_name.entry_ref(name) {
+            EntryRef::Occupied(sender) => sender.into_mut(),
+            EntryRef::Vacant(bucket) => {
+                *bytes += Self::sender_bytes(name);
+                bucket.insert_with_key(name.into(), Sender::default())
+            }
+        }
+    }
+
+    /// Forgets incarnations that have been silent for [`RETENTION_NS`]; of a stat nothing needs to be
+    /// remembered.
+    pub(super) fn forget(&mut self, now_ns: u64) {
+        let mut bytes = 0;
+        self.by_name.retain(|name, sender| {
+            sender.incarnations.retain(|known| now_ns.saturating_sub(known.seen_ns) < RETENTION_NS);
+            sender.incarnations.shrink_to_fit();
+            sender.streamed = sender.streamed.filter(|streamed| streamed.is_live(now_ns));
+            let is_kept = !sender.incarnations.is_empty() || sender.streamed.is_some();
+            if is_kept {
+                bytes += Self::sender_bytes(name) + sender.incarnations.len() * Self::INCARNATION_BYTES;
+            }
+            is_kept
+        });
+        self.bytes = bytes;
+        // A map keeps its buckets. Those that are counted for a sender are enough for one 7/16 full.
+        if self.by_name.capacity() > self.by_name.len() * 2 {
+            self.by_name.shrink_to(self.by_name.len());
+        }
+    }
+}
