@@ -39,8 +39,8 @@ envoys:
 	@$(PYTHON) tools/envoy.py newest >/dev/null
 
 # All tests of one profile and one choice of packages, so that what they stand on is built once.
-TESTED := --locked --profile e2e --package inflight-stats --package inflight-statserver --package inflight-budget \
-	--package inflight-e2e
+TESTED := --locked --profile e2e --package inflight-stats --package inflight-filter --package inflight-statserver \
+	--package inflight-budget --package inflight-e2e
 TESTS := $(CARGO) test $(TESTED)
 
 unit: toolchain ## The rules' tests, without Envoy

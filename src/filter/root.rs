@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use inflight_stats::config::{self, ConfigError};
+use inflight_stats::config;
 use inflight_stats::pod::pod_state::PodStore;
 use inflight_stats::{Config, Identity};
 
@@ -93,7 +93,7 @@ impl<H: Host> Root<H> {
             let pod = PodStore::new(&config.domain());
             return Ok(Role::Exporter(Rc::new(Exporter { host, config, pod })));
         }
-        let token = self.token(&config).map_err(|error| error.to_string())?;
+        let token = self.token(&config)?;
         let worker = self.workers.of(self.id, &config).map_err(|error| error.to_string())?;
         if config.role == config::Role::Gateway {
             let root = self.id;
@@ -104,13 +104,14 @@ impl<H: Host> Root<H> {
     }
 
     /// Returns the bearer token for the stats server, if there is to be one.
-    fn token(&self, config: &Config) -> Result<Option<String>, ConfigError> {
+    fn token(&self, config: &Config) -> Result<Option<String>, String> {
         let name = config.statserver.as_ref().and_then(|server| server.token_env.as_ref());
         let Some(name) = name else { return Ok(None) };
-        let token = self.host.environment(name).ok_or_else(|| ConfigError {
-            key: "statserver.token_env".into(),
-            was: format!("\"{name}\""),
-            allowed: "the name of a variable that vm_config.environment_variables sets".into(),
+        let token = self.host.environment(name).ok_or_else(|| {
+            format!(
+                "invalid configuration: `statserver.token_env` is \"{name}\"; expected the name of a variable \
+                 that vm_config.environment_variables sets"
+            )
         })?;
         Ok(Some(token))
     }

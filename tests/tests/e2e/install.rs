@@ -62,7 +62,7 @@ async fn a_wrong_configuration_is_refused_at_start_with_one_line() {
             format!(
                 r#"{{{identity}, "revision": "r", "statserver": {{"cluster": "c", "token_env": "NONE"}}}}"#
             ),
-            "`statserver.token_env` was \"NONE\", allowed is the name of a variable",
+            "`statserver.token_env` is \"NONE\"; expected the name of a variable",
         ),
         ("{".into(), "the configuration was not JSON"),
     ];

@@ -1,0 +1,169 @@
+//! The properties that hold whatever happens.
+
+use std::collections::BTreeMap;
+
+use super::world::{Faults, World};
+
+const CALM: Faults = Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0 };
+/// Shorter than the breaker's patience, and than the longest step of the pod's clock.
+const ROUGH: Faults =
+    Faults { stalls: 60, longest_stall_ns: 1_500_000_000, panics: 500, reconfigurations: 400, network: 10 };
+const LIMIT: usize = 3;
+
+macro_rules! sidecar {
+    ($period:literal, $more:literal) => {
+        concat!(
+            r#"{"namespace": "ns", "revision": "rev", "pod": "pod", "reporting_period": ""#,
+            $period,
+            r#"", "statserver": {"cluster": "stats", "timeout": "100ms", "token_env": "TOKEN"}"#,
+            $more,
+            "}"
+        )
+    };
+}
+
+const PLAIN: &[&str] = &[sidecar!("100ms", ""), sidecar!("300ms", ""), sidecar!("200ms", "")];
+const BREAKER: &[&str] = &[
+    sidecar!("100ms", r#", "container_concurrency": 3, "queue_depth": 4, "queue_timeout": "150ms""#),
+    sidecar!("200ms", r#", "container_concurrency": 3, "queue_depth": 2"#),
+    sidecar!("100ms", r#", "container_concurrency": 2, "queue_timeout": "50ms""#),
+];
+const EXPORTER: &str = r#"{"role": "exporter", "namespace": "ns", "revision": "NAME", "pod": "pod"}"#;
+const GATEWAY: &[&str] = &[
+    r#"{"role": "gateway", "pod": "gw", "reporting_period": "100ms", "gateway": {"max_keys": 4},
+        "statserver": {"cluster": "stats", "timeout": "100ms"}}"#,
+    r#"{"role": "gateway", "pod": "gw", "reporting_period": "200ms",
+        "statserver": {"cluster": "stats", "timeout": "100ms"}}"#,
+];
+
+/// Runs a world to its end. The server has every request and every nanosecond, once.
+fn counts_everything(seed: u64, configurations: &'static [&'static str], faults: Faults) -> &'static World {
+    let world = World::start(seed, configurations, faults);
+    world.run(1_500, 8_000_000);
+    world.settle();
+    let truth = world.truth.borrow();
+    let server = world.server.borrow();
+    let counted: BTreeMap<_, _> =
+        server.counted.clone().into_iter().filter(|(key, _)| truth.contains_key(key)).collect();
+    assert_eq!(counted, *truth, "seed {seed}");
+    drop(truth);
+    world
+}
+
+#[test]
+fn at_a_sidecar_the_server_gets_every_request_and_all_of_its_time_once() {
+    for seed in 0..150 {
+        let world = counts_everything(seed, PLAIN, ROUGH);
+        let requests = world.truth.borrow().values().map(|(requests, _)| *requests).sum::<u64>();
+        assert_eq!(world.stat("queue_requests_total"), requests as i64, "seed {seed}");
+        world.end();
+    }
+}
+
+#[test]
+fn the_breaker_lets_no_more_into_the_app_than_it_may_and_nobody_waits_for_ever() {
+    let (mut refused, mut timed_out) = (0, 0);
+    for seed in 0..150 {
+        let world = World::start(seed, BREAKER, Faults { panics: 0, ..ROUGH });
+        for _ in 0..1_500 {
+            world.run(1, 8_000_000);
+            assert!(world.in_app() <= LIMIT, "seed {seed}: {} in the app", world.in_app());
+        }
+        world.settle();
+        assert_eq!(world.server.borrow().counted, *world.truth.borrow(), "seed {seed}");
+        refused += world.refused.get();
+        timed_out += world.timed_out.get();
+        world.end();
+    }
+    assert!(refused > 100 && timed_out > 100, "{refused} refused, {timed_out} timed out");
+}
+
+#[test]
+fn a_vm_that_panics_leaves_its_permits_and_its_counts_to_the_others() {
+    for seed in 0..150 {
+        counts_everything(seed, BREAKER, Faults { panics: 100, network: 10, ..CALM }).end();
+    }
+}
+
+#[test]
+fn at_a_gateway_the_server_gets_every_request_of_every_key_once() {
+    let mut over_limit = 0;
+    for seed in 0..150 {
+        let world = counts_everything(seed, GATEWAY, ROUGH);
+        over_limit += world.stat("inflight_requests_over_key_limit_total");
+        world.end();
+    }
+    assert!(over_limit > 0, "the limit of keys was reached");
+}
+
+#[test]
+fn without_faults_every_stat_says_what_happened() {
+    let world = counts_everything(7, BREAKER, CALM);
+    let (requests, _) = world.truth.borrow()[&("ns".into(), "rev".into())];
+    let turned_away = i64::try_from(world.refused.get() + world.timed_out.get()).unwrap();
+    let requests = i64::try_from(requests).unwrap();
+    let of_code = |name: &str, code: u16| world.stat(&format!("{name}.response_code.{code}"));
+    assert_eq!(world.stat("revision_request_count"), requests);
+    assert_eq!(world.stat("revision_request_latencies"), requests);
+    assert_eq!(of_code("revision_app_request_count", 200), of_code("revision_request_count", 200));
+    assert_eq!(of_code("revision_request_count", 503), turned_away);
+    assert_eq!(of_code("revision_app_request_count", 503), 0);
+    assert!(turned_away > 0);
+    assert_eq!(world.stat("queue_requests_total"), requests);
+    assert_eq!(world.stat("queue_in_flight_requests"), 0);
+    assert_eq!(world.stat("revision_queue_depth"), 0);
+    assert_eq!(world.stat("inflight_wasm_memory_bytes"), 4 * 65_536);
+    let taken = i64::try_from(world.server.borrow().taken).unwrap();
+    assert_eq!(world.stat("inflight_reports_sent_total"), taken);
+    assert_eq!(world.stat("inflight_reports_failed_total"), 0);
+    world.end();
+}
+
+#[test]
+fn the_exporter_shows_what_the_pods_workers_published() {
+    let world = counts_everything(11, PLAIN, CALM);
+    let exporter = EXPORTER.replace("NAME", "rev");
+    let text = world.scrape(&exporter);
+    assert!(text.contains("queue_average_concurrent_requests{destination_namespace=\"ns\""), "{text}");
+    // The last period of a world that has settled.
+    assert!(text.contains("destination_pod=\"pod\"} 0\n"), "{text}");
+    assert_eq!(world.scrape(&EXPORTER.replace("NAME", "another")), text.replace("\"rev\"", "\"another\""));
+    world.end();
+}
+
+#[test]
+fn a_refused_configuration_counts_nothing() {
+    let world = World::start(1, PLAIN, CALM);
+    assert!(!world.accepts(r#"{"namespace": "ns"}"#));
+    assert!(!world.accepts(&PLAIN[0].replace("TOKEN", "NOT_SET")));
+    assert!(world.accepts(PLAIN[1]));
+    world.end();
+}
+
+/// `docs/stats.md` has a row for each stat that the code defines, with its type, and no other.
+#[test]
+fn the_documented_stats_are_those_that_are_defined() {
+    let mut defined = BTreeMap::new();
+    for configurations in [BREAKER, GATEWAY] {
+        let world = counts_everything(3, configurations, ROUGH);
+        for (kind, name) in world.stats() {
+            let name = name.split('.').next().unwrap().to_owned();
+            defined.insert(name, format!("{kind:?}").to_lowercase());
+        }
+        world.end();
+    }
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/stats.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let (_, table) = page.split_once("<!-- reference: envoy-stats -->").unwrap();
+    let (table, _) = table.split_once("<!-- end of reference -->").unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| `"));
+    let documented: BTreeMap<_, _> = rows
+        .map(|row| {
+            let mut cells = row.split('|').map(str::trim).skip(1);
+            let name = cells.next().unwrap().trim_matches('`').to_owned();
+            let kind = cells.next().unwrap().split(',').next().unwrap().to_owned();
+            (name, kind)
+        })
+        .collect();
+    assert_eq!(documented, defined);
+}

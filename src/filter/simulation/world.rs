@@ -1,0 +1,578 @@
+//! VMs, streams, the network and the stats server, and the truth to compare with.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+use inflight_stats::protocol::addition::addition;
+use inflight_stats::testing::{Dice, Map};
+use inflight_stats::{Report, Snapshot};
+use proxy_wasm::types::Action;
+
+use super::host::{Call, HostSide, RootSide, SimulatedHost, StreamSide};
+use crate::host::MetricKind;
+use crate::roles::exporter::ExporterStream;
+use crate::roles::gateway::GatewayStream;
+use crate::roles::sidecar::SidecarStream;
+use crate::root::{Role, Root};
+use crate::vm::workers::Workers;
+
+/// A namespace and a name.
+pub type Key = (String, String);
+
+/// One VM; the first is Envoy's main thread, to which no requests come.
+pub struct Vm {
+    workers: Rc<Workers<SimulatedHost>>,
+    /// By context, the newest last.
+    roots: Vec<(u32, Root<SimulatedHost>)>,
+    streams: Vec<Stream>,
+    /// Root contexts whose `on_done` asked for more time.
+    ending: Vec<u32>,
+    stalled_until_ns: u64,
+    generation: usize,
+}
+
+pub struct Stream {
+    id: u32,
+    root: u32,
+    since_ns: u64,
+    /// What it is counted under; a probe under nothing.
+    key: Option<Key>,
+    logic: Logic,
+}
+
+enum Logic {
+    Sidecar(SidecarStream<SimulatedHost>),
+    Gateway(GatewayStream<SimulatedHost>),
+}
+
+#[derive(Default)]
+struct MailboxSide {
+    name: String,
+    vm: usize,
+    root: u32,
+    messages: VecDeque<Vec<u8>>,
+}
+
+/// Requests, and the time that they took.
+pub type Sums = BTreeMap<Key, (u64, u128)>;
+
+/// What the stats server has taken.
+#[derive(Default)]
+pub struct Server {
+    known: BTreeMap<Key, Snapshot>,
+    pub counted: Sums,
+    pub taken: u64,
+}
+
+impl Server {
+    fn take(&mut self, bytes: &[u8]) {
+        let report = Report::decode(bytes).unwrap();
+        for message in report.messages {
+            let key = (message.namespace, message.name);
+            let known = self.known.get(&key).copied();
+            let period =
+                addition(known.as_ref(), &message.since, &message.until).expect("no counter went back");
+            let sum = self.counted.entry(key.clone()).or_default();
+            *sum = (sum.0 + period.requests, sum.1 + period.request_ns);
+            self.known.insert(key, known.map_or(message.until, |known| known.ceiling(&message.until)));
+        }
+        self.taken += 1;
+    }
+}
+
+/// How much goes wrong: one in so many steps, 0 for never.
+#[derive(Clone, Copy)]
+pub struct Faults {
+    pub stalls: u64,
+    pub longest_stall_ns: u64,
+    pub panics: u64,
+    pub reconfigurations: u64,
+    /// Calls that cannot be made, reports, answers and messages that are lost, reports that come twice.
+    pub network: u64,
+}
+
+pub struct World {
+    pub seed: u64,
+    pub map: Map,
+    pub now_ns: Cell<u64>,
+    pub calm: Cell<bool>,
+    pub hosts: Vec<RefCell<HostSide>>,
+    pub server: RefCell<Server>,
+    /// What happened, by key.
+    pub truth: RefCell<Sums>,
+    /// Requests that the breaker turned away, probes apart.
+    pub refused: Cell<u64>,
+    pub timed_out: Cell<u64>,
+    faults: Faults,
+    dice: RefCell<Dice>,
+    depth: Cell<u32>,
+    vms: Vec<RefCell<Option<Vm>>>,
+    /// Which configuration is the newest.
+    generation: Cell<usize>,
+    configurations: &'static [&'static str],
+    contexts: Cell<u32>,
+    calls: Cell<u32>,
+    mailboxes: RefCell<Vec<MailboxSide>>,
+    sent: RefCell<Vec<Call>>,
+    /// Answers on their way: the call, and its status.
+    answers: RefCell<Vec<(Call, u16)>>,
+    metrics: RefCell<Vec<(MetricKind, String, i64)>>,
+}
+
+impl World {
+    pub const WALL_OFFSET_NS: u64 = 1_700_000_000_000_000_000;
+    const VMS: usize = 4;
+
+    /// A world that has begun, with each VM under the first configuration.
+    pub fn start(seed: u64, configurations: &'static [&'static str], faults: Faults) -> &'static Self {
+        // For ever: a host is a plain number and a reference.
+        let world: &'static Self = Box::leak(Box::new(Self {
+            seed,
+            map: Map::default(),
+            now_ns: Cell::new(1_000_000_000),
+            calm: Cell::new(true),
+            hosts: (0..Self::VMS).map(|_| RefCell::default()).collect(),
+            server: RefCell::default(),
+            truth: RefCell::default(),
+            refused: Cell::default(),
+            timed_out: Cell::default(),
+            faults,
+            dice: RefCell::new(Dice(seed)),
+            depth: Cell::default(),
+            vms: (0..Self::VMS).map(|_| RefCell::new(None)).collect(),
+            generation: Cell::default(),
+            configurations,
+            contexts: Cell::default(),
+            calls: Cell::default(),
+            mailboxes: RefCell::default(),
+            sent: RefCell::default(),
+            answers: RefCell::default(),
+            metrics: RefCell::default(),
+        }));
+        for index in 0..Self::VMS {
+            *world.vms[index].borrow_mut() = Some(world.new_vm(index));
+        }
+        world.calm.set(false);
+        world
+    }
+
+    /// So many steps, each at most so many nanoseconds after the one before.
+    pub fn run(&'static self, steps: u64, longest_step_ns: u64) {
+        for _ in 0..steps {
+            self.now_ns.set(self.now_ns.get() + self.roll(longest_step_ns));
+            self.act();
+        }
+    }
+
+    /// Everybody is there again, all requests end, and nothing is lost any more.
+    pub fn settle(&'static self) {
+        self.calm.set(true);
+        for _ in 0..2_000 {
+            self.now_ns.set(self.now_ns.get() + 5_000_000);
+            for index in 0..Self::VMS {
+                let mut vm = self.vms[index].borrow_mut();
+                let vm = vm.as_mut().unwrap();
+                self.tick(index, vm);
+                self.read_mail(index, vm);
+                self.end_answered(index, vm);
+                self.end_one(index, vm);
+                self.end_roots(index, vm);
+            }
+            self.deliver();
+        }
+        let left: usize = self.vms.iter().map(|vm| vm.borrow().as_ref().unwrap().streams.len()).sum();
+        assert_eq!(left, 0, "seed {}: a request waits for ever", self.seed);
+    }
+
+    /// Frees what a world holds.
+    pub fn end(&'static self) {
+        for (index, vm) in self.vms.iter().enumerate() {
+            self.forget(index, vm.borrow_mut().take().unwrap());
+        }
+    }
+
+    pub fn roll(&self, sides: u64) -> u64 {
+        self.dice.borrow_mut().roll(sides)
+    }
+
+    fn fails(&self, one_in: u64) -> bool {
+        !self.calm.get() && one_in > 0 && self.roll(one_in) == 0
+    }
+
+    pub fn network_fails(&self) -> bool {
+        self.fails(self.faults.network)
+    }
+
+    /// Returns the number of requests in the app.
+    pub fn in_app(&self) -> usize {
+        let in_app = |side: &RefCell<HostSide>| {
+            side.borrow().streams.values().filter(|stream| stream.is_in_app).count()
+        };
+        self.hosts.iter().map(in_app).sum()
+    }
+
+    /// Returns a stat: a counter's sum, what a gauge shows, how many values a histogram has.
+    pub fn stat(&self, prefix: &str) -> i64 {
+        let metrics = self.metrics.borrow();
+        metrics.iter().filter(|(_, name, _)| name.starts_with(prefix)).map(|(.., value)| value).sum()
+    }
+
+    /// Returns the names of all stats that were defined, with their kinds.
+    pub fn stats(&self) -> Vec<(MetricKind, String)> {
+        self.metrics.borrow().iter().map(|(kind, name, _)| (*kind, name.clone())).collect()
+    }
+
+    /// Returns what an exporter answers to a scrape.
+    pub fn scrape(&'static self, configuration: &str) -> String {
+        let (id, root) = self.root(0, configuration);
+        assert!(root.1, "refused");
+        let Role::Exporter(exporter) = root.0.role() else { panic!("no exporter") };
+        let headers = [(":method", "GET"), (":path", "/metrics")];
+        let headers = headers.map(|(name, value)| (name.to_owned(), value.as_bytes().to_vec()));
+        let side = StreamSide { headers: headers.into(), ..StreamSide::default() };
+        self.hosts[0].borrow_mut().streams.insert(id, side);
+        self.put_into_effect(0, id);
+        ExporterStream(Rc::clone(exporter)).on_request_headers();
+        let side = self.hosts[0].borrow_mut().streams.remove(&id).unwrap();
+        assert_eq!(side.code, Some(200));
+        String::from_utf8(side.body.unwrap()).unwrap()
+    }
+
+    /// Whether a configuration is accepted.
+    pub fn accepts(&'static self, configuration: &str) -> bool {
+        self.root(1, configuration).1.1
+    }
+
+    /// A root context that nothing else knows of; whether its configuration is accepted.
+    fn root(&'static self, index: usize, configuration: &str) -> (u32, (Root<SimulatedHost>, bool)) {
+        let id = self.context();
+        let host = SimulatedHost { vm: index, world: self };
+        let side = RootSide { configuration: configuration.into(), ..RootSide::default() };
+        self.hosts[index].borrow_mut().roots.insert(id, side);
+        let mut root = Root::new(host, id, Rc::new(Workers::new(host)));
+        self.put_into_effect(index, id);
+        let accepted = root.on_configure();
+        self.hosts[index].borrow_mut().roots.remove(&id);
+        (id, (root, accepted))
+    }
+
+    /// Other VMs may act between any two accesses to the shared data.
+    pub fn between(&'static self) {
+        if !self.calm.get() && self.depth.get() < 2 && self.roll(40) == 0 {
+            self.depth.set(self.depth.get() + 1);
+            self.act();
+            self.depth.set(self.depth.get() - 1);
+        }
+    }
+
+    fn new_vm(&'static self, index: usize) -> Vm {
+        let host = SimulatedHost { vm: index, world: self };
+        let mut vm = Vm {
+            workers: Rc::new(Workers::new(host)),
+            roots: Vec::new(),
+            streams: Vec::new(),
+            ending: Vec::new(),
+            stalled_until_ns: 0,
+            generation: self.generation.get(),
+        };
+        self.configure(index, &mut vm);
+        vm
+    }
+
+    fn context(&self) -> u32 {
+        self.contexts.set(self.contexts.get() + 1);
+        self.contexts.get()
+    }
+
+    /// A root context comes under the newest configuration.
+    fn configure(&'static self, index: usize, vm: &mut Vm) {
+        let id = self.context();
+        vm.generation = self.generation.get();
+        let configuration = self.configurations[vm.generation % self.configurations.len()].to_owned();
+        let host = SimulatedHost { vm: index, world: self };
+        let side = RootSide { configuration, due_ns: u64::MAX, ..RootSide::default() };
+        self.hosts[index].borrow_mut().roots.insert(id, side);
+        let mut root = Root::new(host, id, Rc::clone(&vm.workers));
+        self.put_into_effect(index, id);
+        assert!(root.on_configure(), "seed {}: refused", self.seed);
+        vm.roots.push((id, root));
+    }
+
+    fn put_into_effect(&self, index: usize, context: u32) {
+        self.hosts[index].borrow_mut().effective = context;
+    }
+
+    fn act(&'static self) {
+        let index = self.roll(Self::VMS as u64) as usize;
+        // Busy: this happens in the middle of one of its callbacks.
+        let Ok(mut guard) = self.vms[index].try_borrow_mut() else { return };
+        let Some(vm) = guard.as_mut() else { return };
+        if self.now_ns.get() < vm.stalled_until_ns {
+            return;
+        }
+        if self.fails(self.faults.stalls) {
+            vm.stalled_until_ns = self.now_ns.get() + self.roll(self.faults.longest_stall_ns);
+        } else if self.fails(self.faults.panics) {
+            let vm = guard.take().unwrap();
+            vm.workers.seal_all();
+            self.forget(index, vm);
+            *guard = Some(self.new_vm(index));
+        } else if self.fails(self.faults.reconfigurations) {
+            self.generation.set(self.generation.get() + 1);
+        } else {
+            match self.roll(12) {
+                0 if vm.generation != self.generation.get() => self.configure(index, vm),
+                1 => self.end_roots(index, vm),
+                2 => self.end_answered(index, vm),
+                3 | 4 => self.tick(index, vm),
+                5 => self.read_mail(index, vm),
+                6 | 7 => self.end_one(index, vm),
+                8 | 9 if index > 0 => self.request(index, vm),
+                _ => {
+                    drop(guard);
+                    self.deliver();
+                }
+            }
+        }
+    }
+
+    /// A VM is gone: nothing of it is called any more, and its requests end, as far as can be known.
+    fn forget(&self, index: usize, vm: Vm) {
+        let now_ns = self.now_ns.get();
+        for stream in vm.streams {
+            self.count_out(stream.key.as_ref(), now_ns - stream.since_ns);
+            std::mem::forget(stream.logic);
+        }
+        std::mem::forget(vm.roots);
+        *self.hosts[index].borrow_mut() = HostSide::default();
+    }
+
+    fn count_out(&self, key: Option<&Key>, took_ns: u64) {
+        if let Some(key) = key {
+            self.truth.borrow_mut().entry(key.clone()).or_default().1 += u128::from(took_ns);
+        }
+    }
+
+    fn request(&'static self, index: usize, vm: &mut Vm) {
+        let (root_id, root) = vm.roots.last().unwrap();
+        let id = self.context();
+        let is_probe = self.roll(8) == 0;
+        // Two keys are busy at a time, so that the others become idle.
+        let busy = 2 * (self.now_ns.get() / 500_000_000 % 3) + self.roll(2);
+        let cluster = format!("outbound|80||key{busy}.ns.svc.cluster.local");
+        let mut headers = BTreeMap::new();
+        if is_probe {
+            headers.insert("user-agent".into(), b"kube-probe/1.33".to_vec());
+        }
+        let side = StreamSide { headers, cluster, ..StreamSide::default() };
+        self.hosts[index].borrow_mut().streams.insert(id, side);
+        self.put_into_effect(index, id);
+        let (action, logic, key) = match root.role() {
+            Role::Sidecar(sidecar) => {
+                let mut stream = SidecarStream::new(id, sidecar);
+                let key = (!is_probe).then(|| ("ns".into(), "rev".into()));
+                (stream.on_request_headers(), Logic::Sidecar(stream), key)
+            }
+            Role::Gateway(gateway) => {
+                let mut stream = GatewayStream::new(id, Rc::clone(gateway));
+                let action = stream.on_request_headers();
+                // Only what is counted goes on marked.
+                let side = self.hosts[index].borrow();
+                let is_counted = side.streams[&id].headers.contains_key("k-proxy-request");
+                (action, Logic::Gateway(stream), is_counted.then(|| ("ns".into(), format!("key{busy}"))))
+            }
+            Role::Exporter(_) | Role::Unconfigured => panic!("no role that counts"),
+        };
+        if action == Action::Continue {
+            self.hosts[index].borrow_mut().streams.get_mut(&id).unwrap().is_in_app = true;
+        }
+        if let Some(key) = &key {
+            self.truth.borrow_mut().entry(key.clone()).or_default().0 += 1;
+        }
+        let since_ns = self.now_ns.get();
+        vm.streams.push(Stream { id, root: *root_id, since_ns, key, logic });
+    }
+
+    /// A request ends: the app has answered, or the client has gone.
+    fn end_one(&'static self, index: usize, vm: &mut Vm) {
+        if vm.streams.is_empty() {
+            return;
+        }
+        let at = self.roll(vm.streams.len() as u64) as usize;
+        let id = vm.streams[at].id;
+        {
+            let mut side = self.hosts[index].borrow_mut();
+            let stream = side.streams.get_mut(&id).unwrap();
+            if stream.code.is_some() {
+                return;
+            }
+            // In the end nobody gives up any more: who waits must get a permit, or time out.
+            if self.calm.get() && !stream.is_in_app {
+                return;
+            }
+            stream.is_aborted = !stream.is_in_app || self.roll(4) == 0;
+            stream.code = (!stream.is_aborted).then_some(200);
+        }
+        self.end_stream(index, vm, at);
+    }
+
+    /// Requests that the filter has answered end.
+    fn end_answered(&'static self, index: usize, vm: &mut Vm) {
+        let answered = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].code.is_some();
+        while let Some(at) = vm.streams.iter().position(answered) {
+            let body = self.hosts[index].borrow().streams[&vm.streams[at].id].body.clone();
+            let counter = match body.as_deref() {
+                Some(b"pending request queue full\n") => &self.refused,
+                Some(b"pending request queue timeout\n") => &self.timed_out,
+                other => panic!("answered {other:?}"),
+            };
+            counter.set(counter.get() + u64::from(vm.streams[at].key.is_some()));
+            self.end_stream(index, vm, at);
+        }
+    }
+
+    fn end_stream(&'static self, index: usize, vm: &mut Vm, at: usize) {
+        let mut stream = vm.streams.swap_remove(at);
+        self.put_into_effect(index, stream.id);
+        // No longer in the app before anybody gets its permit.
+        self.hosts[index].borrow_mut().streams.get_mut(&stream.id).unwrap().is_in_app = false;
+        match &mut stream.logic {
+            Logic::Sidecar(logic) => logic.on_log(),
+            Logic::Gateway(logic) => logic.on_log(),
+        }
+        self.count_out(stream.key.as_ref(), self.now_ns.get() - stream.since_ns);
+        drop(stream.logic);
+        self.hosts[index].borrow_mut().streams.remove(&stream.id);
+    }
+
+    fn tick(&'static self, index: usize, vm: &mut Vm) {
+        let now_ns = self.now_ns.get();
+        for (id, root) in &mut vm.roots {
+            let mut side = self.hosts[index].borrow_mut();
+            let timer = side.roots.get_mut(id).unwrap();
+            if timer.due_ns <= now_ns {
+                timer.due_ns = now_ns + timer.period_ns;
+                side.effective = *id;
+                drop(side);
+                root.on_tick();
+            }
+        }
+    }
+
+    fn read_mail(&'static self, index: usize, vm: &mut Vm) {
+        let waiting: Vec<u32> = {
+            let mailboxes = self.mailboxes.borrow();
+            let waiting =
+                mailboxes.iter().filter(|mailbox| mailbox.vm == index && !mailbox.messages.is_empty());
+            waiting.map(|mailbox| mailbox.root).collect()
+        };
+        for id in waiting {
+            if let Some((_, root)) = vm.roots.iter_mut().find(|(root, _)| *root == id) {
+                self.put_into_effect(index, id);
+                root.on_queue_ready();
+            }
+        }
+    }
+
+    /// Root contexts of replaced configurations end when they have no streams any more.
+    fn end_roots(&'static self, index: usize, vm: &mut Vm) {
+        let newest = vm.roots.last().unwrap().0;
+        let Vm { roots, streams, ending, .. } = vm;
+        for (id, root) in roots.iter_mut() {
+            let is_used = streams.iter().any(|stream| stream.root == *id);
+            if *id != newest && !is_used && !ending.contains(id) {
+                self.put_into_effect(index, *id);
+                if root.on_done() {
+                    self.hosts[index].borrow_mut().roots.get_mut(id).unwrap().is_done = true;
+                }
+                ending.push(*id);
+            }
+        }
+        let done = |id: &u32| self.hosts[index].borrow().roots[id].is_done;
+        roots.retain(|(id, _)| !done(id));
+        ending.retain(|id| !done(id));
+        self.hosts[index].borrow_mut().roots.retain(|_, root| !root.is_done);
+    }
+
+    pub fn send(&self, vm: usize, root: u32, body: &[u8]) -> u32 {
+        self.calls.set(self.calls.get() + 1);
+        let number = self.calls.get();
+        self.sent.borrow_mut().push(Call { number, vm, root, body: body.into() });
+        number
+    }
+
+    /// One report arrives, or does not; one answer arrives.
+    fn deliver(&'static self) {
+        let taken = {
+            let mut sent = self.sent.borrow_mut();
+            let next = if sent.is_empty() { None } else { Some(self.roll(sent.len() as u64) as usize) };
+            next.map(|next| sent.swap_remove(next))
+        };
+        if let Some(call) = taken {
+            let is_lost = self.network_fails();
+            if !is_lost {
+                self.server.borrow_mut().take(&call.body);
+            }
+            if self.network_fails() {
+                // It comes once more, for nobody who waits for the answer.
+                let Call { vm, ref body, .. } = call;
+                self.sent.borrow_mut().push(Call { number: 0, vm, root: 0, body: body.clone() });
+            }
+            let status = if is_lost || self.network_fails() { 504 } else { 202 };
+            self.answers.borrow_mut().push((call, status));
+        }
+        let Some((call, status)) = self.answers.borrow_mut().pop() else { return };
+        let Ok(mut guard) = self.vms[call.vm].try_borrow_mut() else {
+            self.answers.borrow_mut().insert(0, (call, status));
+            return;
+        };
+        let Some(vm) = guard.as_mut() else { return };
+        if let Some((id, root)) = vm.roots.iter_mut().find(|(id, _)| *id == call.root) {
+            let mut side = self.hosts[call.vm].borrow_mut();
+            (side.effective, side.call_status) = (*id, status);
+            drop(side);
+            root.on_http_call_response(call.number, 9);
+        }
+    }
+
+    pub fn register_mailbox(&self, name: &str, vm: usize, root: u32) -> u32 {
+        let mut mailboxes = self.mailboxes.borrow_mut();
+        let found = mailboxes.iter().position(|mailbox| mailbox.name == name);
+        let at = found.unwrap_or_else(|| {
+            mailboxes.push(MailboxSide { name: name.into(), ..MailboxSide::default() });
+            mailboxes.len() - 1
+        });
+        (mailboxes[at].vm, mailboxes[at].root) = (vm, root);
+        at as u32
+    }
+
+    pub fn post(&self, mailbox: u32, message: &[u8]) -> bool {
+        // Some are lost.
+        if !self.network_fails()
+            && let Some(mailbox) = self.mailboxes.borrow_mut().get_mut(mailbox as usize)
+        {
+            mailbox.messages.push_back(message.into());
+        }
+        true
+    }
+
+    pub fn next_message(&self, mailbox: u32) -> Option<Vec<u8>> {
+        self.mailboxes.borrow_mut().get_mut(mailbox as usize)?.messages.pop_front()
+    }
+
+    pub fn define_metric(&self, kind: MetricKind, name: &str) -> u32 {
+        let mut metrics = self.metrics.borrow_mut();
+        let found = metrics.iter().position(|(_, defined, _)| defined == name);
+        let at = found.unwrap_or_else(|| {
+            metrics.push((kind, name.into(), 0));
+            metrics.len() - 1
+        });
+        at as u32
+    }
+
+    pub fn change_metric(&self, metric: u32, change: impl FnOnce(MetricKind, i64) -> i64) {
+        let (kind, _, value) = &mut self.metrics.borrow_mut()[metric as usize];
+        *value = change(*kind, *value);
+    }
+}
