@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use inflight_stats::breaker::rules::PATIENCE_NS;
+
 use super::world::{Faults, World};
 
 const CALM: Faults = Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0 };
@@ -94,6 +96,124 @@ fn at_a_gateway_the_server_gets_every_request_of_every_key_once() {
         world.end();
     }
     assert!(over_limit > 0, "the limit of keys was reached");
+}
+
+#[test]
+fn a_permit_goes_to_the_worker_that_has_waited_longest_by_a_message() {
+    let world = World::by_hand(1, BREAKER);
+    for _ in 0..LIMIT {
+        world.request_to(1);
+    }
+    world.request_to(2);
+    assert_eq!(world.in_app(), LIMIT);
+    world.answer_at(1);
+    assert_eq!(world.in_app(), LIMIT - 1);
+    world.read_mail_of(2);
+    assert_eq!(world.in_app(), LIMIT);
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn a_panic_gives_permits_back_at_once_and_lets_those_who_wait_go() {
+    let world = World::by_hand(2, BREAKER);
+    for _ in 0..LIMIT {
+        world.request_to(1);
+    }
+    world.panic(1);
+    world.request_to(2);
+    assert_eq!(world.in_app(), 1);
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn the_permits_of_a_vm_that_trapped_come_back_when_it_has_been_silent_for_the_patience() {
+    let world = World::by_hand(6, &BREAKER[1..]);
+    for _ in 0..LIMIT {
+        world.request_to(1);
+    }
+    world.pass(400_000_000);
+    world.trap(1);
+    world.request_to(2);
+    let mut waited_ns = 0;
+    while world.in_app() == 0 && waited_ns < 20_000_000_000 {
+        world.pass(20_000_000);
+        waited_ns += 20_000_000;
+    }
+    assert!((PATIENCE_NS..PATIENCE_NS + 2_000_000_000).contains(&waited_ns), "{waited_ns}");
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn a_configuration_that_goes_gives_its_limit_back_to_the_one_before() {
+    let world = World::by_hand(3, &BREAKER[1..]);
+    world.reconfigure();
+    for _ in 0..3 {
+        world.request_to(1);
+    }
+    assert_eq!(world.in_app(), 2, "the newest allows two");
+    world.end_newest_roots();
+    world.request_to(2);
+    assert_eq!(world.in_app(), 2, "nobody overtakes the one that waits");
+    world.pass(150_000_000);
+    assert_eq!(world.in_app(), 3, "the one before allows three");
+    world.answer_at(1);
+    world.read_mail_of(2);
+    assert_eq!(world.in_app(), 3, "messages come to the one that stayed");
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn when_all_ends_the_last_reports_hold_everything() {
+    for seed in 0..50 {
+        let world = World::by_hand(seed, if seed % 2 == 0 { PLAIN } else { GATEWAY });
+        for _ in 0..=world.roll(20) {
+            world.request_to(1 + world.roll(3) as usize);
+            world.pass(world.roll(60_000_000));
+        }
+        for index in 1..4 {
+            while world.in_app_at(index) > 0 {
+                world.answer_at(index);
+            }
+        }
+        world.end_newest_roots();
+        world.deliver_all();
+        assert_eq!(world.server.borrow().counted, *world.truth.borrow(), "seed {seed}");
+        world.end();
+    }
+}
+
+#[test]
+fn the_first_request_of_a_key_is_reported_before_any_tick() {
+    let world = World::by_hand(4, GATEWAY);
+    for _ in 0..10 {
+        world.request_to(1);
+        world.request_to(2);
+        assert_eq!(world.reports_sent(), world.truth.borrow().len());
+    }
+    assert_eq!(world.reports_sent(), 2);
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn keys_that_are_idle_and_acknowledged_make_room_for_others() {
+    let world = World::by_hand(5, &GATEWAY[..1]);
+    for _ in 0..100 {
+        world.request_to(1);
+        if world.in_app() > 0 {
+            world.answer_at(1);
+        }
+        for _ in 0..3 {
+            world.pass(10_000_000);
+            world.deliver_all();
+        }
+    }
+    assert_eq!(world.truth.borrow().len(), 6, "at most four at a time");
+    world.end();
 }
 
 #[test]

@@ -206,10 +206,12 @@ impl World {
 
     /// Returns the number of requests in the app.
     pub fn in_app(&self) -> usize {
-        let in_app = |side: &RefCell<HostSide>| {
-            side.borrow().streams.values().filter(|stream| stream.is_in_app).count()
-        };
-        self.hosts.iter().map(in_app).sum()
+        (0..Self::VMS).map(|index| self.in_app_at(index)).sum()
+    }
+
+    /// Returns the number of one VM's requests in the app.
+    pub fn in_app_at(&self, index: usize) -> usize {
+        self.hosts[index].borrow().streams.values().filter(|stream| stream.is_in_app).count()
     }
 
     /// Returns a stat: a counter's sum, what a gauge shows, how many values a histogram has.
@@ -221,6 +223,92 @@ impl World {
     /// Returns the names of all stats that were defined, with their kinds.
     pub fn stats(&self) -> Vec<(MetricKind, String)> {
         self.metrics.borrow().iter().map(|(kind, name, _)| (*kind, name.clone())).collect()
+    }
+
+    /// Nothing happens but what a test has happen, and nothing is lost.
+    pub fn by_hand(seed: u64, configurations: &'static [&'static str]) -> &'static Self {
+        let none = Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0 };
+        let world = Self::start(seed, configurations, none);
+        world.calm.set(true);
+        world
+    }
+
+    /// A request comes to a VM.
+    pub fn request_to(&'static self, index: usize) {
+        self.request(index, self.vms[index].borrow_mut().as_mut().unwrap(), false);
+    }
+
+    /// The oldest request of a VM that is in the app is answered.
+    pub fn answer_at(&'static self, index: usize) {
+        let mut vm = self.vms[index].borrow_mut();
+        let vm = vm.as_mut().unwrap();
+        let in_app = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].is_in_app;
+        let at = vm.streams.iter().position(in_app).unwrap();
+        let id = vm.streams[at].id;
+        self.hosts[index].borrow_mut().streams.get_mut(&id).unwrap().code = Some(200);
+        self.end_stream(index, vm, at);
+    }
+
+    /// A VM reads the messages of the others.
+    pub fn read_mail_of(&'static self, index: usize) {
+        self.read_mail(index, self.vms[index].borrow_mut().as_mut().unwrap());
+    }
+
+    /// Time passes, and all timers that are due then.
+    pub fn pass(&'static self, ns: u64) {
+        self.now_ns.set(self.now_ns.get() + ns);
+        for (index, vm) in self.vms.iter().enumerate() {
+            self.tick(index, vm.borrow_mut().as_mut().unwrap());
+        }
+    }
+
+    /// A VM panics, and another takes its place.
+    pub fn panic(&'static self, index: usize) {
+        let vm = self.vms[index].borrow_mut().take().unwrap();
+        vm.workers.seal_all();
+        self.forget(index, vm);
+        *self.vms[index].borrow_mut() = Some(self.new_vm(index));
+    }
+
+    /// A VM stops without a word, and another takes its place.
+    pub fn trap(&'static self, index: usize) {
+        let vm = self.vms[index].borrow_mut().take().unwrap();
+        self.forget(index, vm);
+        *self.vms[index].borrow_mut() = Some(self.new_vm(index));
+    }
+
+    /// Another configuration comes to all VMs.
+    pub fn reconfigure(&'static self) {
+        self.generation.set(self.generation.get() + 1);
+        for (index, vm) in self.vms.iter().enumerate() {
+            self.configure(index, vm.borrow_mut().as_mut().unwrap());
+        }
+    }
+
+    /// The newest root context of each VM ends, the VMs in a random order; requests that are under
+    /// way go on.
+    pub fn end_newest_roots(&'static self) {
+        let mut left: Vec<usize> = (0..Self::VMS).collect();
+        while !left.is_empty() {
+            let index = left.swap_remove(self.roll(left.len() as u64) as usize);
+            let mut vm = self.vms[index].borrow_mut();
+            let (id, mut root) = vm.as_mut().unwrap().roots.pop().unwrap();
+            self.put_into_effect(index, id);
+            root.on_done();
+            self.hosts[index].borrow_mut().roots.remove(&id);
+        }
+    }
+
+    /// Returns how many reports are on their way.
+    pub fn reports_sent(&self) -> usize {
+        self.sent.borrow().len()
+    }
+
+    /// All reports that are on their way arrive.
+    pub fn deliver_all(&'static self) {
+        while !self.sent.borrow().is_empty() {
+            self.deliver();
+        }
     }
 
     /// Returns what an exporter answers to a scrape.
@@ -314,10 +402,8 @@ impl World {
         if self.fails(self.faults.stalls) {
             vm.stalled_until_ns = self.now_ns.get() + self.roll(self.faults.longest_stall_ns);
         } else if self.fails(self.faults.panics) {
-            let vm = guard.take().unwrap();
-            vm.workers.seal_all();
-            self.forget(index, vm);
-            *guard = Some(self.new_vm(index));
+            drop(guard);
+            self.panic(index);
         } else if self.fails(self.faults.reconfigurations) {
             self.generation.set(self.generation.get() + 1);
         } else {
@@ -328,7 +414,7 @@ impl World {
                 3 | 4 => self.tick(index, vm),
                 5 => self.read_mail(index, vm),
                 6 | 7 => self.end_one(index, vm),
-                8 | 9 if index > 0 => self.request(index, vm),
+                8 | 9 if index > 0 => self.request(index, vm, self.roll(8) == 0),
                 _ => {
                     drop(guard);
                     self.deliver();
@@ -354,10 +440,9 @@ impl World {
         }
     }
 
-    fn request(&'static self, index: usize, vm: &mut Vm) {
+    fn request(&'static self, index: usize, vm: &mut Vm, is_probe: bool) {
         let (root_id, root) = vm.roots.last().unwrap();
         let id = self.context();
-        let is_probe = self.roll(8) == 0;
         // Two keys are busy at a time, so that the others become idle.
         let busy = 2 * (self.now_ns.get() / 500_000_000 % 3) + self.roll(2);
         let cluster = format!("outbound|80||key{busy}.ns.svc.cluster.local");

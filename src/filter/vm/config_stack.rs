@@ -39,3 +39,41 @@ impl ConfigStack {
 pub fn period_ns(config: &Config) -> u64 {
     u64::try_from(config.reporting_period.as_nanos()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use inflight_stats::Identity;
+
+    use super::*;
+
+    fn config(period: &str) -> Config {
+        let json =
+            format!(r#"{{"namespace": "n", "revision": "r", "pod": "p", "reporting_period": "{period}"}}"#);
+        Config::parse(json.as_bytes(), &Identity::default()).unwrap()
+    }
+
+    #[test]
+    fn the_newest_is_in_force_and_the_one_before_when_it_goes() {
+        let mut configs = ConfigStack::default();
+        configs.join(1, &config("3s"));
+        configs.join(2, &config("1s"));
+        configs.join(3, &config("2s"));
+        assert_eq!(configs.shortest_period_ns(), Some(1_000_000_000));
+        assert_eq!(configs.part(2), None, "it was not in force");
+        assert_eq!(configs.part(3), Some((1, config("3s"))));
+        assert_eq!(configs.shortest_period_ns(), Some(3_000_000_000));
+        assert_eq!(configs.part(1), None);
+        assert!(configs.is_empty());
+        assert_eq!(configs.shortest_period_ns(), None);
+    }
+
+    #[test]
+    fn a_root_context_has_one_configuration() {
+        let mut configs = ConfigStack::default();
+        configs.join(1, &config("1s"));
+        configs.join(2, &config("2s"));
+        configs.join(1, &config("3s"));
+        assert_eq!(configs.shortest_period_ns(), Some(2_000_000_000));
+        assert_eq!(configs.part(1), Some((2, config("2s"))));
+    }
+}
