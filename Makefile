@@ -78,7 +78,7 @@ run: module ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
 
-# QUICK=1: fewer and shorter rounds, and the README stays as it is.
+# QUICK=1: fewer and shorter rounds, and docs/benchmarks.md stays as it is.
 bench: build-bench envoys ## Envoy with and without the filter, and the stats server: make bench [QUICK=1]
 	target/e2e/bench-envoy $(if $(QUICK),--rounds 2 --warm-up 1,--write)
 	target/e2e/bench-statserver $(if $(QUICK),--rounds 1 --seconds 3)

@@ -32,7 +32,7 @@ struct Options {
     /// Measures the ticks alone.
     #[arg(long)]
     ticks: bool,
-    /// Writes the table into the README, and the picture beside it.
+    /// Writes the tables into docs/benchmarks.md, and the picture beside it.
     #[arg(long)]
     write: bool,
 }
@@ -449,16 +449,17 @@ async fn main() {
     );
     println!("{}", text.lines().last().unwrap_or_default());
     if options.write {
-        write(&root().join("README.md"), &text, &root().join("docs/bench.svg"), &svg.unwrap_or_default());
+        write(&root().join("docs"), &text, &svg.unwrap_or_default());
     }
 }
 
-/// Between the README's two marks.
-fn write(readme: &Path, text: &str, picture: &Path, svg: &str) {
+/// Writes the tables between the two marks of `benchmarks.md`, and the picture beside it.
+fn write(docs: &Path, text: &str, svg: &str) {
     const MARKS: [&str; 2] = ["<!-- make bench -->\n", "<!-- end of make bench -->"];
-    let old = std::fs::read_to_string(readme).expect("the README");
+    let page = docs.join("benchmarks.md");
+    let old = std::fs::read_to_string(&page).expect("the page");
     let (before, rest) = old.split_once(MARKS[0]).expect("the first mark");
     let (_, after) = rest.split_once(MARKS[1]).expect("the second mark");
-    std::fs::write(readme, format!("{before}{}{text}{}{after}", MARKS[0], MARKS[1])).expect("the README");
-    std::fs::write(picture, svg).expect("the picture");
+    std::fs::write(&page, format!("{before}{}{text}{}{after}", MARKS[0], MARKS[1])).expect("the page");
+    std::fs::write(docs.join("bench.svg"), svg).expect("the picture");
 }
