@@ -7,6 +7,7 @@ mod changes;
 mod clock;
 mod count;
 mod disk;
+mod documents;
 mod exporter;
 mod faults;
 mod gateway;
