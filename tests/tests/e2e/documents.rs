@@ -247,7 +247,6 @@ impl Session {
             ports: PORTS.into_iter().zip(free).collect(),
             folder: tempfile::tempdir().expect("a folder"),
         };
-        debian("curl", &["curl"]);
         debian("openssl", &["openssl"]);
         let release = |path: &Path| path.join("target/release");
         let module = "wasm32-wasip1/release/inflight_filter.wasm";
@@ -255,6 +254,11 @@ impl Session {
         for folder in [release(here), here.join("target/wasm32-wasip1/release"), here.join("programs")] {
             fs::create_dir_all(folder).expect("a folder");
         }
+        // Without it, an answer that says no is as good as any.
+        session.program(
+            "curl",
+            &format!("#!/bin/sh\nexec {} --fail \"$@\"\n", debian("curl", &["curl"]).display()),
+        );
         symlink(statserver_program(), release(here).join("inflight-statserver")).expect("a link");
         symlink(built(module), here.join("target").join(module)).expect("a link");
         symlink(root().join("tools"), here.join("tools")).expect("a link");
@@ -342,7 +346,14 @@ impl Session {
             }
         };
         let text = |path: &PathBuf| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
-        assert!(ended, "a command failed in\n{script}\nwhich printed\n{}\n{}", text(&output), text(&log));
+        let log = text(&log);
+        let last =
+            log.lines().rev().take(20).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
+        assert!(
+            ended,
+            "a command failed in\n{script}\nwhich printed\n{}\nand at last logged\n{last}",
+            text(&output)
+        );
         drop(group);
         text(&output).split("\n=== a block\n").skip(1).map(str::to_owned).collect()
     }
