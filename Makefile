@@ -99,7 +99,7 @@ screenshot: module ## The README's picture of the live page: two minutes of the 
 lint: ## Format and clippy, for both targets
 	@tools/toolchain.sh rustfmt clippy
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --profile e2e --locked --workspace --exclude inflight-filter --exclude inflight-empty --all-targets -- -D warnings
+	$(CARGO) clippy --profile e2e --locked --workspace --exclude inflight-empty --all-targets -- -D warnings
 	$(CARGO) clippy --profile e2e --locked --package inflight-filter --package inflight-empty --target wasm32-wasip1 -- -D warnings
 	$(CARGO) clippy --profile e2e --locked --package inflight-filter --target wasm32-wasip1 --features fault-injection -- -D warnings
 

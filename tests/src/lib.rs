@@ -22,6 +22,8 @@ pub mod bootstrap;
 pub mod browser;
 pub mod envoy;
 pub mod http;
+#[cfg(test)]
+mod layers;
 pub mod load;
 pub mod process;
 pub mod prometheus;
