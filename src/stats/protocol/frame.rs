@@ -42,10 +42,10 @@ pub enum FrameError {
 impl std::fmt::Display for FrameError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::TooLarge(bytes, most) => write!(f, "the frame has {bytes} bytes, allowed are {most}"),
-            Self::TooMany(most) => write!(f, "the frame has more than the allowed {most} stats"),
-            Self::Protobuf(reason) => write!(f, "not a WireStatMessages: {reason}"),
-            Self::Gob(error) => write!(f, "not a gob StatMessage: {error}"),
+            Self::TooLarge(bytes, max) => write!(f, "the frame has {bytes} bytes; expected at most {max}"),
+            Self::TooMany(max) => write!(f, "the frame has more than {max} stats"),
+            Self::Protobuf(reason) => write!(f, "the frame is no WireStatMessages: {reason}"),
+            Self::Gob(error) => write!(f, "the frame is no gob StatMessage: {error}"),
             Self::NotUtf8 => f.write_str("a name is not UTF-8"),
         }
     }

@@ -18,9 +18,9 @@ pub const CONTENT_TYPE: &str = "application/x-bincode";
 /// The largest report in bytes: what a sender splits at and a receiver refuses beyond.
 pub const MAX_BYTES: usize = 1 << 20;
 /// How far a sender's clock may be ahead of the receiver's: a day.
-const MOST_AHEAD_SECONDS: u64 = 24 * 3600;
+const MAX_AHEAD_SECONDS: u64 = 24 * 3600;
 /// No sender has as many requests in a second, or in flight.
-const MOST: u32 = 1_000_000_000;
+const MAX_COUNT: u32 = 1_000_000_000;
 /// The longest pod, namespace or name in bytes. Kubernetes allows 253; Envoy's cluster names may be longer.
 pub const MAX_NAME_BYTES: usize = 512;
 
@@ -101,23 +101,24 @@ impl fmt::Display for ReportError {
         match self {
             Self::Empty => write!(f, "the report is empty"),
             Self::TooLarge(bytes) => {
-                write!(f, "the report has {bytes} bytes, allowed are {MAX_BYTES}")
+                write!(f, "the report has {bytes} bytes; expected at most {MAX_BYTES}")
             }
             Self::UnknownVersion(version) => {
-                write!(f, "the report has version {version}, known is {VERSION}")
+                write!(f, "the report has version {version}; expected {VERSION}")
             }
             Self::Malformed(reason) => write!(f, "the report does not decode: {reason}"),
             Self::BadName(field, bytes) => write!(
                 f,
-                "{field} has {bytes} bytes, allowed are 1 to {MAX_NAME_BYTES} without control characters"
+                "`{field}` is not a name ({bytes} bytes); expected 1 to {MAX_NAME_BYTES} bytes without control \
+                 characters"
             ),
             Self::Implausible(key, reason) => write!(f, "key {key}: {reason}"),
             Self::Repeated(key) => {
-                write!(f, "the report has key {key} more than once, expected is each key once")
+                write!(f, "the report has key {key} more than once; expected each key once")
             }
             Self::Ahead(key, seconds) => write!(
                 f,
-                "key {key}: `until` is {seconds} s ahead of the receiver's clock, expected is at most {MOST_AHEAD_SECONDS} s"
+                "key {key}: `until` is {seconds} s ahead of the receiver's clock; expected at most {MAX_AHEAD_SECONDS} s"
             ),
         }
     }
@@ -180,7 +181,7 @@ impl Report {
     pub fn check_clock(&self, now_ns: u64) -> Result<(), ReportError> {
         self.messages.iter().try_for_each(|message| {
             let ahead = message.until.as_of_ns.saturating_sub(now_ns) / 1_000_000_000;
-            if ahead > MOST_AHEAD_SECONDS { Err(ReportError::Ahead(message.key(), ahead)) } else { Ok(()) }
+            if ahead > MAX_AHEAD_SECONDS { Err(ReportError::Ahead(message.key(), ahead)) } else { Ok(()) }
         })
     }
 }
@@ -202,13 +203,16 @@ impl KeyReport {
                 return implausible("more proxied requests than requests");
             }
         }
+        if self.until.as_of_ns < self.since.as_of_ns {
+            return implausible("`until` is before `since`");
+        }
         let Some(period) = self.until.since(&self.since) else {
-            return implausible("until lies before since");
+            return implausible("a counter decreased between `since` and `until`");
         };
         if period.proxied_requests > period.requests || period.proxied_request_ns > period.request_ns {
-            return implausible("more proxied requests than requests between since and until");
+            return implausible("more proxied requests than requests between `since` and `until`");
         }
-        if self.until.in_flight > MOST || self.since.in_flight > MOST {
+        if self.until.in_flight > MAX_COUNT || self.since.in_flight > MAX_COUNT {
             return implausible("more than 1,000,000,000 requests in flight");
         }
         // A sender that does not say since when (0) means the last second.
@@ -216,11 +220,11 @@ impl KeyReport {
             0 => SECOND_NS,
             _ => period.elapsed_ns,
         };
-        if period.request_ns > u128::from(elapsed_ns) * u128::from(MOST) {
+        if period.request_ns > u128::from(elapsed_ns) * u128::from(MAX_COUNT) {
             return implausible("more request time than the period can hold");
         }
         let requests_ns = u128::from(period.requests) * u128::from(SECOND_NS);
-        if requests_ns > u128::from(elapsed_ns.max(SECOND_NS)) * u128::from(MOST) {
+        if requests_ns > u128::from(elapsed_ns.max(SECOND_NS)) * u128::from(MAX_COUNT) {
             return implausible("more than 1,000,000,000 requests a second");
         }
         Ok(())
@@ -315,7 +319,7 @@ mod tests {
         let mut bytes = golden();
         bytes[0] = 2;
         let error = Report::decode(&bytes).unwrap_err();
-        assert_eq!(error.to_string(), "the report has version 2, known is 1");
+        assert_eq!(error.to_string(), "the report has version 2; expected 1");
     }
 
     #[test]

@@ -1,36 +1,54 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::StatusCode;
 use clap::Parser;
 use http_body_util::BodyExt;
+use inflight_stats::protocol::key_name::KeyName;
+use inflight_stats::protocol::report::CONTENT_TYPE;
 use inflight_stats::scaling::settings::DEFAULT_RPS_TARGET;
-use inflight_stats::{KeyReport, Snapshot};
+use inflight_stats::{KeyReport, Report, Snapshot};
+use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
-use super::*;
+use crate::app::state::App;
+use crate::cli::flags::{AnonymousAccess, Flags};
+use crate::http::router::router;
+use crate::keys::capacity::Capacity;
+use crate::keys::key_table::KeyTable;
+use crate::keys::settings_store::SettingsStore;
+use crate::net::auth::{Access, Peer};
+use crate::net::budget::Budget;
+use crate::net::shutdown::{DrainTrigger, new_drain};
+use crate::os::clock::now_ns;
+use crate::telemetry::log_limit::LogLimiter;
 
 fn app() -> Arc<App> {
-    guarded(Access::load(None, false, crate::cli::flags::AnonymousAccess::Full).unwrap())
+    app_with(Access::load(None, false, AnonymousAccess::Full).unwrap()).1
 }
 
-fn guarded(access: Access) -> Arc<App> {
-    let room =
-        crate::key_table::Room { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
-    let keys = Keys::new(Arc::default(), room, 0);
-    Arc::new(App {
-        told: Told::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
+fn app_with(access: Access) -> (DrainTrigger, Arc<App>) {
+    let capacity = Capacity { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
+    let keys = KeyTable::new(Arc::default(), capacity, 0);
+    let (trigger, drain) = new_drain();
+    let app = App {
+        settings: SettingsStore::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
         keys,
         access,
-        limits: crate::cli::flags::Flags::parse_from(["inflight-statserver"]).limits,
+        limits: Flags::parse_from(["inflight-statserver"]).limits,
         budget: Budget::new(1 << 20),
-        answers: Budget::new(1 << 20),
+        response_budget: Budget::new(1 << 20),
         calls: Arc::new(Semaphore::new(9)),
         listing: tokio::sync::Mutex::default(),
         metrics: Arc::default(),
-        forward: None,
+        forwarder: None,
         rps_target: DEFAULT_RPS_TARGET,
-        draining: AtomicBool::new(false),
-        ending: CancellationToken::new(),
-        connections: TaskTracker::new(),
-        seldom: Seldom::default(),
-    })
+        drain,
+        log_limiter: LogLimiter::default(),
+    };
+    (trigger, Arc::new(app))
 }
 
 async fn ask(app: &Arc<App>, request: Request) -> (StatusCode, String) {
@@ -144,9 +162,10 @@ async fn settings_for_which_there_is_no_room_change_nothing() {
 #[tokio::test]
 async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants() {
     let mut app = app();
-    let room = crate::key_table::Room { keys: 9, keys_per_namespace: 9, pods_per_key: 9, bytes: 1 << 20 };
+    let capacity = Capacity { keys: 9, keys_per_namespace: 9, pods_per_key: 9, bytes: 1 << 20 };
     // As if it had not quite started: however slow this machine is.
-    Arc::get_mut(&mut app).unwrap().keys = Keys::new(Arc::default(), room, now_ns() + 3_600_000_000_000);
+    Arc::get_mut(&mut app).unwrap().keys =
+        KeyTable::new(Arc::default(), capacity, now_ns() + 3_600_000_000_000);
     send(&app, sample("rev", 7).encode().unwrap()).await;
     app.keys.decide(now_ns());
     let value: serde_json::Value = serde_json::from_str(&read(&app, "/v1/keys/ns/rev").await.1).unwrap();
@@ -157,7 +176,7 @@ async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants
     );
     let (_, text) = read(&app, "/metrics").await;
     assert!(text.contains("key_pods{") && !text.contains("key_desired_pods{"), "{text}");
-    assert_eq!(app.keys.of("ns", "rev", |key| key.is_active(now_ns())), Some(true));
+    assert_eq!(app.keys.read(&KeyName::new("ns", "rev"), |key| key.is_active(now_ns())), Some(true));
 }
 
 #[tokio::test]
@@ -196,7 +215,8 @@ async fn of_a_report_with_a_key_that_went_back_the_others_are_taken() {
     let (status, text) = send(&app, report.encode().unwrap()).await;
     assert_eq!((status, count(&app)), (StatusCode::CONFLICT, 3), "{text}");
     assert!(text.contains("ns/b") && text.contains("a counter decreased"), "{text}");
-    let total = |name: &str| app.keys.view("ns", name, now_ns()).unwrap().figures.requests_total;
+    let total =
+        |name: &str| app.keys.view(&KeyName::new("ns", name), now_ns()).unwrap().figures.requests_total;
     assert_eq!([total("a"), total("b"), total("c")], [5, 7, 4]);
 }
 
@@ -205,7 +225,7 @@ async fn of_a_report_the_keys_that_are_granted_are_taken() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("tokens");
     std::fs::write(&file, "reporter-of-ns-0123 ns\n").unwrap();
-    let app = guarded(Access::load(Some(&file), false, crate::cli::flags::AnonymousAccess::Denied).unwrap());
+    let app = app_with(Access::load(Some(&file), false, AnonymousAccess::Denied).unwrap()).1;
     let send = async |report: &Report| {
         let request = Request::post("/v1/reports").header("authorization", "Bearer reporter-of-ns-0123");
         ask(&app, request.body(Body::from(report.encode().unwrap())).unwrap()).await.0
@@ -213,7 +233,8 @@ async fn of_a_report_the_keys_that_are_granted_are_taken() {
     let mut report = sample("a", 5);
     report.messages.extend(sample("b", 3).messages);
     report.messages[0].namespace = "other".into();
-    let is_there = |namespace: &str, name: &str| app.keys.view(namespace, name, now_ns()).is_some();
+    let is_there =
+        |namespace: &str, name: &str| app.keys.view(&KeyName::new(namespace, name), now_ns()).is_some();
     assert_eq!(send(&report).await, StatusCode::ACCEPTED);
     assert_eq!((is_there("other", "a"), is_there("ns", "b")), (false, true));
     report.messages.pop();
@@ -241,10 +262,10 @@ async fn of_a_report_that_names_a_key_twice_or_comes_from_the_future_nothing_is_
 
 #[tokio::test]
 async fn health_and_probes() {
-    let app = app();
+    let (trigger, app) = app_with(Access::load(None, false, AnonymousAccess::Full).unwrap());
     assert_eq!(read(&app, "/healthz").await.0, StatusCode::OK);
     assert_eq!(read(&app, "/readyz").await.0, StatusCode::OK);
-    app.draining.store(true, Ordering::Relaxed);
+    trigger.drain(Duration::ZERO, Duration::ZERO).await.unwrap();
     assert_eq!(read(&app, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(read(&app, "/nothing").await.0, StatusCode::NOT_FOUND);
     let probe = Request::get("/nothing").header("user-agent", "kube-probe/1.33").body(Body::empty()).unwrap();
@@ -285,7 +306,7 @@ async fn a_key_is_told_its_settings_and_told_otherwise() {
         (r#"{"target": 0}"#, "`target` is 0; expected a number from 0.01 on"),
         (r#"{"tarjet": 1}"#, "unknown key `tarjet`; did you mean `target`?"),
         ("{", "not JSON"),
-        (&format!("[{}]", "1,".repeat(20_000)), "allowed 16384 bytes"),
+        (&format!("[{}]", "1,".repeat(20_000)), "expected at most 16384 bytes (--max-settings-bytes)"),
         (&format!("{}1{}", "[".repeat(5_000), "]".repeat(5_000)), "not JSON"),
     ] {
         let (status, text) = put(&app, path, json).await;
@@ -294,8 +315,8 @@ async fn a_key_is_told_its_settings_and_told_otherwise() {
     let (_, unchanged) = read(&app, path).await;
     assert!(unchanged.contains(r#""target":7.0"#), "{unchanged}");
 
-    let untell = Request::delete(path).body(Body::empty()).unwrap();
-    assert_eq!(ask(&app, untell).await.0, StatusCode::NO_CONTENT);
+    let delete = Request::delete(path).body(Body::empty()).unwrap();
+    assert_eq!(ask(&app, delete).await.0, StatusCode::NO_CONTENT);
     assert!(read(&app, path).await.1.contains(r#""target":100.0"#));
 }
 
@@ -339,7 +360,7 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
         "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
     )
     .unwrap();
-    let app = guarded(Access::load(Some(&file), false, crate::cli::flags::AnonymousAccess::Full).unwrap());
+    let app = app_with(Access::load(Some(&file), false, AnonymousAccess::Full).unwrap()).1;
     let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {
@@ -385,19 +406,20 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
 async fn what_is_misspelt_is_refused_with_what_is_allowed() {
     let app = app();
     for (path, reason) in [
-        ("/v1/keys?serach=x", "parameter \"serach\" is not known, allowed here: search, limit"),
-        ("/v1/keys/ns/rev?limit=1", "parameter \"limit\" is not known, allowed here: none"),
-        ("/v1/keys?limit=abc", "`limit` was \"abc\", allowed is a whole number from 0 to 10000"),
-        ("/v1/keys?limit=10001", "`limit` was \"10001\", allowed is a whole number from 0 to 10000"),
-        ("/v1/keys?limit=", "`limit` was \"\", allowed is a whole number from 0 to 10000"),
+        ("/v1/keys?serach=x", "unknown parameter \"serach\"; did you mean `search`?"),
+        ("/v1/keys?colour=red", "unknown parameter \"colour\"; expected one of search, limit"),
+        ("/v1/keys/ns/rev?limit=1", "unknown parameter \"limit\"; expected none"),
+        ("/v1/keys?limit=abc", "`limit` is \"abc\"; expected a whole number from 0 to 10000"),
+        ("/v1/keys?limit=10001", "`limit` is \"10001\"; expected a whole number from 0 to 10000"),
+        ("/v1/keys?limit=", "`limit` is \"\"; expected a whole number from 0 to 10000"),
     ] {
         let (status, text) = read(&app, path).await;
         assert_eq!((status, text.trim_end()), (StatusCode::BAD_REQUEST, reason));
     }
     let (status, text) = read(&app, "/v2/keys").await;
-    assert!(status == 404 && text.contains("no such path; there are /, "), "{status} {text}");
+    assert!(status == 404 && text.contains("unknown path; expected /, "), "{status} {text}");
     let (status, text) = put(&app, "/v1/keys", "").await;
-    assert!(status == 405 && text.contains("does not take this method"), "{status} {text}");
+    assert!(status == 405 && text.contains("does not allow this method"), "{status} {text}");
     assert_eq!(read(&app, "/v1/keys?search=a%2Fb&limit=0").await.0, 200);
 }
 

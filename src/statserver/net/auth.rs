@@ -1,4 +1,4 @@
-//! Who may do what: bearer tokens out of a file, each good for some namespaces; and whoever has a certificate.
+//! Who may do what: bearer tokens from a file, each for some namespaces, and client certificates.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -14,28 +14,34 @@ use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::cli::flags::AnonymousAccess;
-use crate::files;
-use crate::net::listener::Peer;
+use crate::os::files;
 
 /// The most tokens in the file.
-const MOST: usize = 10_000;
-const MOST_BYTES: u64 = 4 << 20;
+const MAX_TOKENS: usize = 10_000;
+const MAX_FILE_BYTES: u64 = 4 << 20;
 /// Shorter ones can be guessed.
-const SHORTEST: usize = 16;
-const LONGEST: usize = 4096;
+const MIN_TOKEN_BYTES: usize = 16;
+const MAX_TOKEN_BYTES: usize = 4096;
 
-/// What somebody may do.
+/// What is known of a client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// It has a certificate that the client CA signed.
+    pub has_certificate: bool,
+}
+
+/// What a client may do.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Grant {
-    /// For these namespaces; `None`: for all.
+    /// In these namespaces; `None`: in all.
     namespaces: Option<Arc<[String]>>,
-    /// Also tell keys what they are scaled by.
+    /// Whether it may change the settings of keys.
     pub admin: bool,
-    /// The token that grants it, to be looked for again when the file has changed.
+    /// The token that grants it, to be looked up again when the file has changed.
     secret: Option<Arc<[u8]>>,
 }
 
-/// Without the secret: this may stand in a log.
+/// Without the secret, which must not be logged.
 impl fmt::Debug for Grant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Grant").field("namespaces", &self.namespaces).field("admin", &self.admin).finish()
@@ -43,46 +49,59 @@ impl fmt::Debug for Grant {
 }
 
 impl Grant {
-    /// Without tokens everybody on this machine may do everything.
+    /// For everybody on this machine, if there are no tokens.
     const ALL: Self = Self { namespaces: None, admin: true, secret: None };
-    /// Reports and asks for every namespace, and tells keys nothing: who shows a certificate, and everybody if the address is
-    /// open to others.
+    /// For clients with a certificate, and for everybody if the address is open to others: changing settings
+    /// always requires an admin token.
     const EVERY_NAMESPACE: Self = Self { namespaces: None, admin: false, secret: None };
 
-    /// Whether it is good for a namespace.
+    /// Returns whether it is for a namespace.
     pub fn covers(&self, namespace: &str) -> bool {
         self.namespaces.as_ref().is_none_or(|namespaces| namespaces.iter().any(|own| own == namespace))
     }
 }
 
+/// Returns why a request about a namespace is refused whose token does not cover it.
+pub fn not_covered(namespace: &str) -> String {
+    format!("the token does not cover namespace {namespace}")
+}
+
 /// No token, or none of those in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unknown;
+pub struct Unauthenticated;
+
+impl fmt::Display for Unauthenticated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("missing or unknown bearer token")
+    }
+}
+
+impl std::error::Error for Unauthenticated {}
 
 struct Token {
     secret: Arc<[u8]>,
     grant: Grant,
 }
 
-/// The tokens, as the file has them now.
+/// Who may do what, as the file of tokens has it now.
 pub struct Access {
     file: Option<PathBuf>,
-    /// Whether a certificate lets somebody in.
+    /// Whether a certificate authenticates.
     certificates: bool,
-    without: AnonymousAccess,
+    anonymous: AnonymousAccess,
     tokens: RwLock<(Vec<u8>, Arc<[Token]>)>,
     /// How often the tokens have changed.
     changes: watch::Sender<u64>,
 }
 
-/// A line that is no token. It does not show the line: that may hold a secret.
+/// A line that is no token. The error does not show the line, which may contain a secret.
 #[derive(Debug, PartialEq, Eq)]
-pub struct BadLine(usize, Cow<'static, str>);
+struct InvalidLine(usize, Cow<'static, str>);
 
-impl fmt::Display for BadLine {
+impl fmt::Display for InvalidLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(line, reason) = self;
-        write!(f, "line {line}: {reason}; allowed is `TOKEN NAMESPACES [admin]`")
+        write!(f, "line {line}: {reason}; expected `TOKEN NAMESPACES [admin]`")
     }
 }
 
@@ -91,27 +110,29 @@ impl Access {
     ///
     /// # Errors
     /// In one line, without a secret.
-    pub fn load(file: Option<&Path>, certificates: bool, without: AnonymousAccess) -> Result<Self, String> {
+    pub fn load(file: Option<&Path>, certificates: bool, anonymous: AnonymousAccess) -> Result<Self, String> {
         let tokens = match file {
             None => (Vec::new(), Arc::default()),
             Some(path) => {
                 read(path).map_err(|reason| format!("--token-file {}: {reason}", path.display()))?
             }
         };
-        let without = if file.is_some() || certificates { AnonymousAccess::Denied } else { without };
+        let anonymous = if file.is_some() || certificates { AnonymousAccess::Denied } else { anonymous };
         let (tokens, changes) = (RwLock::new(tokens), watch::Sender::default());
-        Ok(Self { file: file.map(Path::to_owned), certificates, without, tokens, changes })
+        Ok(Self { file: file.map(Path::to_owned), certificates, anonymous, tokens, changes })
     }
 
-    /// Takes over what the file says now. A file that is wrong changes nothing.
+    /// Reads the file again. A file that is wrong changes nothing.
     pub fn reload(&self) {
         let Some(path) = &self.file else { return };
         match read(path) {
-            Err(reason) => error!(file = %path.display(), reason, "the tokens stay as they were"),
+            Err(reason) => {
+                error!(file = %path.display(), reason, "cannot load the changed tokens; keeping the old ones")
+            }
             Ok(new) => {
                 let mut tokens = self.tokens.write().unwrap_or_else(PoisonError::into_inner);
                 if tokens.0 != new.0 {
-                    info!(file = %path.display(), tokens = new.1.len(), "the tokens have changed");
+                    info!(file = %path.display(), tokens = new.1.len(), "loaded the changed tokens");
                     *tokens = new;
                     drop(tokens);
                     self.changes.send_modify(|changes| *changes += 1);
@@ -120,27 +141,28 @@ impl Access {
         }
     }
 
-    /// What the value of an `authorization` header allows: `Bearer TOKEN`, or `Basic` with the token as the password,
-    /// which is what a browser can send; and without one, a certificate. Every token is compared, each in constant time.
+    /// Returns what the value of an `authorization` header allows: `Bearer TOKEN`, or `Basic` with the token as
+    /// the password, which is what a browser can send. Without one, returns what a certificate allows. Every
+    /// token is compared, each in constant time.
     ///
     /// # Errors
-    /// [`Unknown`].
-    pub fn check(&self, authorization: Option<&[u8]>, peer: Peer) -> Result<Grant, Unknown> {
-        match self.without {
+    /// [`Unauthenticated`].
+    pub fn check(&self, authorization: Option<&[u8]>, peer: Peer) -> Result<Grant, Unauthenticated> {
+        match self.anonymous {
             AnonymousAccess::Full => return Ok(Grant::ALL),
             AnonymousAccess::WithoutSettings => return Ok(Grant::EVERY_NAMESPACE),
             AnonymousAccess::Denied => {}
         }
         match (&self.file, authorization) {
             (None, _) | (Some(_), None) => {
-                let is_certified = self.certificates && peer.certified;
-                return if is_certified { Ok(Grant::EVERY_NAMESPACE) } else { Err(Unknown) };
+                let is_certified = self.certificates && peer.has_certificate;
+                return if is_certified { Ok(Grant::EVERY_NAMESPACE) } else { Err(Unauthenticated) };
             }
             // A token that is shown must be right, also beside a certificate.
             (Some(_), Some(_)) => {}
         }
-        let secret = authorization.and_then(secret).ok_or(Unknown)?;
-        self.find(&secret).ok_or(Unknown)
+        let secret = authorization.and_then(secret).ok_or(Unauthenticated)?;
+        self.find(&secret).ok_or(Unauthenticated)
     }
 
     fn find(&self, secret: &[u8]) -> Option<Grant> {
@@ -155,8 +177,8 @@ impl Access {
         found
     }
 
-    /// Resolves once the token that granted this is no longer in the file, or grants something else: what was opened with it
-    /// has to end then.
+    /// Resolves once the token that granted this is no longer in the file, or grants something else: what was
+    /// opened with it has to end then.
     pub async fn revoked(&self, grant: &Grant) {
         let Some(secret) = &grant.secret else { return std::future::pending().await };
         let mut changes = self.changes.subscribe();
@@ -167,9 +189,9 @@ impl Access {
         }
     }
 
-    /// Whether anybody who connects is let in.
+    /// Returns whether nobody has to authenticate.
     pub fn is_open(&self) -> bool {
-        !matches!(self.without, AnonymousAccess::Denied)
+        !matches!(self.anonymous, AnonymousAccess::Denied)
     }
 }
 
@@ -191,56 +213,56 @@ fn secret(authorization: &[u8]) -> Option<Vec<u8>> {
 type Tokens = (Vec<u8>, Arc<[Token]>);
 
 fn read(path: &Path) -> Result<Tokens, String> {
-    let bytes = files::read(path, MOST_BYTES).map_err(|error| error.to_string())?;
+    let bytes = files::read(path, MAX_FILE_BYTES).map_err(|error| error.to_string())?;
     let tokens = parse(&bytes).map_err(|bad| bad.to_string())?;
     if tokens.is_empty() {
-        return Err("no token in it".into());
+        return Err("no token in it; expected lines `TOKEN NAMESPACES [admin]`".into());
     }
     Ok((bytes, tokens.into()))
 }
 
-fn parse(bytes: &[u8]) -> Result<Vec<Token>, BadLine> {
+fn parse(bytes: &[u8]) -> Result<Vec<Token>, InvalidLine> {
     let mut tokens = Vec::new();
     let mut known = HashMap::new();
-    // What some editors begin a file with would become a part of the first token.
+    // The byte order mark of some editors would become a part of the first token.
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
-        let bad = |reason: &'static str| BadLine(number, reason.into());
+        let bad = |reason: &'static str| InvalidLine(number, reason.into());
         let line = std::str::from_utf8(line).map_err(|_| bad("not UTF-8"))?.trim();
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
         let mut words = line.split_ascii_whitespace();
         let (Some(secret), Some(namespaces)) = (words.next(), words.next()) else {
-            return Err(bad("no namespaces"));
+            return Err(bad("the namespaces are missing"));
         };
         let admin = match (words.next(), words.next()) {
             (None, None) => false,
             (Some("admin"), None) => true,
-            _ => return Err(bad("more words than known")),
+            _ => return Err(bad("a word after the namespaces is not `admin`")),
         };
-        if !(SHORTEST..=LONGEST).contains(&secret.len()) {
-            return Err(bad("a token has from 16 to 4096 bytes"));
+        if !(MIN_TOKEN_BYTES..=MAX_TOKEN_BYTES).contains(&secret.len()) {
+            return Err(bad("the token is not 16 to 4096 bytes long"));
         }
         let namespaces = match namespaces {
             "*" => None,
             list => {
                 let list: Vec<String> = list.split(',').map(str::to_owned).collect();
                 if list.iter().any(|namespace| namespace == "*") {
-                    return Err(bad("`*` stands alone, for all namespaces"));
+                    return Err(bad("`*` is mixed with names of namespaces"));
                 }
                 if !list.iter().all(|namespace| is_name(namespace)) {
-                    return Err(bad("a namespace is a name of 1 to 512 bytes"));
+                    return Err(bad("a namespace is not a name of 1 to 512 bytes"));
                 }
                 Some(list.into())
             }
         };
-        if tokens.len() == MOST {
-            return Err(bad("more than 10,000 tokens"));
+        if tokens.len() == MAX_TOKENS {
+            return Err(bad("there are more than 10,000 tokens"));
         }
         let secret: Arc<[u8]> = secret.as_bytes().into();
         if let Some(first) = known.insert(Arc::clone(&secret), number) {
-            return Err(BadLine(number, format!("the token of line {first} again").into()));
+            return Err(InvalidLine(number, format!("the token is that of line {first} again").into()));
         }
         let grant = Grant { namespaces, admin, secret: Some(Arc::clone(&secret)) };
         tokens.push(Token { secret, grant });
@@ -255,8 +277,8 @@ mod tests {
     const FILE: &str =
         "# who may report\nshop-token-0123456789 shop,cart\n\n  root-token-0123456789   *  admin \n";
 
-    const NOBODY: Peer = Peer { certified: false };
-    const CERTIFIED: Peer = Peer { certified: true };
+    const NOBODY: Peer = Peer { has_certificate: false };
+    const CERTIFIED: Peer = Peer { has_certificate: true };
 
     #[test]
     fn a_certificate_is_good_for_every_namespace_and_for_no_settings() {
@@ -264,16 +286,16 @@ mod tests {
         let file = folder.path().join("tokens");
         for file in [None, Some(&*file)] {
             let access = Access::load(file, true, AnonymousAccess::Full).unwrap();
-            assert_eq!(access.check(None, NOBODY), Err(Unknown));
+            assert_eq!(access.check(None, NOBODY), Err(Unauthenticated));
             let grant = access.check(None, CERTIFIED).unwrap();
             assert_eq!((grant.covers("anything"), grant.admin), (true, false));
         }
         let both = Access::load(Some(&file), true, AnonymousAccess::WithoutSettings).unwrap();
-        assert_eq!(both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED), Err(Unknown));
+        assert_eq!(both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED), Err(Unauthenticated));
         assert!(!both.check(Some(b"Bearer shop-token-0123456789"), CERTIFIED).unwrap().covers("other"));
         // A certificate that nobody asked for is none.
         let tokens = Access::load(Some(&file), false, AnonymousAccess::WithoutSettings).unwrap();
-        assert_eq!(tokens.check(None, CERTIFIED), Err(Unknown));
+        assert_eq!(tokens.check(None, CERTIFIED), Err(Unauthenticated));
     }
 
     fn access(text: &str) -> (tempfile::TempDir, Result<Access, String>) {
@@ -306,18 +328,18 @@ mod tests {
             b"",
             b"\xff \xff",
         ] {
-            assert_eq!(access.check(Some(wrong), NOBODY), Err(Unknown), "{wrong:?}");
+            assert_eq!(access.check(Some(wrong), NOBODY), Err(Unauthenticated), "{wrong:?}");
         }
-        assert_eq!(access.check(None, NOBODY), Err(Unknown));
+        assert_eq!(access.check(None, NOBODY), Err(Unauthenticated));
     }
 
     #[test]
     fn without_a_file_everybody_on_this_machine_may_and_others_may_not_tell_keys_anything() {
-        let access = |without| Access::load(None, false, without).unwrap().check(None, NOBODY);
+        let access = |anonymous| Access::load(None, false, anonymous).unwrap().check(None, NOBODY);
         assert_eq!(access(AnonymousAccess::Full), Ok(Grant::ALL));
         let insecure = access(AnonymousAccess::WithoutSettings).unwrap();
         assert_eq!((insecure.covers("anything"), insecure.admin), (true, false));
-        assert_eq!(access(AnonymousAccess::Denied), Err(Unknown));
+        assert_eq!(access(AnonymousAccess::Denied), Err(Unauthenticated));
     }
 
     #[test]
@@ -351,13 +373,13 @@ mod tests {
     #[test]
     fn a_wrong_file_is_refused_without_its_secrets() {
         for (text, reason) in [
-            ("secret-secret-secret", "line 1: no namespaces"),
-            ("\nsecret *", "line 2: a token has from 16"),
-            ("secret-secret-secret * root", "more words"),
+            ("secret-secret-secret", "line 1: the namespaces are missing"),
+            ("\nsecret *", "line 2: the token is not 16"),
+            ("secret-secret-secret * root", "is not `admin`"),
             ("# nothing\n", "no token in it"),
-            ("secret-secret-secret *,x", "line 1: `*` stands alone"),
-            ("secret-secret-secret a,,b", "line 1: a namespace is a name"),
-            ("secret-secret-secret a\n\nsecret-secret-secret b", "line 3: the token of line 1 again"),
+            ("secret-secret-secret *,x", "line 1: `*` is mixed"),
+            ("secret-secret-secret a,,b", "line 1: a namespace is not a name"),
+            ("secret-secret-secret a\n\nsecret-secret-secret b", "line 3: the token is that of line 1 again"),
         ] {
             let error = access(text).1.err().unwrap();
             assert!(error.contains(reason) && !error.contains("secret"), "{error}");
@@ -371,7 +393,7 @@ mod tests {
         let file = folder.path().join("tokens");
         std::fs::write(&file, "other-token-0123456789 *\n").unwrap();
         access.reload();
-        assert_eq!(access.check(Some(b"Bearer shop-token-0123456789"), NOBODY), Err(Unknown));
+        assert_eq!(access.check(Some(b"Bearer shop-token-0123456789"), NOBODY), Err(Unauthenticated));
         std::fs::write(&file, "short *\n").unwrap();
         access.reload();
         assert!(access.check(Some(b"Bearer other-token-0123456789"), NOBODY).is_ok());

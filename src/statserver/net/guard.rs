@@ -1,121 +1,80 @@
-//! What one connection may hold and how long it may take; and how many may be there of which nobody has shown a token.
+//! What one connection may hold, and how long it may take.
 //!
-//! The connection's bytes ([`crate::net::listener::Link`]) and what is made of them (requests, frames, calls) share a [`Guard`].
+//! The connection and what is made of its bytes (requests, frames, calls) share a [`ConnectionGuard`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::body::{Body, Bytes, HttpBody};
-use hyper::body::{Frame, SizeHint};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::limits::{Limit, Limits};
-use crate::metrics::Metrics;
+use crate::net::budget::{Budget, FREE_BYTES, Reservation};
+use crate::net::idle::{IdleConnections, IdleEntry};
+use crate::net::unauthenticated::UnauthenticatedConnection;
+use crate::os::lock::lock;
+use crate::telemetry::metrics::Metrics;
 
-/// So much of a body, a frame or an answer takes nothing of a budget: it is a part of what a connection costs.
-pub const FREE_BYTES: usize = 4 << 10;
-/// What an HTTP/2 client begins with, whatever it says.
+/// What every HTTP/2 client sends first.
 const PREFACE_BYTES: usize = 24;
-/// A websocket that once needed a large buffer keeps it. One that has not needed it for so long is asked to connect again.
-const LARGE_FOR: Duration = Duration::from_secs(60);
+/// A websocket that once needed a large buffer keeps it. One that has not needed it for so long is asked to
+/// connect again.
+const MAX_BUFFER_AGE: Duration = Duration::from_secs(60);
 /// What a control frame of a client has before its payload.
-const CONTROL_HEAD_BYTES: usize = 6;
-/// A connection of which nobody has shown a token makes room for another one after so long.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// The most bytes of HTTP/2 that are read before what they say is dealt with.
-const BYTES_IN_A_TURN: usize = 2 << 10;
-/// The most calls without a token over such a connection.
-const MOST_CALLS_OF_STRANGERS: usize = 32;
+const CONTROL_HEADER_BYTES: usize = 6;
+/// The most bytes of HTTP/2 that are read in one poll, before the calls in them are handled.
+const MAX_BYTES_PER_POLL: usize = 2 << 10;
+/// The most calls without a token over one connection.
+const MAX_UNAUTHENTICATED_CALLS: usize = 32;
 
-/// Bytes that all connections share.
-#[derive(Clone, Debug)]
-pub struct Budget(Arc<Semaphore>);
-
-/// A part of a [`Budget`], which takes it back when this is dropped.
-#[derive(Debug, Default)]
-pub struct Share(Option<OwnedSemaphorePermit>);
-
-impl Budget {
-    /// So many bytes.
-    pub fn new(bytes: usize) -> Self {
-        Self(Arc::new(Semaphore::new(bytes)))
-    }
-
-    /// Has a share grow until it is good for so many bytes, of which the first [`FREE_BYTES`] take nothing.
-    ///
-    /// # Errors
-    /// If the others have the rest.
-    pub fn cover(&self, share: &mut Share, bytes: usize) -> Result<(), Exhausted> {
-        let wanted = bytes.saturating_sub(FREE_BYTES);
-        let more = wanted.saturating_sub(share.0.as_ref().map_or(0, OwnedSemaphorePermit::num_permits));
-        if more == 0 {
-            return Ok(());
-        }
-        let more = u32::try_from(more).map_err(|_| Exhausted)?;
-        let permit = Arc::clone(&self.0).try_acquire_many_owned(more).map_err(|_| Exhausted)?;
-        match &mut share.0 {
-            Some(have) => have.merge(permit),
-            None => share.0 = Some(permit),
-        }
-        Ok(())
-    }
-}
-
-/// Nothing is left of a [`Budget`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Exhausted;
-
-/// What a connection is at.
+/// What a connection is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// A request's head, or HTTP/2's preface, has begun to come, or should have.
+    /// It receives a request's head, or HTTP/2's preface, or should; since when.
     Head(Instant),
     /// A request, whose body has a timeout of its own; or HTTP/2.
     Request,
-    /// Between two requests.
+    /// It is between two requests; since when.
     Idle(Instant),
-    /// A websocket, and since when a message of it is coming.
+    /// It is a websocket; since when a message of it is being received.
     Stream(Option<Instant>),
 }
 
 #[derive(Debug)]
 struct State {
     phase: Phase,
-    /// Bytes of the head, or of the message, that is coming.
+    /// Bytes of the head or message that is being received.
     read: usize,
-    /// The most that were ever kept at once: buffers do not shrink.
-    share: Share,
+    /// For the most that was ever held at once: buffers do not shrink.
+    reservation: Reservation,
     large_at: Option<Instant>,
 }
 
-/// Watches over a connection.
+/// Keeps a connection to its limits.
 #[derive(Debug)]
-pub struct Guard {
+pub struct ConnectionGuard {
     state: Mutex<State>,
-    stranger: Mutex<Option<Stranger>>,
-    calls_of_stranger: AtomicUsize,
+    /// Until a token or a certificate was shown.
+    unauthenticated: Mutex<Option<UnauthenticatedConnection>>,
+    unauthenticated_calls: AtomicUsize,
     /// Calls that began since everything was last written.
-    unwritten: AtomicUsize,
-    /// Bytes that were read since the connection's task last had its turn.
-    in_turn: AtomicUsize,
-    answers: Mutex<Answers>,
+    unwritten_calls: AtomicUsize,
+    /// Bytes that were read in the present poll of the connection.
+    polled_bytes: AtomicUsize,
+    responses: Mutex<Responses>,
     over_budget: AtomicBool,
     is_grpc: bool,
     limits: Limits,
     budget: Budget,
     metrics: Arc<Metrics>,
-    /// Ends the connection at once.
-    ended: CancellationToken,
-    /// Its place among those that are between two requests.
-    idle: Mutex<Option<Place>>,
-    idlers: Arc<Idlers>,
+    /// Closes the connection at once.
+    close: CancellationToken,
+    /// Its entry in `idle_connections`, while it is idle.
+    idle: Mutex<Option<IdleEntry>>,
+    idle_connections: Arc<IdleConnections>,
 }
 
 /// When a read has to have brought something, and what follows if not.
@@ -123,76 +82,76 @@ pub struct Guard {
 pub struct Deadline {
     /// When.
     pub at: Instant,
-    /// The limit that it is; `None` for one that simply ends.
+    /// The limit that it is; `None` where the connection simply ends.
     pub limit: Option<Limit>,
 }
 
-impl Guard {
+impl ConnectionGuard {
     /// Over a new connection.
     pub fn new(
         is_grpc: bool,
         limits: Limits,
         budget: Budget,
         metrics: Arc<Metrics>,
-        idlers: Arc<Idlers>,
+        idle_connections: Arc<IdleConnections>,
     ) -> Self {
         let phase = Phase::Head(Instant::now());
         Self {
-            state: Mutex::new(State { phase, read: 0, share: Share::default(), large_at: None }),
-            stranger: Mutex::default(),
-            calls_of_stranger: AtomicUsize::new(0),
-            unwritten: AtomicUsize::new(0),
-            in_turn: AtomicUsize::new(0),
-            answers: Mutex::default(),
+            state: Mutex::new(State { phase, read: 0, reservation: Reservation::default(), large_at: None }),
+            unauthenticated: Mutex::default(),
+            unauthenticated_calls: AtomicUsize::new(0),
+            unwritten_calls: AtomicUsize::new(0),
+            polled_bytes: AtomicUsize::new(0),
+            responses: Mutex::default(),
             over_budget: AtomicBool::new(false),
             is_grpc,
             limits,
             budget,
             metrics,
-            ended: CancellationToken::new(),
+            close: CancellationToken::new(),
             idle: Mutex::default(),
-            idlers,
+            idle_connections,
         }
     }
 
-    /// Nobody has shown a token over it yet.
-    pub fn is_strangers(&self, stranger: Stranger) {
-        *lock(&self.stranger) = Some(stranger);
+    /// Marks the connection as unauthenticated.
+    pub fn set_unauthenticated(&self, connection: UnauthenticatedConnection) {
+        *lock(&self.unauthenticated) = Some(connection);
     }
 
-    /// Somebody has shown a token or a certificate.
-    pub fn known(&self) {
-        drop(lock(&self.stranger).take());
+    /// Notes that a token or a certificate was shown.
+    pub fn authenticated(&self) {
+        drop(lock(&self.unauthenticated).take());
     }
 
-    /// Whether nobody has.
-    pub fn has_stranger(&self) -> bool {
-        lock(&self.stranger).is_some()
+    /// Returns whether none was shown yet.
+    pub fn is_unauthenticated(&self) -> bool {
+        lock(&self.unauthenticated).is_some()
     }
 
-    /// A call without a token: after some of them the connection ends.
-    pub fn stranger_called(&self) {
-        if self.calls_of_stranger.fetch_add(1, Ordering::Relaxed) >= MOST_CALLS_OF_STRANGERS
-            && self.has_stranger()
+    /// Counts a call without a token; after some of them the connection is closed.
+    pub fn unauthenticated_call(&self) {
+        if self.unauthenticated_calls.fetch_add(1, Ordering::Relaxed) >= MAX_UNAUTHENTICATED_CALLS
+            && self.is_unauthenticated()
         {
-            self.ended.cancel();
+            self.close.cancel();
         }
     }
 
-    /// Whether it has to end.
-    pub fn is_ended(&self) -> bool {
-        self.ended.is_cancelled()
+    /// Returns whether the connection has to be closed.
+    pub fn is_closed(&self) -> bool {
+        self.close.is_cancelled()
     }
 
-    /// Resolves when it has to end: for another's sake, or for what it did.
-    pub async fn ended(&self) {
-        let evicted = lock(&self.stranger).as_ref().map(|stranger| stranger.evicted.clone());
+    /// Resolves when the connection has to be closed: in favour of another one, or for what its client did.
+    pub async fn closed(&self) {
+        let eviction = lock(&self.unauthenticated).as_ref().map(UnauthenticatedConnection::eviction);
         let evicted = async {
-            match evicted {
-                Some(evicted) => {
-                    evicted.cancelled().await;
-                    // Who has become known meanwhile has no place to give.
-                    if !self.has_stranger() {
+            match eviction {
+                Some(eviction) => {
+                    eviction.cancelled().await;
+                    // A client that has authenticated meanwhile no longer counts.
+                    if !self.is_unauthenticated() {
                         std::future::pending::<()>().await;
                     }
                 }
@@ -200,42 +159,42 @@ impl Guard {
             }
         };
         tokio::select! {
-            () = self.ended.cancelled() => {}
+            () = self.close.cancelled() => {}
             () = evicted => {}
         }
     }
 
-    /// A request's head is complete.
-    pub fn request(&self) {
+    /// Notes that a request's head is complete.
+    pub fn request_started(&self) {
         let mut state = lock(&self.state);
         if !matches!(state.phase, Phase::Stream(_)) {
             state.phase = Phase::Request;
         }
     }
 
-    /// It has its answer.
-    pub fn answered(&self) {
+    /// Notes that the request has its response.
+    pub fn response_ready(&self) {
         let mut state = lock(&self.state);
         if state.phase == Phase::Request {
             state.phase = Phase::Idle(Instant::now());
-            *lock(&self.idle) = Some(self.idlers.enter(self.ended.clone()));
+            *lock(&self.idle) = Some(self.idle_connections.add(self.close.clone()));
         }
     }
 
-    /// From now on it is a websocket.
+    /// Notes that the connection is a websocket from now on.
     pub fn upgraded(&self) {
         let mut state = lock(&self.state);
         (state.phase, state.read) = (Phase::Stream(None), 0);
     }
 
-    /// So many bytes have come.
+    /// Notes that so many bytes were received.
     ///
     /// # Errors
-    /// If they go beyond what all connections may keep.
+    /// If they exceed what all connections together may hold.
     pub fn received(&self, bytes: usize) -> io::Result<()> {
         let mut state = lock(&self.state);
-        let State { phase, read, share, .. } = &mut *state;
-        self.in_turn.fetch_add(bytes, Ordering::Relaxed);
+        let State { phase, read, reservation, .. } = &mut *state;
+        self.polled_bytes.fetch_add(bytes, Ordering::Relaxed);
         *read = read.saturating_add(bytes);
         match phase {
             Phase::Head(_) if self.is_grpc => {
@@ -250,23 +209,23 @@ impl Guard {
             }
             Phase::Stream(since) => {
                 since.get_or_insert_with(Instant::now);
-                if self.budget.cover(share, *read).is_err() {
+                if self.budget.reserve(reservation, *read).is_err() {
                     self.metrics.refused(Limit::BytesInFlight);
                     self.over_budget.store(true, Ordering::Relaxed);
-                    return Err(io::Error::other("more bytes than --max-bytes-in-flight allows"));
+                    return Err(io::Error::other("more bytes in flight than --max-bytes-in-flight allows"));
                 }
             }
         }
         Ok(())
     }
 
-    /// Whether it had to end because of the budget.
+    /// Returns whether the connection had to end because of the budget.
     pub fn is_over_budget(&self) -> bool {
         self.over_budget.load(Ordering::Relaxed)
     }
 
-    /// A websocket's message was dealt with.
-    pub fn dealt_with(&self) {
+    /// Notes that a websocket's message was handled.
+    pub fn message_handled(&self) {
         let mut state = lock(&self.state);
         if state.read > FREE_BYTES {
             state.large_at = Some(Instant::now());
@@ -274,21 +233,21 @@ impl Guard {
         (state.phase, state.read) = (Phase::Stream(None), 0);
     }
 
-    /// A control frame came, maybe in the middle of a message.
+    /// Notes that a control frame came, maybe in the middle of a message.
     pub fn control_frame(&self, payload: usize) {
         let mut state = lock(&self.state);
-        state.read = state.read.saturating_sub(payload + CONTROL_HEAD_BYTES);
+        state.read = state.read.saturating_sub(payload + CONTROL_HEADER_BYTES);
         if state.read == 0 {
             state.phase = Phase::Stream(None);
         }
     }
 
-    /// Whether a websocket keeps a large buffer that it has not needed for long.
-    pub fn wastes(&self) -> bool {
-        lock(&self.state).large_at.is_some_and(|at| at.elapsed() > LARGE_FOR)
+    /// Returns whether a websocket keeps a large buffer that it has not needed for long.
+    pub fn has_unused_buffer(&self) -> bool {
+        lock(&self.state).large_at.is_some_and(|at| at.elapsed() > MAX_BUFFER_AGE)
     }
 
-    /// Until when something has to come.
+    /// Returns until when something has to be received.
     pub fn deadline(&self) -> Option<Deadline> {
         let Limits { head_timeout, idle_timeout, body_timeout, .. } = self.limits;
         let (at, limit) = match lock(&self.state).phase {
@@ -300,228 +259,77 @@ impl Guard {
         Some(Deadline { at, limit })
     }
 
-    /// How long what is written may wait for the client.
+    /// Returns how long what is written may wait for the client.
     pub fn write_timeout(&self) -> Duration {
         self.limits.write_timeout
     }
 
-    /// A limit was reached.
+    /// Counts that a limit was reached.
     pub fn refused(&self, limit: Limit) {
         self.metrics.refused(limit);
     }
 
-    /// Whether the client has not read an answer for so long.
-    pub fn has_unread(&self, timeout: Duration) -> bool {
-        lock(&self.answers).unread.values().any(|since| since.elapsed() >= timeout)
+    /// Notes that a call began.
+    pub fn call_started(&self) {
+        self.unwritten_calls.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A call begins.
-    pub fn call(&self) {
-        self.unwritten.fetch_add(1, Ordering::Relaxed);
+    /// Notes that the connection is about to be polled.
+    pub fn poll_started(&self) {
+        self.polled_bytes.store(0, Ordering::Relaxed);
     }
 
-    /// The connection's task has its turn.
-    pub fn turn(&self) {
-        self.in_turn.store(0, Ordering::Relaxed);
+    /// Returns how many more bytes may be read in this poll. HTTP/2 reads all that there is before it hands
+    /// over the first call, and a call's head may be ten bytes of that.
+    pub fn readable_in_poll(&self) -> usize {
+        MAX_BYTES_PER_POLL.saturating_sub(self.polled_bytes.load(Ordering::Relaxed))
     }
 
-    /// How many more bytes may be read before its next one. HTTP/2 reads all that there is before it hands over the first call,
-    /// and a call's head may be ten bytes of that.
-    pub fn left_in_turn(&self) -> usize {
-        BYTES_IN_A_TURN.saturating_sub(self.in_turn.load(Ordering::Relaxed))
+    /// Notes that everything has been written.
+    pub fn all_written(&self) {
+        self.unwritten_calls.store(0, Ordering::Relaxed);
     }
 
-    /// Everything has been written.
-    pub fn written(&self) {
-        self.unwritten.store(0, Ordering::Relaxed);
+    /// Returns how many calls began since everything was last written.
+    pub fn unwritten_calls(&self) -> usize {
+        self.unwritten_calls.load(Ordering::Relaxed)
     }
 
-    /// Calls that began since then.
-    pub fn unwritten(&self) -> usize {
-        self.unwritten.load(Ordering::Relaxed)
+    /// Notes that a call has a response for the client to read. Returns the response's number.
+    pub fn response_started(&self) -> u64 {
+        let mut responses = lock(&self.responses);
+        responses.last_number += 1;
+        let number = responses.last_number;
+        responses.unread_since.insert(number, Instant::now());
+        number
     }
-}
 
-/// The body of an answer to a call. HTTP/2 asks for more of it whenever the client has room for some; a client that makes none does
-/// not read.
-#[derive(Debug)]
-pub struct Unread {
-    body: Body,
-    guard: Arc<Guard>,
-    number: u64,
-    _call: OwnedSemaphorePermit,
-}
-
-impl Unread {
-    /// This body, which the client over this connection has to read.
-    pub fn new(body: Body, guard: Arc<Guard>, call: OwnedSemaphorePermit) -> Self {
-        let number = {
-            let mut answers = lock(&guard.answers);
-            answers.next += 1;
-            let number = answers.next;
-            answers.unread.insert(number, Instant::now());
-            number
-        };
-        Self { body, guard, number, _call: call }
-    }
-}
-
-impl HttpBody for Unread {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let unread = self.get_mut();
-        let frame = Pin::new(&mut unread.body).poll_frame(cx);
-        let mut answers = lock(&unread.guard.answers);
-        if frame.is_ready() {
-            answers.unread.insert(unread.number, Instant::now());
+    /// Notes that the client has room for more of a response, and whether there was more of it.
+    pub fn response_polled(&self, number: u64, is_ready: bool) {
+        let mut responses = lock(&self.responses);
+        if is_ready {
+            responses.unread_since.insert(number, Instant::now());
         } else {
-            answers.unread.remove(&unread.number);
-        }
-        frame
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-impl Drop for Unread {
-    fn drop(&mut self) {
-        lock(&self.guard.answers).unread.remove(&self.number);
-    }
-}
-
-/// Answers to calls, and since when the client has not asked for more of them.
-#[derive(Debug, Default)]
-struct Answers {
-    next: u64,
-    unread: HashMap<u64, Instant>,
-}
-
-/// The connections that are between two requests, in the order in which they came to be so. Where there is no place for another
-/// connection, the first of them gives its own: every pod keeps one, and more pods than places must not keep each other out, nor
-/// a probe.
-#[derive(Debug, Default)]
-pub struct Idlers(Mutex<Idle>);
-
-#[derive(Debug, Default)]
-struct Idle {
-    next: u64,
-    ends: BTreeMap<u64, CancellationToken>,
-}
-
-/// A place among [`Idlers`].
-#[derive(Debug)]
-struct Place {
-    number: u64,
-    of: Arc<Idlers>,
-}
-
-impl Idlers {
-    fn enter(self: &Arc<Self>, end: CancellationToken) -> Place {
-        let mut idle = lock(&self.0);
-        let number = idle.next;
-        idle.next += 1;
-        idle.ends.insert(number, end);
-        Place { number, of: Arc::clone(self) }
-    }
-
-    /// Ends the one that has been idle for longest; `false` if there is none.
-    pub fn end_one(&self) -> bool {
-        let first = lock(&self.0).ends.pop_first();
-        first.inspect(|(_, end)| end.cancel()).is_some()
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        lock(&self.of.0).ends.remove(&self.number);
-    }
-}
-
-/// The connections of which nobody has shown a token or a certificate: so many at once. One more waits, and then takes the place
-/// of the oldest: whoever has a token shows it with its first request, in much less than [`PATIENCE`].
-#[derive(Debug)]
-pub struct Strangers {
-    most: usize,
-    places: Mutex<Places>,
-    left: Notify,
-}
-
-#[derive(Debug, Default)]
-struct Places {
-    next: u64,
-    /// In order of arrival.
-    taken: BTreeMap<u64, (Instant, CancellationToken)>,
-}
-
-/// A place among them.
-#[derive(Debug)]
-pub struct Stranger {
-    number: u64,
-    evicted: CancellationToken,
-    of: Arc<Strangers>,
-}
-
-impl Strangers {
-    /// So many.
-    pub fn new(most: usize) -> Self {
-        Self { most, places: Mutex::default(), left: Notify::new() }
-    }
-
-    /// A place; maybe that of one who had it for long, which is told so. The caller counts these.
-    pub async fn enter(self: &Arc<Self>) -> (Stranger, bool) {
-        loop {
-            let left = self.left.notified();
-            let until = {
-                let mut places = lock(&self.places);
-                let mut evicts = false;
-                if places.taken.len() >= self.most
-                    && let Some(oldest) = places.taken.first_entry()
-                    && oldest.get().0.elapsed() >= PATIENCE
-                {
-                    oldest.remove().1.cancel();
-                    evicts = true;
-                }
-                if places.taken.len() < self.most {
-                    let (number, evicted) = (places.next, CancellationToken::new());
-                    places.next += 1;
-                    places.taken.insert(number, (Instant::now(), evicted.clone()));
-                    return (Stranger { number, evicted, of: Arc::clone(self) }, evicts);
-                }
-                places.taken.first_key_value().map_or_else(Instant::now, |(_, (since, _))| *since + PATIENCE)
-            };
-            let _ = timeout_at(until, left).await;
+            responses.unread_since.remove(&number);
         }
     }
-}
 
-impl Stranger {
-    /// Resolves when another takes its place.
-    pub async fn evicted(&self) {
-        self.evicted.cancelled().await;
+    /// Notes that a response was read, or dropped.
+    pub fn response_ended(&self, number: u64) {
+        lock(&self.responses).unread_since.remove(&number);
+    }
+
+    /// Returns whether the client has not read a response for so long.
+    pub fn has_unread_response(&self, timeout: Duration) -> bool {
+        lock(&self.responses).unread_since.values().any(|since| since.elapsed() >= timeout)
     }
 }
 
-impl Drop for Stranger {
-    fn drop(&mut self) {
-        if lock(&self.of.places).taken.remove(&self.number).is_some() {
-            self.of.left.notify_one();
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// The responses to calls, and since when the client has not asked for more of them.
+#[derive(Debug, Default)]
+struct Responses {
+    last_number: u64,
+    unread_since: HashMap<u64, Instant>,
 }
 
 #[cfg(test)]
@@ -530,9 +338,9 @@ mod tests {
 
     use super::*;
 
-    fn guard(budget: &Budget) -> Guard {
+    fn guard(budget: &Budget) -> ConnectionGuard {
         let limits = crate::cli::flags::Flags::parse_from(["inflight-statserver"]).limits;
-        Guard::new(false, limits, budget.clone(), Arc::default(), Arc::default())
+        ConnectionGuard::new(false, limits, budget.clone(), Arc::default(), Arc::default())
     }
 
     #[test]
@@ -541,11 +349,11 @@ mod tests {
         let first = guard(&budget);
         first.upgraded();
         first.received(FREE_BYTES).unwrap();
-        first.dealt_with();
-        assert_eq!(budget.0.available_permits(), 10_000);
+        first.message_handled();
+        assert_eq!(budget.available(), 10_000);
         first.received(FREE_BYTES + 9_000).unwrap();
-        first.dealt_with();
-        assert_eq!(budget.0.available_permits(), 1_000);
+        first.message_handled();
+        assert_eq!(budget.available(), 1_000);
         first.received(FREE_BYTES + 5_000).unwrap();
         let second = guard(&budget);
         second.upgraded();
@@ -554,27 +362,27 @@ mod tests {
         second.received(1).unwrap_err();
         assert!(second.is_over_budget());
         drop((first, second));
-        assert_eq!(budget.0.available_permits(), 10_000);
+        assert_eq!(budget.available(), 10_000);
     }
 
     #[test]
     fn the_connection_that_is_idle_for_longest_gives_its_place() {
-        let idlers = Arc::new(Idlers::default());
+        let idle = Arc::new(IdleConnections::default());
         let limits = crate::cli::flags::Flags::parse_from(["inflight-statserver"]).limits;
-        let open = || Guard::new(false, limits, Budget::new(1), Arc::default(), Arc::clone(&idlers));
+        let open = || ConnectionGuard::new(false, limits, Budget::new(1), Arc::default(), Arc::clone(&idle));
         let guards = [open(), open(), open(), open()];
-        assert!(!idlers.end_one(), "they have yet to ask for anything");
+        assert!(!idle.close_oldest(), "they have yet to ask for anything");
         for guard in &guards {
-            guard.request();
-            guard.answered();
+            guard.request_started();
+            guard.response_ready();
         }
         guards[0].received(1).unwrap();
         let [_, second, third, gone] = &guards;
-        assert!(idlers.end_one());
-        assert_eq!([second.is_ended(), third.is_ended()], [true, false]);
-        assert!(idlers.end_one() && third.is_ended() && !gone.is_ended());
+        assert!(idle.close_oldest());
+        assert_eq!([second.is_closed(), third.is_closed()], [true, false]);
+        assert!(idle.close_oldest() && third.is_closed() && !gone.is_closed());
         drop(guards);
-        assert!(!idlers.end_one());
+        assert!(!idle.close_oldest());
     }
 
     #[test]
@@ -582,32 +390,16 @@ mod tests {
         let guard = guard(&Budget::new(10_000));
         guard.upgraded();
         assert_eq!(guard.deadline(), None);
-        guard.received(CONTROL_HEAD_BYTES + 4).unwrap();
+        guard.received(CONTROL_HEADER_BYTES + 4).unwrap();
         guard.control_frame(4);
         assert_eq!(guard.deadline(), None);
         guard.received(100).unwrap();
         let deadline = guard.deadline();
         assert_eq!(deadline.and_then(|deadline| deadline.limit), Some(Limit::BodyTimeout));
-        guard.received(CONTROL_HEAD_BYTES + 4).unwrap();
+        guard.received(CONTROL_HEADER_BYTES + 4).unwrap();
         guard.control_frame(4);
         assert_eq!(guard.deadline(), deadline);
-        guard.dealt_with();
+        guard.message_handled();
         assert_eq!(guard.deadline(), None);
-    }
-
-    #[tokio::test]
-    async fn a_stranger_too_many_takes_the_place_of_the_oldest_after_a_while() {
-        let strangers = Arc::new(Strangers::new(2));
-        let (first, _) = strangers.enter().await;
-        let (second, evicts) = strangers.enter().await;
-        assert!(!evicts);
-        let began = Instant::now();
-        let (_third, evicts) = strangers.enter().await;
-        assert!(evicts && began.elapsed() >= PATIENCE);
-        first.evicted().await;
-        // One that leaves makes room at once.
-        drop(second);
-        let (_fourth, evicts) = strangers.enter().await;
-        assert!(!evicts);
     }
 }

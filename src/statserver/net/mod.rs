@@ -1,6 +1,12 @@
-//! Connections: accepting them, TLS, who may do what, how much one may hold.
+//! Connections: accepting them, TLS, who may do what, how much one may hold, and their orderly end.
 
 pub mod auth;
+pub mod budget;
+pub mod connection;
 pub mod guard;
+pub mod idle;
 pub mod listener;
+pub mod shutdown;
 pub mod tls;
+pub mod tracked_body;
+pub mod unauthenticated;

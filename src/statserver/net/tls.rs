@@ -1,4 +1,5 @@
-//! TLS of the server's own: certificates out of files that may change, and who showed one of those that are trusted.
+//! The server's TLS: certificates from files that may change, and the client certificates that are
+//! trusted.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,12 +16,12 @@ use tokio_rustls::server::TlsStream;
 use tracing::{error, info};
 
 use crate::cli::flags::Flags;
-use crate::files;
+use crate::os::files;
 
 /// The largest file that is read.
-const MOST_BYTES: u64 = 1 << 20;
+const MAX_BYTES: u64 = 1 << 20;
 
-/// What a listener speaks within TLS.
+/// What is spoken over a connection.
 #[derive(Clone, Copy, Debug)]
 pub enum Protocol {
     /// HTTP/1.1.
@@ -38,6 +39,7 @@ impl Protocol {
     }
 }
 
+/// The paths of the files.
 #[derive(Clone, Debug)]
 struct Files {
     certificate: PathBuf,
@@ -45,8 +47,8 @@ struct Files {
     client_ca: Option<PathBuf>,
 }
 
-/// What the files held, and what was made of it.
-struct Made {
+/// What the files contained, and the configurations made of it.
+struct Loaded {
     contents: [Vec<u8>; 3],
     http: Arc<ServerConfig>,
     grpc: Arc<ServerConfig>,
@@ -55,7 +57,7 @@ struct Made {
 /// The server's certificates, as the files have them now.
 pub struct Tls {
     files: Files,
-    made: RwLock<Made>,
+    loaded: RwLock<Loaded>,
 }
 
 impl Tls {
@@ -68,37 +70,38 @@ impl Tls {
             return Ok(None);
         };
         let files = Files { certificate, key, client_ca: flags.tls_client_ca.clone() };
-        let made = files.read().and_then(|contents| files.make(contents))?;
-        Ok(Some(Self { files, made: RwLock::new(made) }))
+        let loaded = files.read().and_then(|contents| files.load(contents))?;
+        Ok(Some(Self { files, loaded: RwLock::new(loaded) }))
     }
 
-    /// Takes over what the files hold now, for connections to come. Files that are wrong, or do not go together, change
-    /// nothing.
+    /// Loads the files again, for connections to come. Files that are wrong, or do not belong together,
+    /// change nothing.
     pub fn reload(&self) {
-        let made = self.files.read().and_then(|contents| {
-            let same = self.made.read().unwrap_or_else(PoisonError::into_inner).contents == contents;
-            if same { Ok(None) } else { self.files.make(contents).map(Some) }
+        let loaded = self.files.read().and_then(|contents| {
+            let same = self.loaded.read().unwrap_or_else(PoisonError::into_inner).contents == contents;
+            if same { Ok(None) } else { self.files.load(contents).map(Some) }
         });
-        match made {
+        match loaded {
             Ok(None) => {}
-            Ok(Some(made)) => {
-                info!(file = %self.files.certificate.display(), "the certificates have changed");
-                *self.made.write().unwrap_or_else(PoisonError::into_inner) = made;
+            Ok(Some(loaded)) => {
+                info!(file = %self.files.certificate.display(), "loaded the changed certificates");
+                *self.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
             }
-            Err(reason) => error!(reason, "the certificates stay as they were"),
+            Err(reason) => error!(reason, "cannot load the changed certificates; keeping the old ones"),
         }
     }
 
-    /// Shakes hands. Whoever shows a certificate that the client CA did not sign is turned away; who shows none is not known.
+    /// Shakes hands. A client with a certificate that the client CA did not sign is refused; one without a
+    /// certificate is not authenticated.
     ///
     /// # Errors
     /// Whatever ends a handshake.
-    pub async fn accept(&self, stream: TcpStream, protocol: Protocol) -> io::Result<TlsStream<TcpStream>> {
+    pub async fn handshake(&self, stream: TcpStream, protocol: Protocol) -> io::Result<TlsStream<TcpStream>> {
         let config = {
-            let made = self.made.read().unwrap_or_else(PoisonError::into_inner);
+            let loaded = self.loaded.read().unwrap_or_else(PoisonError::into_inner);
             match protocol {
-                Protocol::Http => Arc::clone(&made.http),
-                Protocol::Grpc => Arc::clone(&made.grpc),
+                Protocol::Http => Arc::clone(&loaded.http),
+                Protocol::Grpc => Arc::clone(&loaded.grpc),
             }
         };
         TlsAcceptor::from(config).accept(stream).await
@@ -115,13 +118,13 @@ impl Files {
         ])
     }
 
-    fn make(&self, contents: [Vec<u8>; 3]) -> Result<Made, String> {
+    fn load(&self, contents: [Vec<u8>; 3]) -> Result<Loaded, String> {
         let [certificate, key, client_ca] = &contents;
         let provider = Arc::new(ring::default_provider());
         let chain = certificates("--tls-cert", &self.certificate, certificate)?;
         // The reason is not repeated: it may say what was read.
         let key = PrivateKeyDer::from_pem_slice(key)
-            .map_err(|_| format!("--tls-key {}: no private key in PEM", self.key.display()))?;
+            .map_err(|_| format!("--tls-key {}: expected a private key in PEM", self.key.display()))?;
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?;
@@ -132,40 +135,40 @@ impl Files {
         let config = builder
             .with_single_cert(chain, key)
             .map_err(|error| format!("--tls-cert {} and --tls-key: {error}", self.certificate.display()))?;
-        let speaking = |protocol: Protocol| {
+        let config_for = |protocol: Protocol| {
             let mut config = config.clone();
             config.alpn_protocols = protocol.alpn();
             Arc::new(config)
         };
-        Ok(Made { http: speaking(Protocol::Http), grpc: speaking(Protocol::Grpc), contents })
+        Ok(Loaded { http: config_for(Protocol::Http), grpc: config_for(Protocol::Grpc), contents })
     }
 }
 
-/// A certificate is asked for and not insisted on: tokens and probes come without one.
+/// A certificate is requested and not required: clients with tokens, and probes, have none.
 fn verifier(
     path: &Path,
     pem: &[u8],
     provider: Arc<CryptoProvider>,
 ) -> Result<Arc<dyn rustls::server::danger::ClientCertVerifier>, String> {
-    let wrong = |error: String| format!("--tls-client-ca {}: {error}", path.display());
+    let invalid = |error: String| format!("--tls-client-ca {}: {error}", path.display());
     let mut roots = RootCertStore::empty();
     for certificate in certificates("--tls-client-ca", path, pem)? {
-        roots.add(certificate).map_err(|error| wrong(error.to_string()))?;
+        roots.add(certificate).map_err(|error| invalid(error.to_string()))?;
     }
     WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
         .allow_unauthenticated()
         .build()
-        .map_err(|error| wrong(error.to_string()))
+        .map_err(|error| invalid(error.to_string()))
 }
 
 fn certificates(flag: &str, path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match certificates {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        _ => Err(format!("{flag} {}: no certificate in PEM", path.display())),
+        _ => Err(format!("{flag} {}: expected a certificate in PEM", path.display())),
     }
 }
 
 fn read(flag: &str, path: &Path) -> Result<Vec<u8>, String> {
-    files::read(path, MOST_BYTES).map_err(|error| format!("{flag} {}: {error}", path.display()))
+    files::read(path, MAX_BYTES).map_err(|error| format!("{flag} {}: {error}", path.display()))
 }

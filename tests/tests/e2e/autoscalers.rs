@@ -90,7 +90,7 @@ async fn keda_gets_what_a_key_has_and_what_a_pod_should_have() {
     for (key, wrong) in [("target", "0"), ("target", "many"), ("metric", "cpu"), ("name", "a\nb")] {
         let refused = spec(object("rev", &[(key, wrong)])).await.expect_err("refused");
         assert_eq!(refused.code(), Code::InvalidArgument);
-        assert!(refused.message().contains(&format!("`{key}` was ")), "{}", refused.message());
+        assert!(refused.message().contains(&format!("`{key}` is ")), "{}", refused.message());
     }
 }
 
@@ -219,7 +219,7 @@ async fn pythons_grpcio_drives_all_five_methods() {
         "value": 30.0,
         "unknown_active": false,
         "unknown_value": 0.0,
-        "refused": "INVALID_ARGUMENT: metadata `target` was \"many\", allowed is a number from 0.01 on",
+        "refused": "INVALID_ARGUMENT: metadata `target` is \"many\"; expected a number from 0.01 on",
     });
     assert_eq!(answers, wanted);
 }

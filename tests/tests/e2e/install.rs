@@ -44,19 +44,19 @@ async fn a_wrong_configuration_is_refused_at_start_with_one_line() {
     let cases = [
         (
             format!(r#"{{{identity}, "revision": "r", "reporting_perod": "1s"}}"#),
-            "`reporting_perod` was an unknown key, allowed is one of role",
+            "unknown key `reporting_perod`; did you mean `reporting_period`?",
         ),
         (
             format!(r#"{{{identity}, "revision": "r", "reporting_period": 1}}"#),
-            "`reporting_period` was 1, allowed is a duration from 100ms to 60s",
+            "`reporting_period` is 1; expected a duration from 100ms to 60s",
         ),
         (
             format!(r#"{{{identity}, "revision": "r", "reporting_period": "50ms"}}"#),
-            "`reporting_period` was \"50ms\", allowed is a duration from 100ms to 60s",
+            "`reporting_period` is \"50ms\"; expected a duration from 100ms to 60s",
         ),
         (
             format!(r#"{{{identity}, "revision": ""}}"#),
-            "`revision` was \"\", allowed is a string of 1 to 512 bytes",
+            "`revision` is \"\"; expected a string of 1 to 512 bytes",
         ),
         (
             format!(
@@ -64,7 +64,7 @@ async fn a_wrong_configuration_is_refused_at_start_with_one_line() {
             ),
             "`statserver.token_env` is \"NONE\"; expected the name of a variable",
         ),
-        ("{".into(), "the configuration was not JSON"),
+        ("{".into(), "invalid configuration: not JSON"),
     ];
     let address = "127.0.0.1:9".parse().expect("an address");
     for version in [Version::Oldest, Version::Newest] {
@@ -141,9 +141,9 @@ async fn a_hostile_report_is_refused_with_the_reason_and_changes_nothing() {
     let server = StatServer::start(None).await;
     let cases = [
         (Bytes::from_static(b""), "empty"),
-        (Bytes::from_static(b"\x02rest"), "version 2, known is 1"),
+        (Bytes::from_static(b"\x02rest"), "version 2; expected 1"),
         (Bytes::from_static(b"\x01\xff\xff\xff\xff\xff\xff\xff\xffpod"), "does not decode"),
-        (Bytes::from(vec![1; MAX_BYTES + 1]), "more than the allowed 1048576 bytes"),
+        (Bytes::from(vec![1; MAX_BYTES + 1]), "expected at most 1048576 bytes"),
     ];
     for (body, reason) in cases {
         let (status, text) =

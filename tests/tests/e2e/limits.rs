@@ -96,7 +96,10 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     assert_eq!(post(report("one", &["a", "b"])).await.0, 202);
 
     let (status, reason) = post(report("one", &["a", "b", "c"])).await;
-    assert!(status == 400 && reason.contains("3 keys, allowed are 2"), "{status} {reason}");
+    assert!(
+        status == 400 && reason.contains("3 keys; expected at most 2 (--max-messages)"),
+        "{status} {reason}"
+    );
     let (status, reason) = post(report("one", &["c"])).await;
     assert!(status == 507 && reason.contains("namespace ns has 2 keys"), "{status} {reason}");
     assert_eq!(post(report("two", &["a"])).await.0, 202);

@@ -133,7 +133,13 @@ async fn certificates_are_taken_over_when_the_files_change_and_wrong_ones_are_no
     std::fs::write(&identity.certificate, "no certificate").expect("a file");
     wait::until("the wrong file is found", SETTLED, || {
         let log = server.process.log();
-        async move { if log.contains("the certificates stay as they were") { Ok(()) } else { Err(log) } }
+        async move {
+            if log.contains("cannot load the changed certificates; keeping the old ones") {
+                Ok(())
+            } else {
+                Err(log)
+            }
+        }
     })
     .await;
     assert_eq!(healthy(&new).await, Ok(200));

@@ -1,0 +1,190 @@
+//! Knative's stat stream: a websocket of binary frames. A frame that cannot be decoded is dropped, counted
+//! and logged at most once a second; the connection stays open.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
+use axum::response::Response;
+use inflight_stats::protocol::frame::{self, FrameError};
+use inflight_stats::protocol::gob::GobError;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_tungstenite::tungstenite::Error as WebSocketError;
+use tokio_tungstenite::tungstenite::error::CapacityError;
+use tracing::{debug, warn};
+
+use crate::app::state::App;
+use crate::cli::limits::Limit;
+use crate::keys::key_table::StatError;
+use crate::net::auth::Grant;
+use crate::net::guard::ConnectionGuard;
+use crate::os::clock::now_ns;
+use crate::telemetry::metrics::DropReason;
+
+/// "Service restart": Knative's activator reconnects at once.
+const RESTART: u16 = 1012;
+const TOO_BIG: u16 = 1009;
+const POLICY_VIOLATION: u16 = 1008;
+const TRY_AGAIN_LATER: u16 = 1013;
+/// A client that sends nothing for so long is pinged.
+const PING_AFTER: Duration = Duration::from_secs(20);
+/// A client that does not answer either is gone.
+const GONE_AFTER: Duration = Duration::from_secs(60);
+/// How long sending a frame may take: a client that never reads is gone.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a client may take to answer our close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// What is read at once; a thousand clients that send nothing hold a thousand of these.
+const READ_BUFFER_BYTES: usize = 4 << 10;
+const WRITE_BUFFER_BYTES: usize = 4 << 10;
+
+/// Answers an upgrade.
+pub fn upgrade(
+    upgrade: WebSocketUpgrade,
+    app: Arc<App>,
+    grant: Grant,
+    guard: Option<Arc<ConnectionGuard>>,
+) -> Response {
+    let (drain, max) = (app.drain.clone(), app.limits.max_frame_bytes);
+    upgrade
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .max_write_buffer_size(WRITE_BUFFER_BYTES)
+        .write_buffer_size(0)
+        .max_frame_size(max)
+        .max_message_size(max)
+        .on_upgrade(move |socket| drain.track(serve(socket, app, grant, guard)))
+}
+
+async fn serve(mut socket: WebSocket, app: Arc<App>, grant: Grant, guard: Option<Arc<ConnectionGuard>>) {
+    app.metrics.streams.inc();
+    if let Some(guard) = &guard {
+        guard.upgraded();
+    }
+    let close = tokio::select! {
+        close = receive(&mut socket, &app, &grant, guard.as_deref()) => close,
+        () = app.drain.closing() => Some(close_frame(RESTART, "Restarting")),
+        () = app.access.revoked(&grant) => {
+            Some(close_frame(POLICY_VIOLATION, "the bearer token is no longer known"))
+        }
+    };
+    if let Some(frame) = close
+        && let Ok(Ok(())) = timeout(SEND_TIMEOUT, socket.send(Message::Close(Some(frame)))).await
+    {
+        // Until the client closes, too: whoever closes first discards what was not yet read.
+        let answered = async { while let Some(Ok(_)) = socket.recv().await {} };
+        let _ = timeout(CLOSE_TIMEOUT, answered).await;
+    }
+    app.metrics.streams.dec();
+}
+
+fn close_frame(code: u16, reason: &'static str) -> CloseFrame {
+    CloseFrame { code, reason: reason.into() }
+}
+
+/// Receives frames until the connection ends. Returns how to close it, if it is still open.
+async fn receive(
+    socket: &mut WebSocket,
+    app: &App,
+    grant: &Grant,
+    guard: Option<&ConnectionGuard>,
+) -> Option<CloseFrame> {
+    let mut last_received = Instant::now();
+    loop {
+        let message = match timeout_at(last_received + PING_AFTER, socket.recv()).await {
+            Ok(Some(Ok(message))) => message,
+            Ok(Some(Err(error))) => return after_error(app, guard, error),
+            Ok(None) => return None,
+            Err(_) => {
+                let ping = timeout(SEND_TIMEOUT, socket.send(Message::Ping(bytes::Bytes::new()))).await;
+                let answer = timeout_at(last_received + GONE_AFTER, socket.recv());
+                match (ping, answer.await) {
+                    (Ok(Ok(())), Ok(Some(Ok(message)))) => message,
+                    _ => return None,
+                }
+            }
+        };
+        last_received = Instant::now();
+        match message {
+            Message::Binary(frame) => record_frame(app, grant, frame),
+            Message::Text(_) => {
+                drop_frame(app, DropReason::Text, "it is a text frame; expected a binary one")
+            }
+            Message::Close(_) => return None,
+            Message::Ping(payload) | Message::Pong(payload) => {
+                if let Some(guard) = guard {
+                    guard.control_frame(payload.len());
+                    // Only a new connection frees its buffer; Knative's activator opens one at once.
+                    if guard.has_unused_buffer() {
+                        return Some(close_frame(RESTART, "Restarting"));
+                    }
+                }
+                continue;
+            }
+        }
+        if let Some(guard) = guard {
+            guard.message_handled();
+            if guard.has_unused_buffer() {
+                return Some(close_frame(RESTART, "Restarting"));
+            }
+        }
+    }
+}
+
+/// Returns how to close the connection after an error of which the client can still be told.
+fn after_error(app: &App, guard: Option<&ConnectionGuard>, error: axum::Error) -> Option<CloseFrame> {
+    debug!(%error, "the connection of a stat stream failed");
+    if guard.is_some_and(ConnectionGuard::is_over_budget) {
+        return Some(close_frame(TRY_AGAIN_LATER, "more bytes in flight than --max-bytes-in-flight allows"));
+    }
+    let error = error.into_inner();
+    let is_too_big = error
+        .downcast_ref::<WebSocketError>()
+        .is_some_and(|error| matches!(error, WebSocketError::Capacity(CapacityError::MessageTooLong { .. })));
+    is_too_big.then(|| {
+        app.metrics.frame_dropped(DropReason::TooLarge);
+        app.metrics.refused(Limit::FrameBytes);
+        let max = app.limits.max_frame_bytes;
+        let reason = format!("the frame is too large; expected at most {max} bytes (--max-frame-bytes)");
+        CloseFrame { code: TOO_BIG, reason: reason.into() }
+    })
+}
+
+fn record_frame(app: &App, grant: &Grant, frame: bytes::Bytes) {
+    let mut messages = match frame::decode(frame, &app.limits.of_frames()) {
+        Ok(messages) => messages,
+        Err(error) => {
+            let limit = match error {
+                FrameError::TooMany(_) => Some(Limit::Messages),
+                FrameError::Gob(GobError::TooMuch(_)) => Some(Limit::Depth),
+                FrameError::TooLarge(..) => Some(Limit::FrameBytes),
+                FrameError::Protobuf(_) | FrameError::Gob(_) | FrameError::NotUtf8 => None,
+            };
+            if let Some(limit) = limit {
+                app.metrics.refused(limit);
+            }
+            let reason = if limit.is_some() { DropReason::TooMuch } else { DropReason::Undecodable };
+            return drop_frame(app, reason, error);
+        }
+    };
+    let (received, now_ns) = (messages.len(), now_ns());
+    messages.retain(|message| match app.keys.record_stat(grant, message, now_ns) {
+        Ok(()) => true,
+        Err(error) => {
+            if let StatError::CapacityExceeded(exceeded) = error {
+                app.metrics.refused(exceeded.limit);
+                app.log_limiter.log(|suppressed| warn!(reason = %exceeded, suppressed, "dropped a stat"));
+            }
+            false
+        }
+    });
+    app.metrics.stats.inc_by(messages.len() as u64);
+    app.metrics.stats_dropped.inc_by((received - messages.len()) as u64);
+    if let Some(forwarder) = &app.forwarder {
+        forwarder.queue_stats(messages);
+    }
+}
+
+fn drop_frame(app: &App, why: DropReason, reason: impl std::fmt::Display) {
+    app.metrics.frame_dropped(why);
+    app.log_limiter.log(|suppressed| warn!(%reason, suppressed, "dropped a frame of the stat stream"));
+}

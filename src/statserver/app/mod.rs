@@ -1,0 +1,4 @@
+//! What all requests share, and the tasks that keep it current.
+
+pub mod background;
+pub mod state;

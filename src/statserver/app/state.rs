@@ -1,0 +1,45 @@
+//! The state that all requests share.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use crate::cli::limits::Limits;
+use crate::forward::forwarder::Forwarder;
+use crate::keys::key_table::KeyTable;
+use crate::keys::settings_store::SettingsStore;
+use crate::net::auth::Access;
+use crate::net::budget::Budget;
+use crate::net::shutdown::DrainWatcher;
+use crate::telemetry::log_limit::LogLimiter;
+use crate::telemetry::metrics::Metrics;
+
+/// The state.
+pub struct App {
+    /// The keys.
+    pub keys: KeyTable,
+    /// Who may do what.
+    pub access: Access,
+    /// The settings of single keys.
+    pub settings: SettingsStore,
+    /// How much is accepted.
+    pub limits: Limits,
+    /// Bytes that are being received.
+    pub budget: Budget,
+    /// Bytes of responses that have yet to be read.
+    pub response_budget: Budget,
+    /// A permit for each concurrent gRPC call.
+    pub calls: Arc<Semaphore>,
+    /// Held while keys are listed: one list is made at a time.
+    pub listing: tokio::sync::Mutex<()>,
+    /// The server's own metrics.
+    pub metrics: Arc<Metrics>,
+    /// Where stats are forwarded to.
+    pub forwarder: Option<Arc<Forwarder>>,
+    /// The target of keys that are scaled by requests per second and have no target of their own.
+    pub rps_target: f64,
+    /// Follows the shutdown.
+    pub drain: DrainWatcher,
+    /// For log lines that clients cause.
+    pub log_limiter: LogLimiter,
+}

@@ -1,0 +1,98 @@
+//! Who asks, and for which key: extractors that refuse what is not granted.
+
+use std::sync::Arc;
+
+use axum::extract::{FromRequestParts, Path, Query, RawPathParams};
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use inflight_stats::protocol::key_name::KeyName;
+
+use crate::app::state::App;
+use crate::net::auth::{Grant, Peer, Unauthenticated, not_covered};
+use crate::net::guard::ConnectionGuard;
+
+/// How `/v1/key` names a key.
+pub const KEY_PARAMETERS: &[&str] = &["namespace", "name"];
+
+/// What the client may do; 401 without a known token.
+impl FromRequestParts<Arc<App>> for Grant {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
+        let authorization = parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+        let peer = parts.extensions.get::<Peer>().copied().unwrap_or_default();
+        let grant = app.access.check(authorization, peer).map_err(|error: Unauthenticated| {
+            app.metrics.unauthorized.inc();
+            // A browser asks its user for a password. Clients without a token keep no connection.
+            let headers = [
+                (header::WWW_AUTHENTICATE, "Basic realm=\"inflight\", charset=\"UTF-8\""),
+                (header::CONNECTION, "close"),
+            ];
+            (StatusCode::UNAUTHORIZED, headers, format!("{error}\n")).into_response()
+        })?;
+        if let Some(guard) = parts.extensions.get::<Arc<ConnectionGuard>>() {
+            guard.authenticated();
+        }
+        Ok(grant)
+    }
+}
+
+/// Counts and returns a refusal: the token does not cover a namespace.
+pub fn forbidden(app: &App, namespace: &str) -> (StatusCode, String) {
+    app.metrics.unauthorized.inc();
+    (StatusCode::FORBIDDEN, format!("{}\n", not_covered(namespace)))
+}
+
+/// The key that a request is about, whose namespace the grant covers. It is named by the path, or by
+/// `?namespace=…&name=…`, because clients remove `.` and `..` from paths, also if they are percent-encoded.
+pub struct KeyPath {
+    /// The key.
+    pub name: KeyName,
+    /// What the client may do.
+    pub grant: Grant,
+}
+
+impl FromRequestParts<Arc<App>> for KeyPath {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
+        let grant = Grant::from_request_parts(parts, app).await?;
+        let in_path = RawPathParams::from_request_parts(parts, app).await;
+        let is_in_path = in_path.map_err(IntoResponse::into_response)?.iter().next().is_some();
+        let name = if is_in_path {
+            let path = Path::<KeyName>::from_request_parts(parts, app).await;
+            path.map(|Path(name)| name).map_err(IntoResponse::into_response)?
+        } else {
+            let query = Query::<KeyName>::from_request_parts(parts, app).await;
+            query.map(|Query(name)| name).map_err(|_| {
+                let reason = "no key in the query; expected ?namespace=NAMESPACE&name=NAME\n";
+                (StatusCode::BAD_REQUEST, reason).into_response()
+            })?
+        };
+        match grant.covers(&name.namespace) {
+            true => Ok(Self { name, grant }),
+            false => Err(forbidden(app, &name.namespace).into_response()),
+        }
+    }
+}
+
+/// The key whose settings a request changes, which requires an admin token.
+pub struct AdminKeyPath(
+    /// The key.
+    pub KeyName,
+);
+
+impl FromRequestParts<Arc<App>> for AdminKeyPath {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
+        let KeyPath { name, grant } = KeyPath::from_request_parts(parts, app).await?;
+        if !grant.admin {
+            app.metrics.unauthorized.inc();
+            let reason = "changing settings requires a token that is marked admin\n";
+            return Err((StatusCode::FORBIDDEN, reason).into_response());
+        }
+        Ok(Self(name))
+    }
+}

@@ -1,0 +1,108 @@
+//! `GET /metrics`: the server's own metrics, and the figures of the keys.
+
+use std::fmt;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+
+use crate::app::state::App;
+use crate::keys::key_table::KeyView;
+use crate::net::auth::Grant;
+use crate::os::clock::now_ns;
+use crate::telemetry::metrics::{Metrics, PREFIX};
+
+/// The most keys that are shown.
+const MAX_KEYS: usize = 10_000;
+/// The most bytes that their lines take: each key has a line for each of its figures.
+const MAX_KEY_BYTES: usize = 8 << 20;
+/// What a line has beside its key's name, roughly.
+const LINE_BYTES: usize = 100;
+
+/// A figure of each key: its name, its help, and how to read it; a key of which it is not known has none.
+type KeyGauge = (&'static str, &'static str, fn(&KeyView) -> Option<f64>);
+
+const KEY_GAUGES: [KeyGauge; 6] = [
+    ("stable_concurrency", "Average concurrency over the stable window", |view| {
+        Some(view.figures.stable.concurrency)
+    }),
+    ("panic_concurrency", "Average concurrency over the panic window", |view| {
+        Some(view.figures.panic.concurrency)
+    }),
+    ("requests_per_second", "Average requests per second over the stable window", |view| {
+        Some(view.figures.stable.requests_per_second)
+    }),
+    ("in_flight", "Requests in flight", |view| Some(view.figures.in_flight as f64)),
+    ("pods", "Pods that report", |view| Some(view.figures.pods as f64)),
+    ("desired_pods", "Pods that the key wants", |view| view.desired_pods.map(f64::from)),
+];
+
+/// The keys of one scrape.
+#[derive(Debug)]
+struct KeyCollector(Vec<KeyView>);
+
+impl KeyCollector {
+    /// Takes as many keys as are shown.
+    fn new(mut views: Vec<KeyView>) -> Self {
+        let mut bytes = 0;
+        let lines = |view: &KeyView| {
+            KEY_GAUGES.len() * (view.name.namespace.len() + view.name.name.len() + LINE_BYTES)
+        };
+        let fits = |view: &KeyView| {
+            bytes += lines(view);
+            bytes <= MAX_KEY_BYTES
+        };
+        let count = views.iter().take(MAX_KEYS).map(fits).take_while(|fits| *fits).count();
+        views.truncate(count);
+        Self(views)
+    }
+}
+
+impl Collector for KeyCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, help, value) in KEY_GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for view in &self.0 {
+                let Some(value) = value(view) else { continue };
+                let labels = [("namespace", view.name.namespace.as_str()), ("name", view.name.name.as_str())];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the metrics as text, with these keys, of which there are `found` in all.
+///
+/// # Errors
+/// None that is known.
+pub fn text(metrics: &Metrics, views: Vec<KeyView>, found: usize) -> Result<String, fmt::Error> {
+    metrics.set_keys(found);
+    let mut of_keys = Registry::with_prefix(format!("{PREFIX}_key"));
+    of_keys.register_collector(Box::new(KeyCollector::new(views)));
+    let mut text = String::new();
+    metrics.write(&mut text)?;
+    encode_registry(&mut text, &of_keys)?;
+    encode_eof(&mut text)?;
+    Ok(text)
+}
+
+/// Answers a scrape.
+pub async fn scrape(State(app): State<Arc<App>>, grant: Grant) -> Response {
+    let _one_at_a_time = app.listing.lock().await;
+    let (views, found) = app.keys.views(&grant, "", MAX_KEYS, now_ns());
+    match text(&app.metrics, views, found) {
+        Ok(text) => {
+            let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, content_type)], text).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}

@@ -1,0 +1,52 @@
+//! The routes.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::{get, post};
+
+use crate::app::state::App;
+use crate::http::{body, health, keys, middleware, page, prometheus, reports, settings};
+
+/// Returns all routes.
+pub fn router(app: Arc<App>) -> Router {
+    let settings_methods =
+        || get(settings::get_settings).put(settings::put_settings).delete(settings::delete_settings);
+    Router::new()
+        .route("/v1/reports", post(reports::post_report))
+        .route("/v1/keys", get(keys::list_keys))
+        .route("/v1/keys/{namespace}/{name}", get(keys::get_key))
+        .route("/v1/keys/{namespace}/{name}/history", get(keys::get_history))
+        .route("/v1/keys/{namespace}/{name}/settings", settings_methods())
+        .route("/v1/key", get(keys::get_key))
+        .route("/v1/key/history", get(keys::get_history))
+        .route("/v1/key/settings", settings_methods())
+        .route("/", get(page::document))
+        .route("/page.css", get(page::style))
+        .route("/page.js", get(page::script))
+        .route("/healthz", get(health::alive))
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(prometheus::scrape))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(unknown_method)
+        .layer(from_fn(middleware::only_known_parameters))
+        .layer(from_fn_with_state(Arc::clone(&app), body::reserve_response))
+        .layer(from_fn_with_state(Arc::clone(&app), middleware::websocket))
+        .layer(from_fn(middleware::same_origin))
+        .layer(from_fn(health::kubelet_probe))
+        .with_state(app)
+}
+
+async fn unknown_path() -> (StatusCode, &'static str) {
+    let reason = "unknown path; expected /, /healthz, /readyz, /metrics, /v1/reports, /v1/keys, \
+                  /v1/keys/NAMESPACE/NAME and below it /history and /settings, or /v1/key?namespace=NAMESPACE&name=NAME \
+                  likewise\n";
+    (StatusCode::NOT_FOUND, reason)
+}
+
+async fn unknown_method() -> (StatusCode, &'static str) {
+    let reason = "the path does not allow this method; the header `allow` lists those that it does\n";
+    (StatusCode::METHOD_NOT_ALLOWED, reason)
+}

@@ -1,0 +1,803 @@
+//! Every key's figures, in memory. Keys are sharded, so that reports of different keys seldom wait for
+//! each other; no lock is held across keys.
+
+use std::collections::{BinaryHeap, HashMap};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use hashbrown::HashTable;
+use inflight_stats::protocol::addition::CounterDecreased;
+use inflight_stats::protocol::key_name::KeyName;
+use inflight_stats::protocol::report::is_name;
+use inflight_stats::protocol::stat::WireStatMessage;
+use inflight_stats::scaling::decider::Decision;
+use inflight_stats::scaling::heap::heap_bytes;
+use inflight_stats::scaling::key::{Figures, Key, MAX_PERIOD_NS};
+use inflight_stats::scaling::sender::{ImplausibleStat, PerSecond};
+use inflight_stats::scaling::settings::KeySettings;
+use inflight_stats::{KeyReport, Report};
+
+use crate::cli::limits::Limit;
+use crate::keys::activity::ActivityWatchers;
+use crate::keys::capacity::{Capacity, CapacityExceeded};
+use crate::keys::history::{History, HistoryPoint};
+use crate::net::auth::Grant;
+use crate::os::lock::lock;
+
+const SHARDS: usize = 64;
+/// The most keys whose history is kept: 4.8 KB each.
+const MAX_HISTORIES: usize = 2_000;
+/// A key that nobody has reported for so long is forgotten.
+const RETENTION_NS: u64 = 24 * 3600 * 1_000_000_000;
+
+/// All that is known of one key at one time.
+#[derive(Clone, Debug)]
+pub struct KeyView {
+    /// Namespace and name.
+    pub name: KeyName,
+    /// What its senders make it.
+    pub figures: Figures,
+    /// How many pods it wants; `None` where that is not known yet.
+    pub desired_pods: Option<u32>,
+    /// The last decision, if there is one.
+    pub decision: Option<Decision>,
+    /// What it is scaled by.
+    pub settings: Arc<KeySettings>,
+}
+
+struct Entry {
+    name: KeyName,
+    key: Key,
+    history: History,
+    /// What was last accounted for it, without its senders and for these.
+    own_bytes: usize,
+    sender_bytes: usize,
+}
+
+impl Entry {
+    fn view(&self, now_ns: u64) -> KeyView {
+        KeyView {
+            name: self.name.clone(),
+            figures: self.key.figures(now_ns),
+            desired_pods: self.key.desired_pods(now_ns),
+            decision: self.key.is_decided().then(|| self.key.decision()),
+            settings: Arc::clone(self.key.settings()),
+        }
+    }
+
+    fn is(&self, namespace: &str, name: &str) -> bool {
+        self.name.namespace == namespace && self.name.name == name
+    }
+}
+
+/// A part of the keys: entries, and an index that finds them by name. The entries are a vector, instead of
+/// values of a map, so that [`KeyTable::for_each`] can release the lock between two of them and go on from
+/// there. Where one is removed, the last one takes its position.
+#[derive(Default)]
+struct Shard {
+    index: HashTable<usize>,
+    #[allow(clippy::vec_box, reason = "a vector that has grown is half empty: of pointers that is little")]
+    entries: Vec<Box<Entry>>,
+}
+
+/// How many keys there are.
+#[derive(Default)]
+struct Counts {
+    all: usize,
+    by_namespace: HashMap<String, usize>,
+}
+
+/// Why a report was not recorded as a whole: the first key that was left out, and the reason. All other
+/// keys were recorded.
+#[derive(Debug)]
+pub enum RecordError {
+    /// A counter of the key decreased; that stays so when the report is sent again.
+    CounterDecreased(KeyName, CounterDecreased),
+    /// The report may be sent again.
+    CapacityExceeded(CapacityExceeded),
+}
+
+/// Why a stat was not recorded.
+#[derive(Debug)]
+pub enum StatError {
+    /// Missing fields, implausible numbers, or a namespace outside the token's grant.
+    Invalid,
+    /// Valid, but a limit is reached.
+    CapacityExceeded(CapacityExceeded),
+}
+
+/// Who reports a key: by a report of an incarnation, or (without one) by a stat.
+#[derive(Clone, Copy)]
+struct SenderId<'a> {
+    name: &'a str,
+    incarnation: Option<u64>,
+}
+
+/// All keys.
+pub struct KeyTable {
+    shards: Box<[Mutex<Shard>; SHARDS]>,
+    hasher: RandomState,
+    defaults: Arc<KeySettings>,
+    capacity: Capacity,
+    started_ns: u64,
+    /// When the first report or stat came; 0 before.
+    first_report_ns: AtomicU64,
+    /// Whether senders of a new key may have reported it to the server before this one.
+    has_just_started: AtomicBool,
+    counts: Mutex<Counts>,
+    bytes: AtomicUsize,
+    histories: AtomicUsize,
+    /// Of the keys that have settings of their own.
+    own_settings: RwLock<HashMap<KeyName, Arc<KeySettings>>>,
+    /// Who waits for a key's first traffic.
+    pub activity: ActivityWatchers,
+}
+
+impl KeyTable {
+    /// An empty table, whose keys are scaled by `defaults` unless they have settings of their own. Until all
+    /// senders can have reported since the unix time `started_ns` in nanoseconds (0: long ago), too little
+    /// is known to decide by.
+    pub fn new(defaults: Arc<KeySettings>, capacity: Capacity, started_ns: u64) -> Self {
+        Self {
+            shards: Box::new(std::array::from_fn(|_| Mutex::default())),
+            hasher: RandomState::new(),
+            defaults,
+            capacity,
+            started_ns,
+            first_report_ns: AtomicU64::new(0),
+            has_just_started: AtomicBool::new(started_ns > 0),
+            counts: Mutex::default(),
+            bytes: AtomicUsize::new(0),
+            histories: AtomicUsize::new(0),
+            own_settings: RwLock::default(),
+            activity: ActivityWatchers::default(),
+        }
+    }
+
+    /// Returns what keys are scaled by that have no settings of their own.
+    pub fn defaults(&self) -> &Arc<KeySettings> {
+        &self.defaults
+    }
+
+    /// Records a report, and calls `on_added` with what it adds to each key. Keys that cannot be recorded are
+    /// left out, and do not affect the others. The sender has to send those that exceed the capacity again:
+    /// what was recorded adds nothing when it is sent again.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn record(
+        &self,
+        report: &Report,
+        now_ns: u64,
+        mut on_added: impl FnMut(&KeyReport, &PerSecond),
+    ) -> Result<(), RecordError> {
+        let Report { pod, incarnation, messages, .. } = report;
+        let sender = SenderId { name: pod, incarnation: Some(*incarnation) };
+        self.note_report(now_ns);
+        let (mut exceeded, mut decreased) = (None, None);
+        for message in messages {
+            let (namespace, name) = (&message.namespace, &message.name);
+            let recorded = self.with_entry(namespace, name, Some(sender), |entry| {
+                entry.key.record(pod, *incarnation, message, now_ns)
+            });
+            let recorded = match recorded {
+                Ok(Ok(recorded)) => recorded,
+                Ok(Err(error)) => {
+                    decreased.get_or_insert_with(|| (KeyName::new(namespace, name), error));
+                    continue;
+                }
+                Err(error) => {
+                    exceeded.get_or_insert(error);
+                    continue;
+                }
+            };
+            if let Some(added) = &recorded.added {
+                on_added(message, added);
+            }
+            if recorded.became_active {
+                self.activity.mark_active(namespace, name);
+            }
+        }
+        match (exceeded, decreased) {
+            (Some(exceeded), _) => Err(RecordError::CapacityExceeded(exceeded)),
+            (None, Some((name, error))) => Err(RecordError::CounterDecreased(name, error)),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Records a stat of the stream.
+    ///
+    /// # Errors
+    /// [`StatError`].
+    pub fn record_stat(
+        &self,
+        grant: &Grant,
+        message: &WireStatMessage,
+        now_ns: u64,
+    ) -> Result<(), StatError> {
+        let text = |bytes| {
+            let text = std::str::from_utf8(bytes).ok().filter(|text| is_name(text));
+            text.ok_or(StatError::Invalid)
+        };
+        self.note_report(now_ns);
+        let (namespace, name) = (text(&message.namespace)?, text(&message.name)?);
+        let stat = message.stat.as_ref().ok_or(StatError::Invalid)?;
+        let pod = text(&stat.pod_name)?;
+        if !grant.covers(namespace) {
+            return Err(StatError::Invalid);
+        }
+        // A stat that is dropped makes no key.
+        PerSecond::of(stat).map_err(|ImplausibleStat| StatError::Invalid)?;
+        let sender = SenderId { name: pod, incarnation: None };
+        let recorded = self
+            .with_entry(namespace, name, Some(sender), |entry| entry.key.record_stat(pod, stat, now_ns))
+            .map_err(StatError::CapacityExceeded)?
+            .map_err(|ImplausibleStat| StatError::Invalid)?;
+        if recorded.became_active {
+            self.activity.mark_active(namespace, name);
+        }
+        Ok(())
+    }
+
+    /// Returns what is known of one key.
+    pub fn view(&self, name: &KeyName, now_ns: u64) -> Option<KeyView> {
+        self.known(name, |entry| entry.view(now_ns))
+    }
+
+    /// Returns what `read` returns of a known key.
+    pub fn read<T>(&self, name: &KeyName, read: impl FnOnce(&Key) -> T) -> Option<T> {
+        self.known(name, |entry| read(&entry.key))
+    }
+
+    /// Returns a key's last ten minutes, the oldest first; empty if too many keys have a history.
+    pub fn history(&self, name: &KeyName) -> Option<Vec<HistoryPoint>> {
+        self.known(name, |entry| entry.history.points())
+    }
+
+    /// Returns the first `max` keys of the namespaces granted, in alphabetical order, whose
+    /// `namespace/name` contains `part`; and how many such keys there are.
+    pub fn views(&self, grant: &Grant, part: &str, max: usize, now_ns: u64) -> (Vec<KeyView>, usize) {
+        // No more names are kept than are asked for: the last of them goes when one comes before it.
+        let (mut names, mut found) = (BinaryHeap::<KeyName>::new(), 0_usize);
+        self.for_each(|entry| {
+            let fits = part.is_empty() || entry.name.to_string().contains(part);
+            if !fits || !grant.covers(&entry.name.namespace) {
+                return;
+            }
+            found += 1;
+            if names.len() < max {
+                names.push(entry.name.clone());
+            } else if let Some(mut last) = names.peek_mut()
+                && entry.name < *last
+            {
+                last.clone_from(&entry.name);
+            }
+        });
+        let names = names.into_sorted_vec();
+        (names.iter().filter_map(|name| self.view(name, now_ns)).collect(), found)
+    }
+
+    fn note_report(&self, now_ns: u64) {
+        if self.first_report_ns.load(Ordering::Relaxed) == 0 {
+            self.first_report_ns.store(now_ns, Ordering::Relaxed);
+        }
+    }
+
+    /// Decides for every key.
+    pub fn decide(&self, now_ns: u64) {
+        // From the first report on: until then nobody could reach the server.
+        let first_ns = self.first_report_ns.load(Ordering::Relaxed);
+        if first_ns > 0 && now_ns.saturating_sub(first_ns) > MAX_PERIOD_NS {
+            self.has_just_started.store(false, Ordering::Relaxed);
+        }
+        self.for_each(|entry| {
+            let figures = entry.key.decide(now_ns);
+            if !entry.key.is_decided() {
+                return;
+            }
+            if !entry.history.is_enabled() {
+                if self.histories.load(Ordering::Relaxed) >= MAX_HISTORIES {
+                    return;
+                }
+                self.histories.fetch_add(1, Ordering::Relaxed);
+                entry.history.enable();
+            }
+            entry.history.push(HistoryPoint::new(&figures, &entry.key.decision()));
+        });
+        self.activity.refresh(|name| self.read(name, |key| key.is_active(now_ns)).unwrap_or(false));
+    }
+
+    /// Reserves memory for a key with these settings. Returns whether the key is new.
+    ///
+    /// # Errors
+    /// [`CapacityExceeded`]; nothing was changed.
+    pub fn reserve_key(&self, name: &KeyName, settings: &KeySettings) -> Result<bool, CapacityExceeded> {
+        let is_new = self.known(name, |_| ()).is_none();
+        let reserved = self.with_entry(&name.namespace, &name.name, None, |entry| {
+            let more = self.own_bytes(name, settings).saturating_sub(entry.own_bytes);
+            if more == 0 { Ok(()) } else { self.check_bytes(more) }
+        })?;
+        if reserved.is_err() && is_new {
+            self.release_key(name);
+        }
+        reserved.map(|()| is_new)
+    }
+
+    /// Removes a key that was reserved and that nobody has reported.
+    pub fn release_key(&self, name: &KeyName) {
+        let (hash, mut shard) = self.shard(&name.namespace, &name.name);
+        let position = shard.position(hash, &name.namespace, &name.name);
+        if let Some(position) = position
+            && shard.entries.get(position).is_some_and(|entry| entry.key.last_report_ns() == 0)
+        {
+            self.remove(&mut shard, position);
+        }
+    }
+
+    /// Has a key scaled by settings of its own, or (`None`) by the defaults again.
+    ///
+    /// # Errors
+    /// [`CapacityExceeded`]: the key is new and does not fit; it will get its settings when it does.
+    pub fn set_settings(
+        &self,
+        name: &KeyName,
+        settings: Option<Arc<KeySettings>>,
+    ) -> Result<(), CapacityExceeded> {
+        let mut own_settings = self.own_settings.write().unwrap_or_else(PoisonError::into_inner);
+        match &settings {
+            Some(settings) => own_settings.insert(name.clone(), Arc::clone(settings)),
+            None => own_settings.remove(name),
+        };
+        drop(own_settings);
+        match settings {
+            // A key with settings exists, also before its first report.
+            Some(settings) => {
+                self.with_entry(&name.namespace, &name.name, None, |entry| self.apply(entry, settings))
+            }
+            None => {
+                self.known_mut(name, |entry| self.apply(entry, Arc::clone(&self.defaults)));
+                Ok(())
+            }
+        }
+    }
+
+    fn apply(&self, entry: &mut Entry, settings: Arc<KeySettings>) {
+        self.bytes.fetch_sub(entry.own_bytes, Ordering::Relaxed);
+        entry.own_bytes = self.own_bytes(&entry.name, &settings);
+        self.bytes.fetch_add(entry.own_bytes, Ordering::Relaxed);
+        entry.key.apply(settings);
+    }
+
+    /// Forgets senders that have long been silent, and keys that nobody has reported for a day, unless they
+    /// have settings of their own.
+    pub fn forget(&self, now_ns: u64) {
+        self.for_each(|entry| {
+            entry.key.forget(now_ns);
+            self.account(entry);
+        });
+        let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > RETENTION_NS;
+        for shard in self.shards.iter() {
+            let mut shard = lock(shard);
+            let own_settings = self.own_settings.read().unwrap_or_else(PoisonError::into_inner);
+            for position in (0..shard.entries.len()).rev() {
+                let entry = shard.entries.get(position);
+                if entry.is_some_and(|entry| is_old(entry) && !own_settings.contains_key(&entry.name)) {
+                    self.remove(&mut shard, position);
+                }
+            }
+        }
+    }
+
+    fn remove(&self, shard: &mut Shard, position: usize) {
+        let removed = shard.entries.swap_remove(position);
+        let KeyName { namespace, name } = &removed.name;
+        let found = shard.index.find_entry(self.hash(namespace, name), |at| *at == position);
+        if let Ok(found) = found {
+            found.remove();
+        }
+        if let Some(moved) = shard.entries.get(position) {
+            let from = shard.entries.len();
+            let hash = self.hash(&moved.name.namespace, &moved.name.name);
+            if let Some(at) = shard.index.find_mut(hash, |at| *at == from) {
+                *at = position;
+            }
+        }
+        self.bytes.fetch_sub(removed.own_bytes + removed.sender_bytes, Ordering::Relaxed);
+        if removed.history.is_enabled() {
+            self.histories.fetch_sub(1, Ordering::Relaxed);
+        }
+        let mut counts = lock(&self.counts);
+        counts.all = counts.all.saturating_sub(1);
+        if let Some(count) = counts.by_namespace.get_mut(namespace) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                counts.by_namespace.remove(namespace);
+            }
+        }
+    }
+
+    /// Returns what a key takes by these settings, without its senders; at least what it takes by the
+    /// defaults, so that it can always return to these.
+    fn own_bytes(&self, name: &KeyName, settings: &KeySettings) -> usize {
+        const ENTRY: usize = size_of::<Entry>() + 16;
+        // In the index, the entries and the counts by namespace, which are half full after they have grown.
+        const INDEX: usize =
+            2 * size_of::<Box<Entry>>() + (size_of::<usize>() + size_of::<(String, usize)>() + 2) * 16 / 7;
+        let names = 2 * heap_bytes(name.namespace.len()) + heap_bytes(name.name.len());
+        let of_settings = Key::settings_bytes(settings).max(Key::settings_bytes(&self.defaults));
+        ENTRY + INDEX + names + of_settings
+    }
+
+    /// Checks whether so many more bytes fit. Concurrent callers may be granted the same ones: that exceeds
+    /// the limit by no more than one key for each thread.
+    fn check_bytes(&self, more: usize) -> Result<(), CapacityExceeded> {
+        let taken = self.bytes.load(Ordering::Relaxed);
+        if taken.saturating_add(more) <= self.capacity.bytes {
+            return Ok(());
+        }
+        let max = self.capacity.bytes;
+        let reason =
+            format!("keys and their senders take {taken} bytes, and {more} more do not fit into {max}");
+        Err(CapacityExceeded { limit: Limit::TableBytes, reason })
+    }
+
+    /// Accounts for what a key's senders take now.
+    fn account(&self, entry: &mut Entry) {
+        let now = entry.key.sender_bytes();
+        if now != entry.sender_bytes {
+            self.bytes.fetch_add(now, Ordering::Relaxed);
+            self.bytes.fetch_sub(entry.sender_bytes, Ordering::Relaxed);
+            entry.sender_bytes = now;
+        }
+    }
+
+    /// Visits every entry. The lock is released after each.
+    fn for_each(&self, mut visit: impl FnMut(&mut Entry)) {
+        for shard in self.shards.iter() {
+            for position in 0.. {
+                match lock(shard).entries.get_mut(position) {
+                    Some(entry) => visit(entry),
+                    None => break,
+                }
+            }
+        }
+    }
+
+    fn known<T>(&self, name: &KeyName, read: impl FnOnce(&Entry) -> T) -> Option<T> {
+        self.known_mut(name, |entry| read(entry))
+    }
+
+    fn known_mut<T>(&self, name: &KeyName, change: impl FnOnce(&mut Entry) -> T) -> Option<T> {
+        let KeyName { namespace, name } = name;
+        let (hash, mut shard) = self.shard(namespace, name);
+        let position = shard.position(hash, namespace, name)?;
+        shard.entries.get_mut(position).map(|entry| change(entry))
+    }
+
+    /// Changes an entry, which is made first if it does not exist. Checks the capacity: for the entry, and
+    /// for its sender. A key that exists costs one hash and no allocation.
+    fn with_entry<T>(
+        &self,
+        namespace: &str,
+        name: &str,
+        sender: Option<SenderId<'_>>,
+        change: impl FnOnce(&mut Entry) -> T,
+    ) -> Result<T, CapacityExceeded> {
+        let (hash, mut shard) = self.shard(namespace, name);
+        let position = match shard.position(hash, namespace, name) {
+            Some(position) => position,
+            None => {
+                let entry = self.new_entry(namespace, name, sender.map(|sender| sender.name))?;
+                let Shard { index, entries } = &mut *shard;
+                entries.push(entry);
+                let position = entries.len() - 1;
+                let rehash = |position: &usize| {
+                    entries
+                        .get(*position)
+                        .map_or(0, |entry| self.hash(&entry.name.namespace, &entry.name.name))
+                };
+                index.insert_unique(hash, position, rehash);
+                position
+            }
+        };
+        #[allow(clippy::indexing_slicing, reason = "the position is that of an entry")]
+        let entry = &mut shard.entries[position];
+        if let Some(SenderId { name: pod, incarnation }) = sender {
+            let max = self.capacity.pods_per_key;
+            if entry.key.sender_count() >= max && !entry.key.has_sender(pod) {
+                let reason = format!("key {namespace}/{name} has {max} pods and gateways");
+                return Err(CapacityExceeded { limit: Limit::PodsPerKey, reason });
+            }
+            // A known sender needs nothing more, which only has to be looked up if little is left.
+            if self.check_bytes(Key::max_additional_bytes(pod)).is_err() {
+                match entry.key.additional_bytes(pod, incarnation) {
+                    0 => {}
+                    additional => self.check_bytes(additional)?,
+                }
+            }
+        }
+        let result = change(entry);
+        self.account(entry);
+        Ok(result)
+    }
+
+    /// Returns a new entry, if it and its first sender fit.
+    fn new_entry(
+        &self,
+        namespace: &str,
+        name: &str,
+        sender: Option<&str>,
+    ) -> Result<Box<Entry>, CapacityExceeded> {
+        let name = KeyName::new(namespace, name);
+        let own_settings = self.own_settings.read().unwrap_or_else(PoisonError::into_inner);
+        let settings = Arc::clone(own_settings.get(&name).unwrap_or(&self.defaults));
+        drop(own_settings);
+        let own_bytes = self.own_bytes(&name, &settings);
+        let mut counts = lock(&self.counts);
+        let max = self.capacity.keys;
+        if counts.all >= max {
+            let reason = format!("there are {max} keys");
+            return Err(CapacityExceeded { limit: Limit::Keys, reason });
+        }
+        let (max, in_namespace) = (self.capacity.keys_per_namespace, counts.by_namespace.get(namespace));
+        if in_namespace.is_some_and(|count| *count >= max) {
+            let reason = format!("namespace {namespace} has {max} keys");
+            return Err(CapacityExceeded { limit: Limit::KeysPerNamespace, reason });
+        }
+        let mut key = Key::new(settings);
+        if self.has_just_started.load(Ordering::Relaxed) {
+            key = key.after_start(self.started_ns);
+        }
+        let sender_bytes = key.sender_bytes();
+        self.check_bytes(own_bytes + sender_bytes + sender.map_or(0, Key::max_additional_bytes))?;
+        self.bytes.fetch_add(own_bytes + sender_bytes, Ordering::Relaxed);
+        counts.all += 1;
+        *counts.by_namespace.entry(namespace.to_owned()).or_default() += 1;
+        Ok(Box::new(Entry { name, key, history: History::default(), own_bytes, sender_bytes }))
+    }
+
+    fn hash(&self, namespace: &str, name: &str) -> u64 {
+        self.hasher.hash_one((namespace, name))
+    }
+
+    #[allow(clippy::indexing_slicing, reason = "a remainder of SHARDS is below SHARDS")]
+    fn shard(&self, namespace: &str, name: &str) -> (u64, MutexGuard<'_, Shard>) {
+        let hash = self.hash(namespace, name);
+        // The index within the shard uses the lower and the highest bits.
+        (hash, lock(&self.shards[(hash >> 32) as usize % SHARDS]))
+    }
+}
+
+impl Shard {
+    fn position(&self, hash: u64, namespace: &str, name: &str) -> Option<usize> {
+        let is_same =
+            |position: &usize| self.entries.get(*position).is_some_and(|entry| entry.is(namespace, name));
+        self.index.find(hash, is_same).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use inflight_stats::Snapshot;
+    use inflight_stats::protocol::stat::Stat;
+
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+    const NOW: u64 = 1_700_000_000 * SECOND;
+
+    fn keys(keys_per_namespace: usize, pods_per_key: usize) -> KeyTable {
+        with_capacity(Capacity { keys: 100_000, keys_per_namespace, pods_per_key, bytes: 256 << 20 })
+    }
+
+    fn with_capacity(capacity: Capacity) -> KeyTable {
+        KeyTable::new(Arc::default(), capacity, 0)
+    }
+
+    fn taken(keys: &KeyTable) -> usize {
+        keys.bytes.load(Ordering::Relaxed)
+    }
+
+    fn report(pod: &str, names: &[(&str, &str)]) -> Report {
+        let until = Snapshot { as_of_ns: 2 * SECOND, requests: 5, ..Snapshot::default() };
+        let message = |(namespace, name): &(&str, &str)| KeyReport {
+            namespace: (*namespace).into(),
+            name: (*name).into(),
+            from_gateway: true,
+            since: Snapshot::starting_at(SECOND),
+            until,
+        };
+        Report { version: 1, pod: pod.into(), incarnation: 1, messages: names.iter().map(message).collect() }
+    }
+
+    fn take(keys: &KeyTable, report: &Report, now_ns: u64) -> Result<(), String> {
+        keys.record(report, now_ns, |_, _| {}).map_err(|error| match error {
+            RecordError::CapacityExceeded(exceeded) => exceeded.to_string(),
+            RecordError::CounterDecreased(_, error) => error.to_string(),
+        })
+    }
+
+    fn total(keys: &KeyTable, namespace: &str, name: &str) -> Option<u64> {
+        keys.view(&KeyName::new(namespace, name), NOW).map(|view| view.figures.requests_total)
+    }
+
+    #[test]
+    fn a_full_namespace_takes_no_new_key_and_nothing_from_the_others() {
+        let keys = keys(2, 9);
+        take(&keys, &report("pod", &[("full", "a"), ("full", "b")]), NOW).unwrap();
+        let mixed = report("gateway", &[("full", "a"), ("full", "c"), ("other", "c")]);
+        for _ in 0..2 {
+            // What fits is recorded, and recorded once, however often it is sent.
+            assert_eq!(
+                take(&keys, &mixed, NOW).unwrap_err(),
+                "namespace full has 2 keys, all that --max-keys-per-namespace allows"
+            );
+            assert_eq!(total(&keys, "full", "a"), Some(10));
+            assert_eq!((total(&keys, "full", "c"), total(&keys, "other", "c")), (None, Some(5)));
+        }
+    }
+
+    #[test]
+    fn a_key_takes_so_many_pods() {
+        let keys = keys(9, 2);
+        for pod in ["one", "two", "one"] {
+            take(&keys, &report(pod, &[("ns", "rev")]), NOW).unwrap();
+        }
+        assert_eq!(
+            take(&keys, &report("three", &[("ns", "rev")]), NOW).unwrap_err(),
+            "key ns/rev has 2 pods and gateways, all that --max-pods-per-key allows"
+        );
+        assert_eq!(total(&keys, "ns", "rev"), Some(10));
+        // Silent ones are forgotten, and no longer count.
+        keys.forget(NOW + 3600 * SECOND);
+        take(&keys, &report("three", &[("ns", "rev")]), NOW + 3600 * SECOND).unwrap();
+    }
+
+    #[test]
+    fn a_key_is_forgotten_after_a_day_and_makes_room() {
+        let keys = keys(40, 9);
+        let names: Vec<String> = (0..40).map(|number| format!("rev-{number}")).collect();
+        for name in &names {
+            take(&keys, &report("pod", &[("ns", name)]), NOW).unwrap();
+        }
+        keys.set_settings(&KeyName::new("ns", "rev-7"), Some(Arc::default())).unwrap();
+        let later = NOW + RETENTION_NS;
+        take(&keys, &report("pod", &[("ns", "rev-3"), ("ns", "rev-39")]), later).unwrap();
+        keys.forget(later);
+        assert!(names.iter().all(|name| total(&keys, "ns", name).is_some()), "not yet a day");
+        keys.forget(later + 1);
+        let left: Vec<&String> = names.iter().filter(|name| total(&keys, "ns", name).is_some()).collect();
+        assert_eq!(left, ["rev-3", "rev-7", "rev-39"]);
+        for name in &names {
+            take(&keys, &report("another", &[("ns", name)]), later).unwrap();
+        }
+        assert!(take(&keys, &report("pod", &[("ns", "one-more")]), later).is_err());
+    }
+
+    #[test]
+    fn all_keys_together_have_a_limit() {
+        let keys =
+            with_capacity(Capacity { keys: 3, keys_per_namespace: 2, pods_per_key: 9, bytes: 1 << 20 });
+        take(&keys, &report("pod", &[("a", "1"), ("a", "2"), ("b", "1")]), NOW).unwrap();
+        assert_eq!(
+            take(&keys, &report("pod", &[("c", "1"), ("b", "1")]), NOW).unwrap_err(),
+            "there are 3 keys, all that --max-keys allows"
+        );
+        keys.forget(NOW + RETENTION_NS + 1);
+        take(&keys, &report("pod", &[("c", "1")]), NOW).unwrap();
+    }
+
+    #[test]
+    fn what_keys_take_has_a_limit_and_comes_back() {
+        let capacity = Capacity {
+            keys: 1_000_000,
+            keys_per_namespace: 1_000_000,
+            pods_per_key: 1_000_000,
+            bytes: 1 << 20,
+        };
+        let keys = with_capacity(capacity);
+        let pods: Vec<String> = (0..10_000).map(|number| format!("pod-{number}")).collect();
+        let fits = |more: &str| {
+            pods.iter().take_while(|pod| take(&keys, &report(pod, &[("ns", more)]), NOW).is_ok()).count()
+        };
+        // Pods of one key, until they are too many; then a key does not fit either.
+        let senders = fits("rev");
+        assert!((2_000..4_000).contains(&senders), "{senders}");
+        let reason = take(&keys, &report("more", &[("ns", "rev")]), NOW).unwrap_err();
+        assert!(reason.contains("--max-table-bytes"), "{reason}");
+        assert!(
+            taken(&keys) <= capacity.bytes
+                && take(&keys, &report("pod-0", &[("ns", "another")]), NOW).is_err()
+        );
+        // A known sender goes on.
+        take(&keys, &report("pod-0", &[("ns", "rev")]), NOW).unwrap();
+        keys.forget(NOW + 3600 * SECOND);
+        assert!(taken(&keys) < 4_000, "{}", taken(&keys));
+
+        // Keys, which go after a day.
+        let made =
+            (0..).take_while(|n| take(&keys, &report("pod", &[("ns", &n.to_string())]), NOW).is_ok()).count();
+        assert!((300..600).contains(&made), "{made}");
+        keys.forget(NOW + RETENTION_NS + 1);
+        assert_eq!(taken(&keys), 0);
+
+        // Wide windows; the defaults can always be had again.
+        let settings = |json| Arc::new(keys.defaults().with(json, 200.0).unwrap());
+        let widest = settings(serde_json::json!({"stable_window": "60m", "panic_window_percentage": 100}));
+        let name = |number: usize| KeyName::new("ns", &number.to_string());
+        let wide = (0..).take_while(|n| {
+            let reserved = keys.reserve_key(&name(*n), &widest);
+            reserved
+                .is_ok_and(|is_new| is_new && keys.set_settings(&name(*n), Some(Arc::clone(&widest))).is_ok())
+        });
+        assert_eq!(wide.count(), (1 << 20) / (2 * (16 * 3600 + 16) + 1_000));
+        assert!(
+            keys.view(&KeyName::new("ns", "9"), NOW).is_none() && taken(&keys) <= capacity.bytes,
+            "not made for nothing"
+        );
+        keys.set_settings(&name(0), None).unwrap();
+        keys.set_settings(&name(0), Some(Arc::clone(&widest))).unwrap();
+        (0..9).for_each(|number| keys.set_settings(&name(number), None).unwrap());
+        keys.forget(NOW);
+        assert_eq!((taken(&keys), keys.views(&all(), "", 9, NOW).1), (0, 0));
+    }
+
+    fn all() -> Grant {
+        crate::net::auth::Access::load(None, false, crate::cli::flags::AnonymousAccess::Full)
+            .unwrap()
+            .check(None, crate::net::auth::Peer::default())
+            .unwrap()
+    }
+
+    #[test]
+    fn no_more_keys_than_so_many_have_a_history() {
+        let keys = keys(100_000, 9);
+        let with_history = || {
+            let mut count = 0;
+            keys.for_each(|entry| count += usize::from(entry.history.is_enabled()));
+            count
+        };
+        let decide_with = |names: std::ops::Range<usize>| {
+            for name in names {
+                take(&keys, &report("pod", &[("ns", &name.to_string())]), NOW).unwrap();
+            }
+            keys.decide(NOW);
+            keys.decide(NOW);
+            with_history()
+        };
+        assert_eq!(
+            [decide_with(0..1_990), decide_with(1_990..3_000), decide_with(3_000..3_020)],
+            [1_990, 2_000, 2_000]
+        );
+        keys.forget(NOW + RETENTION_NS + 1);
+        assert_eq!((with_history(), keys.histories.load(Ordering::Relaxed)), (0, 0));
+    }
+
+    #[test]
+    fn a_stat_that_is_dropped_makes_no_key() {
+        let keys = keys(9, 9);
+        let mut stat = Stat { pod_name: "pod".into(), request_count: f64::NAN, ..Default::default() };
+        let mut record = |count: f64| {
+            stat.request_count = count;
+            let message =
+                WireStatMessage { namespace: "ns".into(), name: "ghost".into(), stat: Some(stat.clone()) };
+            (keys.record_stat(&all(), &message, NOW).is_ok(), total(&keys, "ns", "ghost"))
+        };
+        assert_eq!(
+            [record(f64::NAN), record(-2.0), record(-1.0)],
+            [(false, None), (false, None), (true, Some(0))]
+        );
+    }
+
+    #[test]
+    fn a_listing_is_of_the_first_names() {
+        let keys = keys(1_000, 9);
+        for number in (0..500).rev() {
+            take(&keys, &report("pod", &[("ns", &format!("{number:03}"))]), NOW).unwrap();
+        }
+        let (views, found) = keys.views(&all(), "ns/", 3, NOW);
+        let names: Vec<String> = views.into_iter().map(|view| view.name.name).collect();
+        assert_eq!((names.join(" "), found), ("000 001 002".into(), 500));
+    }
+}

@@ -1,0 +1,394 @@
+//! The settings of single keys, in one file that survives a restart.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use inflight_stats::protocol::key_name::KeyName;
+use inflight_stats::protocol::report::{MAX_NAME_BYTES, is_name};
+use inflight_stats::scaling::settings::KeySettings;
+use serde::{Deserialize, Serialize, Serializer as _};
+use serde_json::Value;
+use tokio::sync::Mutex;
+use tracing::warn;
+
+use crate::keys::capacity::CapacityExceeded;
+use crate::keys::key_table::KeyTable;
+use crate::os::files;
+
+/// The most keys that can have settings of their own.
+const MAX_KEYS: usize = 10_000;
+/// The largest file that is read, and so the largest that is written: twice what [`MAX_KEYS`] keys can
+/// have.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// One key in the file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    namespace: String,
+    name: String,
+    settings: Value,
+}
+
+/// The same, to be written.
+#[derive(Serialize)]
+struct RecordRef<'a> {
+    namespace: &'a str,
+    name: &'a str,
+    settings: &'a Value,
+}
+
+/// The settings of single keys, as they were put, and the file that they are kept in.
+pub struct SettingsStore {
+    file: Option<PathBuf>,
+    rps_target: f64,
+    by_key: Arc<Mutex<BTreeMap<KeyName, Value>>>,
+}
+
+/// Why settings were not stored; nothing was changed.
+#[derive(Debug)]
+pub enum SetError {
+    /// The JSON is not valid settings.
+    Invalid(String),
+    /// [`MAX_KEYS`] keys have settings of their own.
+    TooMany,
+    /// The key, or its windows, would exceed a limit.
+    CapacityExceeded(CapacityExceeded),
+    /// The file cannot be written.
+    File(io::Error),
+}
+
+impl fmt::Display for SetError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid(reason) => f.write_str(reason),
+            Self::TooMany => {
+                write!(
+                    f,
+                    "nothing was changed: {MAX_KEYS} keys have settings of their own, which is the most"
+                )
+            }
+            Self::CapacityExceeded(exceeded) => write!(f, "nothing was changed: {exceeded}"),
+            Self::File(error) => {
+                write!(f, "nothing was changed: the settings file cannot be written: {error}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for SetError {}
+
+impl SettingsStore {
+    /// Reads the file, if there is one, and applies its settings to the keys. A file that does not exist yet
+    /// is an empty one, if it can be created.
+    ///
+    /// # Errors
+    /// In one line: the file can be neither read nor created, or what is wrong in it.
+    pub fn load(file: Option<&Path>, rps_target: f64, keys: &KeyTable) -> io::Result<Self> {
+        let mut by_key = BTreeMap::new();
+        let mut beyond_limit = 0;
+        if let Some(path) = file {
+            let invalid = |reason: String| {
+                let reason = format!("settings file {}: {reason}", path.display());
+                io::Error::new(io::ErrorKind::InvalidData, reason)
+            };
+            for record in read(path).map_err(|error| invalid(error.to_string()))? {
+                let Record { namespace, name, settings } = record;
+                if !is_name(&namespace) || !is_name(&name) {
+                    let (namespace, name) = (namespace.len(), name.len());
+                    return Err(invalid(format!(
+                        "a namespace of {namespace} bytes, and a name of {name} bytes; expected 1 to {MAX_NAME_BYTES} \
+                         bytes without control characters each"
+                    )));
+                }
+                let name = KeyName { namespace, name };
+                let (json, settings) = accept(keys.defaults(), settings, rps_target)
+                    .map_err(|error| invalid(format!("key {name}: {error}")))?;
+                beyond_limit += usize::from(keys.set_settings(&name, Some(Arc::new(settings))).is_err());
+                by_key.insert(name, json);
+            }
+        }
+        if beyond_limit > 0 {
+            warn!(
+                keys = beyond_limit,
+                "some keys of the settings file exceed a limit; they wait for capacity"
+            );
+        }
+        Ok(Self { file: file.map(Path::to_owned), rps_target, by_key: Arc::new(Mutex::new(by_key)) })
+    }
+
+    /// Sets a key's settings, which replace all that it had. The file is written first: what it cannot hold
+    /// is not applied.
+    ///
+    /// # Errors
+    /// [`SetError`].
+    pub async fn set(&self, keys: &KeyTable, name: KeyName, json: Value) -> Result<(), SetError> {
+        let (json, settings) = accept(keys.defaults(), json, self.rps_target).map_err(SetError::Invalid)?;
+        self.replace(keys, name, Some((json, Arc::new(settings)))).await
+    }
+
+    /// Has a key scaled by the defaults again.
+    ///
+    /// # Errors
+    /// [`SetError`].
+    pub async fn clear(&self, keys: &KeyTable, name: KeyName) -> Result<(), SetError> {
+        self.replace(keys, name, None).await
+    }
+
+    async fn replace(
+        &self,
+        keys: &KeyTable,
+        name: KeyName,
+        new: Option<(Value, Arc<KeySettings>)>,
+    ) -> Result<(), SetError> {
+        // Held until the end: nobody else changes or writes meanwhile.
+        let mut by_key = Arc::clone(&self.by_key).lock_owned().await;
+        let is_new_key = match &new {
+            Some(_) if by_key.len() >= MAX_KEYS && !by_key.contains_key(&name) => {
+                return Err(SetError::TooMany);
+            }
+            Some((_, settings)) => keys.reserve_key(&name, settings).map_err(SetError::CapacityExceeded)?,
+            None => false,
+        };
+        let (json, settings) = new.unzip();
+        let before = put(&mut by_key, &name, json);
+        if let Some(path) = self.file.clone()
+            && by_key.get(&name) != before.as_ref()
+        {
+            let key = name.clone();
+            let writing = tokio::task::spawn_blocking(move || {
+                let written = write(&path, &by_key);
+                if written.is_err() {
+                    put(&mut by_key, &key, before);
+                }
+                written.map(|()| by_key)
+            });
+            by_key = match writing.await.unwrap_or_else(|error| Err(io::Error::other(error))) {
+                Ok(by_key) => by_key,
+                Err(error) => {
+                    if is_new_key {
+                        keys.release_key(&name);
+                    }
+                    return Err(SetError::File(error));
+                }
+            };
+        }
+        if let Err(exceeded) = keys.set_settings(&name, settings) {
+            warn!(%exceeded, key = %name, "a key with settings exceeds a limit; it waits for capacity");
+        }
+        drop(by_key);
+        Ok(())
+    }
+}
+
+fn put(by_key: &mut BTreeMap<KeyName, Value>, name: &KeyName, json: Option<Value>) -> Option<Value> {
+    match json {
+        Some(json) => by_key.insert(name.clone(), json),
+        None => by_key.remove(name),
+    }
+}
+
+/// Returns the JSON as it is stored, and the settings that it makes. They are those of the stored JSON, which
+/// must be valid when it is read again.
+fn accept(defaults: &KeySettings, json: Value, rps_target: f64) -> Result<(Value, KeySettings), String> {
+    let settings = defaults.with(json.clone(), rps_target).map_err(|error| error.to_string())?;
+    let short = settings.shortened(json);
+    let text = serde_json::to_vec(&short).map_err(|error| error.to_string())?;
+    let stored: Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let settings = defaults.with(stored.clone(), rps_target).map_err(|error| error.to_string())?;
+    Ok((stored, settings))
+}
+
+fn read(path: &Path) -> io::Result<Vec<Record>> {
+    let bytes = match files::read(path, MAX_FILE_BYTES) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // Now, and not when the first settings are put.
+            create_beside(path).map_err(|error| {
+                io::Error::other(format!("it does not exist and cannot be created: {error}"))
+            })?;
+            return Ok(Vec::new());
+        }
+        bytes => bytes?,
+    };
+    serde_json::from_slice(&bytes).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        let reason = format!(
+            "line {line}, column {column}: {error}; expected a list of {{\"namespace\": …, \"name\": …, \"settings\": {{…}}}} \
+             in JSON, as the server writes it: restore a copy of the file, or remove it and put the settings again"
+        );
+        io::Error::other(reason)
+    })
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Creates a file that can replace another one.
+fn create_beside(path: &Path) -> io::Result<tempfile::NamedTempFile> {
+    tempfile::NamedTempFile::new_in(folder_of(path))
+}
+
+/// Writes the file as a whole or not at all, even if the power fails: a new file beside the old one is on
+/// disk before it replaces it.
+fn write(path: &Path, by_key: &BTreeMap<KeyName, Value>) -> io::Result<()> {
+    let records =
+        by_key.iter().map(|(KeyName { namespace, name }, settings)| RecordRef { namespace, name, settings });
+    let mut file = BufWriter::new(create_beside(path)?);
+    serde_json::Serializer::pretty(&mut file).collect_seq(records)?;
+    file.write_all(b"\n")?;
+    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+    let bytes = file.as_file().metadata()?.len();
+    if bytes > MAX_FILE_BYTES {
+        return Err(io::Error::other(format!(
+            "it would have {bytes} bytes; expected at most {MAX_FILE_BYTES}"
+        )));
+    }
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    std::fs::File::open(folder_of(path))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::cli::limits::Limit;
+    use crate::keys::capacity::Capacity;
+
+    fn no_keys() -> KeyTable {
+        capacity_for(9)
+    }
+
+    fn capacity_for(keys: usize) -> KeyTable {
+        let capacity = Capacity { keys, keys_per_namespace: keys, pods_per_key: 9, bytes: 256 << 20 };
+        KeyTable::new(Arc::default(), capacity, 0)
+    }
+
+    fn name() -> KeyName {
+        KeyName::new("ns", "rev")
+    }
+
+    fn target(keys: &KeyTable) -> f64 {
+        keys.view(&name(), 0).map_or(0.0, |view| view.settings.target)
+    }
+
+    #[tokio::test]
+    async fn what_a_key_was_told_survives_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.json");
+        let keys = no_keys();
+        let store = SettingsStore::load(Some(&file), 200.0, &keys).unwrap();
+        store.set(&keys, name(), json!({"target": 7})).await.unwrap();
+        assert_eq!(target(&keys), 7.0, "before the first report");
+
+        let again = no_keys();
+        let store = SettingsStore::load(Some(&file), 200.0, &again).unwrap();
+        assert_eq!(target(&again), 7.0);
+        store.clear(&again, name()).await.unwrap();
+        assert_eq!(target(&again), 100.0);
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "[]\n");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing left beside it");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_written_is_not_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let gone = folder.path().join("gone");
+        let file = gone.join("settings.json");
+        let keys = no_keys();
+        let error = SettingsStore::load(Some(&file), 200.0, &keys).err().unwrap().to_string();
+        assert!(error.contains("settings.json: it does not exist and cannot be created: "), "{error}");
+        std::fs::create_dir(&gone).unwrap();
+        let store = SettingsStore::load(Some(&file), 200.0, &keys).unwrap();
+        assert_eq!(std::fs::read_dir(&gone).unwrap().count(), 0, "made when there is something to keep");
+        std::fs::remove_dir(&gone).unwrap();
+        let error = store.set(&keys, name(), json!({"target": 7})).await;
+        assert!(matches!(error, Err(SetError::File(_))), "{error:?}");
+        assert!(keys.view(&name(), 0).is_none());
+        let error = store.set(&keys, name(), json!({"target": -7})).await;
+        assert!(matches!(error, Err(SetError::Invalid(_))), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_key_for_which_there_is_no_room_is_told_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.json");
+        let keys = capacity_for(1);
+        let store = SettingsStore::load(Some(&file), 200.0, &keys).unwrap();
+        store.set(&keys, name(), json!({"target": 7})).await.unwrap();
+        let kept = std::fs::read_to_string(&file).unwrap();
+        let another = KeyName::new("ns", "another");
+        let error = store.set(&keys, another.clone(), json!({"target": 7})).await.unwrap_err();
+        assert!(
+            matches!(&error, SetError::CapacityExceeded(exceeded) if exceeded.limit == Limit::Keys),
+            "{error:?}"
+        );
+        assert!(keys.view(&another, 0).is_none());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), kept);
+        // After a restart with a lower limit the file is read all the same, and everything in it can be taken back.
+        store.clear(&keys, name()).await.unwrap();
+        let more = capacity_for(2);
+        let store = SettingsStore::load(Some(&file), 200.0, &more).unwrap();
+        store.set(&more, name(), json!({"target": 7})).await.unwrap();
+        store.set(&more, another.clone(), json!({"target": 8})).await.unwrap();
+        let less = capacity_for(1);
+        let store = SettingsStore::load(Some(&file), 200.0, &less).unwrap();
+        store.clear(&less, another).await.unwrap();
+        store.clear(&less, name()).await.unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "[]\n");
+    }
+
+    #[tokio::test]
+    async fn what_was_written_can_be_read_again_at_any_length_and_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.json");
+        // More than can be put, and each as long as a PUT may be: by hand.
+        let long = format!("{}60s", "0".repeat(4_000));
+        let lines: Vec<Value> = (0..MAX_KEYS + 1)
+            .map(|n| json!({"namespace": "ns", "name": format!("rev-{n}"), "settings": {"stable_window": long}}))
+            .collect();
+        std::fs::write(&file, serde_json::to_vec(&lines).unwrap()).unwrap();
+        let keys = capacity_for(MAX_KEYS + 2);
+        let store = SettingsStore::load(Some(&file), 200.0, &keys).unwrap();
+        let key = |n: usize| KeyName::new("ns", &format!("rev-{n}"));
+        let error = store.set(&keys, key(MAX_KEYS + 1), json!({})).await.unwrap_err();
+        assert!(matches!(error, SetError::TooMany), "{error:?}");
+        store
+            .set(&keys, key(0), json!({"scale_down_delay": format!("{}1s", "0".repeat(4_000))}))
+            .await
+            .unwrap();
+        store.clear(&keys, key(1)).await.unwrap();
+        let bytes = std::fs::metadata(&file).unwrap().len();
+        assert!(bytes < 200 * MAX_KEYS as u64, "{bytes}");
+        let again = capacity_for(MAX_KEYS + 2);
+        SettingsStore::load(Some(&file), 200.0, &again).unwrap();
+        let delay = |n: usize| again.view(&key(n), 0).map(|view| view.settings.scale_down_delay.as_secs());
+        assert_eq!((delay(0), delay(1), delay(MAX_KEYS)), (Some(1), None, Some(0)));
+    }
+
+    #[test]
+    fn a_wrong_file_is_refused_in_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.json");
+        for (text, reason) in [
+            ("[{", "expected a list of"),
+            (
+                r#"[{"namespace": "a", "name": "b", "settings": {"target": 0}}]"#,
+                "key a/b: invalid settings: `target` is 0",
+            ),
+            (r#"[{"namespace": "a", "name": "b"}]"#, "missing field `settings`"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let error = SettingsStore::load(Some(&file), 200.0, &no_keys()).err().unwrap().to_string();
+            assert!(
+                error.contains(reason) && error.contains("settings.json") && !error.contains('\n'),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! From the start to the orderly end.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use futures_util::future::Either;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::app::background;
+use crate::app::state::App;
+use crate::cli::flags::Flags;
+use crate::forward::forwarder::Forwarder;
+use crate::http::router::router;
+use crate::keys::capacity::Capacity;
+use crate::keys::key_table::KeyTable;
+use crate::keys::settings_store::SettingsStore;
+use crate::net::auth::Access;
+use crate::net::budget::Budget;
+use crate::net::listener::{Accepted, Listener, Shared};
+use crate::net::shutdown::{DrainWatcher, new_drain};
+use crate::net::tls::{Protocol, Tls};
+use crate::net::unauthenticated::UnauthenticatedConnections;
+use crate::os::clock::now_ns;
+use crate::serve::{grpc, http1};
+use crate::telemetry::log_limit::LogLimiter;
+
+/// How long open requests may take once the listeners are closed.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Serves until `terminated` resolves and everything is drained.
+///
+/// # Errors
+/// If the flags do not allow a start, an address cannot be listened on, or a file is wrong.
+pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Result<()> {
+    flags.check_access().map_err(io::Error::other)?;
+    let access =
+        Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some(), flags.anonymous_access())
+            .map_err(io::Error::other)?;
+    let keys = KeyTable::new(Arc::new(flags.key_settings()), Capacity::from(&flags.limits), now_ns());
+    let settings = SettingsStore::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
+    let tls = Tls::load(flags).map_err(io::Error::other)?.map(Arc::new);
+    let shared = shared(flags, &access, tls.clone());
+    let http = bind("--listen", flags.listen, Protocol::Http, &shared).await?;
+    let grpc = bind("--grpc-listen", flags.grpc_listen, Protocol::Grpc, &shared).await?;
+    info!(address = %http.address()?, grpc = %grpc.address()?, tls = tls.is_some(), "listening");
+
+    let (trigger, drain) = new_drain();
+    let app = Arc::new(app(flags, access, keys, settings, shared, drain));
+    let _background = background::start(&app, tls);
+    let mut listeners = JoinSet::new();
+    listeners.spawn(accept(http, router(Arc::clone(&app)), Arc::clone(&app)));
+    listeners.spawn(accept(grpc, grpc::router(Arc::clone(&app)), Arc::clone(&app)));
+    terminated.await;
+    info!("draining");
+    if trigger.drain(flags.drain_delay, DRAIN_DEADLINE).await.is_err() {
+        warn!(deadline = ?DRAIN_DEADLINE, "some requests were not finished within the deadline");
+    }
+    Ok(())
+}
+
+/// Returns what the listeners share.
+fn shared(flags: &Flags, access: &Access, tls: Option<Arc<Tls>>) -> Shared {
+    let limits = flags.limits;
+    let unauthenticated = UnauthenticatedConnections::new(limits.max_unauthenticated_connections);
+    Shared {
+        limits,
+        tls,
+        unauthenticated: (!access.is_open()).then(|| Arc::new(unauthenticated)),
+        budget: Budget::new(limits.max_bytes_in_flight),
+        metrics: Arc::default(),
+    }
+}
+
+async fn bind(
+    flag: &str,
+    address: SocketAddr,
+    protocol: Protocol,
+    shared: &Shared,
+) -> io::Result<Arc<Listener>> {
+    let listener = Listener::bind(address, protocol, shared.clone()).await;
+    let listener = listener.map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {flag} {address}: {error}"))
+    })?;
+    Ok(Arc::new(listener))
+}
+
+fn app(
+    flags: &Flags,
+    access: Access,
+    keys: KeyTable,
+    settings: SettingsStore,
+    shared: Shared,
+    drain: DrainWatcher,
+) -> App {
+    let Shared { limits, budget, metrics, .. } = shared;
+    let forwarder = flags.forward.as_deref().map(|url| Arc::new(Forwarder::new(url, Arc::clone(&metrics))));
+    App {
+        keys,
+        access,
+        settings,
+        limits,
+        budget,
+        response_budget: Budget::new(limits.max_answer_bytes),
+        calls: Arc::new(Semaphore::new(limits.max_grpc_streams)),
+        listing: tokio::sync::Mutex::default(),
+        metrics,
+        forwarder,
+        rps_target: flags.rps_target,
+        drain,
+        log_limiter: LogLimiter::default(),
+    }
+}
+
+/// Accepts connections until the shutdown. Handshakes run beside each other: one that hangs delays nobody.
+async fn accept(listener: Arc<Listener>, router: Router, app: Arc<App>) {
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => serve(accepted, &listener, router.clone(), &app),
+            // Clients that reconnect must reach another server, so the socket closes.
+            () = app.drain.closing() => return,
+        }
+    }
+}
+
+/// Serves one connection, in a task of its own.
+fn serve(accepted: Accepted, listener: &Arc<Listener>, router: Router, app: &Arc<App>) {
+    let (listener, app) = (Arc::clone(listener), Arc::clone(app));
+    let drain = app.drain.clone();
+    drain.spawn(async move {
+        let connection = tokio::select! {
+            connection = listener.handshake(accepted) => connection,
+            () = app.drain.closing() => None,
+        };
+        let protocol = listener.protocol();
+        // The listener closes when no handshake needs it any more.
+        drop(listener);
+        let Some(connection) = connection else { return };
+        let guard = connection.guard();
+        // Boxed: idle connections, of which there are the most, hold only the one that they need.
+        let served = match protocol {
+            Protocol::Http => Either::Left(Box::pin(http1::serve(connection, router, app))),
+            Protocol::Grpc => Either::Right(Box::pin(grpc::serve(connection, router, app))),
+        };
+        tokio::select! {
+            () = served => {}
+            () = guard.closed() => {}
+        }
+    });
+}

@@ -1,0 +1,4 @@
+//! What the server tells its operators of itself: log lines, metrics.
+
+pub mod log_limit;
+pub mod metrics;
