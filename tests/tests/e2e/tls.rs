@@ -155,8 +155,8 @@ fn wrong_certificates_are_refused_at_the_start_in_one_line() {
     let (cert, key) = (text(&one.certificate), text(&one.key));
     for (flags, reason) in [
         (vec!["--tls-cert", cert, "--tls-key", text(&other.key)], "--tls-cert "),
-        (vec!["--tls-cert", cert, "--tls-key", cert], "no private key in PEM"),
-        (vec!["--tls-cert", key, "--tls-key", key], "no certificate in PEM"),
+        (vec!["--tls-cert", cert, "--tls-key", cert], "expected a private key in PEM"),
+        (vec!["--tls-cert", key, "--tls-key", key], "expected a certificate in PEM"),
         (vec!["--tls-cert", "/nowhere", "--tls-key", key], "--tls-cert /nowhere: No such file"),
         (vec!["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", key], "--tls-client-ca "),
     ] {
