@@ -13,7 +13,8 @@ fuzz_target!(|bytes: &[u8]| {
         let mut key = Key::new(Arc::default());
         let now_ns = 1_700_000_000_000_000_000;
         for message in &report.messages {
-            // Each key of a report is one of its own; here they are all one, so counters may go back.
+            // Each key of a report is one of its own; here they are all one, so counters may go
+            // back.
             let _ = key.record(&report.pod, report.incarnation, message, now_ns);
         }
         let figures = key.decide(now_ns);

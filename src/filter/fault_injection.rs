@@ -6,8 +6,8 @@ use crate::host::{HeaderMap, Host};
 
 const KEY: &str = "inflight/fault";
 
-/// `x-inflight-fault: panic` and `trap` end this worker's VM; `panic-leader` and `trap-leader` leave
-/// a note that ends the leader's.
+/// `x-inflight-fault: panic` and `trap` end this worker's VM; `panic-leader` and `trap-leader`
+/// leave a note that ends the leader's.
 pub fn of_request(host: impl Host) {
     match host.header(HeaderMap::Request, "x-inflight-fault").as_deref() {
         Some(b"panic") => boom(),

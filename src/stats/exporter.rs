@@ -1,5 +1,6 @@
-//! The exporter's answers, as queue-proxy's metrics port gives them: Knative's `Stat` as protobuf, and
-//! Prometheus text (knative/serving, `pkg/queue/protobuf_stats_reporter.go`; the seed's Prometheus reporter).
+//! The exporter's answers, as queue-proxy's metrics port gives them: Knative's `Stat` as protobuf,
+//! and Prometheus text (knative/serving, `pkg/queue/protobuf_stats_reporter.go`; the seed's
+//! Prometheus reporter).
 
 use std::fmt::Write;
 
@@ -12,8 +13,9 @@ pub const PROTOBUF: &str = "application/protobuf";
 /// The Prometheus text format's.
 pub const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// A pod's figures of the last period, its uptime included: whoever tells periods apart by it sees each one once,
-/// however often it asks. All zero before the first period. The receiver sets the time.
+/// A pod's figures of the last period, its uptime included: whoever tells periods apart by it sees
+/// each one once, however often it asks. All zero before the first period. The receiver sets the
+/// time.
 pub fn stat_of(pod_name: &str, state: Option<&PodState>) -> Stat {
     let stat = Stat { pod_name: pod_name.as_bytes().to_vec().into(), ..Stat::default() };
     let Some(state) = state else { return stat };

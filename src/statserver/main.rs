@@ -1,7 +1,7 @@
 //! `inflight-statserver`: receives the reports of Inflight's filters and answers autoscalers.
 //!
-//! The layers, from the lowest: a module imports only modules of its own or of lower layers, and no two
-//! import each other.
+//! The layers, from the lowest: a module imports only modules of its own or of lower layers, and no
+//! two import each other.
 //!
 //! | layer | what it has |
 //! |---|---|

@@ -62,8 +62,9 @@ impl Counts {
         self.most.load(Ordering::SeqCst)
     }
 
-    /// The most that were in the app at once of the requests that it answered to their end. When it notices that another was
-    /// broken off is up to a busy machine; these leave it before anybody can know that they do.
+    /// The most that were in the app at once of the requests that it answered to their end. When it
+    /// notices that another was broken off is up to a busy machine; these leave it before anybody
+    /// can know that they do.
     pub fn most_answered(&self) -> i64 {
         let answered = self.answered.lock().expect("no panic under this lock");
         let mut steps: Vec<(u64, i64)> =
@@ -190,13 +191,15 @@ async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
     }
 }
 
-/// Sends back what it gets, frame by frame, and how it went at the end. The request is in the app until then.
+/// Sends back what it gets, frame by frame, and how it went at the end. The request is in the app
+/// until then.
 fn echo(
     request: Request<Incoming>,
     mut inside: Inside,
 ) -> Result<Response<impl Body<Data = Bytes, Error = hyper::Error>>, Infallible> {
-    // A request often ends in an empty frame. Sent back, two of them in a row, of streams that end at once, are what Envoy takes for a
-    // flood: it would close the connection, and break off every stream on it.
+    // A request often ends in an empty frame. Sent back, two of them in a row, of streams that end
+    // at once, are what Envoy takes for a flood: it would close the connection, and break off every
+    // stream on it.
     let frames = request.into_body().into_data_stream().map_ok(Frame::data);
     let frames =
         frames.try_filter(|frame| std::future::ready(frame.data_ref().is_some_and(|data| !data.is_empty())));
@@ -281,8 +284,8 @@ struct Answer {
 enum Left {
     Text(Bytes),
     Half(Duration),
-    /// Hyper writes out what it has while its body has no more, and nothing once it has failed: without this step,
-    /// a delay that is over at once would cut before the head.
+    /// Hyper writes out what it has while its body has no more, and nothing once it has failed:
+    /// without this step, a delay that is over at once would cut before the head.
     Flush(Duration),
     Cut(Pin<Box<tokio::time::Sleep>>),
     Nothing,

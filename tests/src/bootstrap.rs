@@ -39,7 +39,8 @@ fn patch(document: &Value, apply_to: &str) -> Value {
 const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
 
 impl Bootstrap {
-    /// `envoy/envoy.yaml`, on free ports, with the built module and an access log in [`truth::FORMAT`].
+    /// `envoy/envoy.yaml`, on free ports, with the built module and an access log in
+    /// [`truth::FORMAT`].
     pub fn sidecar(app: SocketAddr, statserver: SocketAddr) -> Self {
         let mut bootstrap = Self(shipped("envoy.yaml"));
         bootstrap.on_free_ports();
@@ -57,8 +58,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// The same, with the filter, the cluster and the stats tags that an EnvoyFilter patches in, instead of
-    /// those of `envoy/envoy.yaml`.
+    /// The same, with the filter, the cluster and the stats tags that an EnvoyFilter patches in,
+    /// instead of those of `envoy/envoy.yaml`.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -110,7 +111,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// The same, with filter, cluster and stats tags out of the EnvoyFilters for an Istio ingress gateway.
+    /// The same, with filter, cluster and stats tags out of the EnvoyFilters for an Istio ingress
+    /// gateway.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -161,7 +163,8 @@ impl Bootstrap {
         }
     }
 
-    /// Writes the listeners to a file of their own, from which Envoy takes them also when it changes.
+    /// Writes the listeners to a file of their own, from which Envoy takes them also when it
+    /// changes.
     pub fn listeners_from(&mut self, path: &Path) {
         let listeners = at(&mut self.0, "/static_resources/listeners").take();
         let resources: Vec<Value> = listeners
@@ -203,7 +206,8 @@ impl Bootstrap {
         routes.as_array_mut().expect("routes").insert(0, grpc);
     }
 
-    /// Has a worker stand still for as many seconds as a request's header `x-stall` says, after the filter has seen the request.
+    /// Has a worker stand still for as many seconds as a request's header `x-stall` says, after the
+    /// filter has seen the request.
     pub fn stalls(&mut self) {
         const SOURCE: &str = r#"
             function envoy_on_request(handle)

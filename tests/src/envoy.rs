@@ -64,8 +64,9 @@ pub struct Envoy {
 const ACCESS_LOG: &str = "access.log";
 /// How long an Envoy lets its connections end, in seconds.
 const DRAIN: &str = "2";
-/// The same for its listeners. Envoy's timers count from when its event loop woke up: what the main thread needs to
-/// load a module, seconds on a busy machine, is taken off, and what is open at the end is cut off.
+/// The same for its listeners. Envoy's timers count from when its event loop woke up: what the main
+/// thread needs to load a module, seconds on a busy machine, is taken off, and what is open at the
+/// end is cut off.
 const LISTENERS_DRAIN: &str = "8";
 
 /// How an Envoy is started, apart from its bootstrap.
@@ -126,7 +127,8 @@ impl Envoy {
         Self::start_in(folder, version, bootstrap, &how).await
     }
 
-    /// Starts the next epoch of a hot restart: it takes this one's sockets over, and then has it end.
+    /// Starts the next epoch of a hot restart: it takes this one's sockets over, and then has it
+    /// end.
     ///
     /// # Panics
     /// If this one was started without a base id.
@@ -166,8 +168,8 @@ impl Envoy {
         Self { address, exporter, admin, process, folder }
     }
 
-    /// Has a dynamic Envoy replace its listeners by those of `bootstrap`, which log to `log` in its folder, and waits until it
-    /// has taken them.
+    /// Has a dynamic Envoy replace its listeners by those of `bootstrap`, which log to `log` in its
+    /// folder, and waits until it has taken them.
     pub async fn replace(&self, bootstrap: &Bootstrap, log: &str) {
         let mut bootstrap = bootstrap.clone();
         bootstrap.access_log(&self.folder.path().join(log));

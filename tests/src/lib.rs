@@ -1,5 +1,5 @@
-//! The parts of which the end-to-end tests and the demo are made. Everything listens on 127.0.0.1, on
-//! ports that the system gives, and ends with the value that started it.
+//! The parts of which the end-to-end tests and the demo are made. Everything listens on 127.0.0.1,
+//! on ports that the system gives, and ends with the value that started it.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -54,8 +54,9 @@ pub fn built(path: &str) -> PathBuf {
     path
 }
 
-/// The stats server: built like the tests, with checks for overflows, which takes minutes less than a release build; or the
-/// one that the variable `STATSERVER` names, for what measures it or runs it for long.
+/// The stats server: built like the tests, with checks for overflows, which takes minutes less than
+/// a release build; or the one that the variable `STATSERVER` names, for what measures it or runs
+/// it for long.
 ///
 /// # Panics
 /// If there is neither.

@@ -96,7 +96,8 @@ impl Load {
         let _ = self.running.await;
     }
 
-    /// Waits for the end; how many requests were sent. None of them got an answer that it should not.
+    /// Waits for the end; how many requests were sent. None of them got an answer that it should
+    /// not.
     ///
     /// # Panics
     /// If one did, or a client failed.
@@ -107,8 +108,8 @@ impl Load {
         sent
     }
 
-    /// Waits for the end; how many requests were sent, and for each that got an answer that it should not, how
-    /// it went.
+    /// Waits for the end; how many requests were sent, and for each that got an answer that it
+    /// should not, how it went.
     ///
     /// # Panics
     /// If a client failed.

@@ -1,5 +1,5 @@
-//! Child processes that cannot outlive us: killed when their value is dropped, and by the kernel should
-//! this process be killed itself.
+//! Child processes that cannot outlive us: killed when their value is dropped, and by the kernel
+//! should this process be killed itself.
 
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};

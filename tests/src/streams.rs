@@ -1,4 +1,5 @@
-//! A load of long-lived and multiplexed requests: HTTP/2, gRPC streams, websockets, some of them broken off.
+//! A load of long-lived and multiplexed requests: HTTP/2, gRPC streams, websockets, some of them
+//! broken off.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,7 +29,8 @@ pub struct Tally {
     pub grpc: AtomicU64,
     /// Websockets that were opened.
     pub websockets: AtomicU64,
-    /// HTTP/2 requests and gRPC streams that were broken off: whether one had left is Envoy's to say.
+    /// HTTP/2 requests and gRPC streams that were broken off: whether one had left is Envoy's to
+    /// say.
     pub aborted: AtomicU64,
     failures: Mutex<Vec<String>>,
 }

@@ -1,6 +1,5 @@
-//! A proxy-wasm host that does next to nothing, on wasmi, to count what a module does: instructions (as fuel) and host
-//! calls. It is no mock of Envoy for tests of behaviour: those run on Envoy.
-#![deny(missing_docs)]
+//! A proxy-wasm host that does next to nothing, on wasmi, to count what a module does: instructions
+//! (as fuel) and host calls. It is no mock of Envoy for tests of behaviour: those run on Envoy.
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -1,4 +1,5 @@
-//! What a request may cost. A regression fails here, on any machine; an improvement lowers the budget.
+//! What a request may cost. A regression fails here, on any machine; an improvement lowers the
+//! budget.
 
 use std::path::PathBuf;
 

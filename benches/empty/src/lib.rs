@@ -1,5 +1,4 @@
 //! A filter with every callback and no work: what proxy-wasm itself costs, to compare others with.
-#![deny(missing_docs)]
 
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType};

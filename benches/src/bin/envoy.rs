@@ -1,5 +1,5 @@
-//! What the filter costs a request: one Envoy after the other on one core, everything else on another; in turn, so that a
-//! machine's moods reach all of them.
+//! What the filter costs a request: one Envoy after the other on one core, everything else on
+//! another; in turn, so that a machine's moods reach all of them.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -140,7 +140,8 @@ struct Load {
 impl Load {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        // The same request for all: headers with one of a thousand keys, which only the gateway reads.
+        // The same request for all: headers with one of a thousand keys, which only the gateway
+        // reads.
         let script = format!(
             "local requests = {{}}\n\
              for i = 1, {KEYS} do\n\
@@ -161,7 +162,8 @@ impl Load {
         Self { wrk: debian("wrk", &["wrk"]), h2load, folder }
     }
 
-    /// So many seconds of load: requests, requests a second, and the latencies' quantiles in microseconds.
+    /// So many seconds of load: requests, requests a second, and the latencies' quantiles in
+    /// microseconds.
     async fn run(&self, to: SocketAddr, protocol: Protocol, connections: u32, seconds: u64) -> [f64; 5] {
         let log = self.folder.path().join("h2.log");
         let mut command = Command::new("taskset");
@@ -227,7 +229,8 @@ fn median(rounds: &[Measured], of: impl Fn(&Measured) -> f64) -> f64 {
     spread(&rounds.iter().map(of).collect::<Vec<_>>()).0
 }
 
-/// What each subject adds to bare, as a share of something, round by round: median, lowest, highest.
+/// What each subject adds to bare, as a share of something, round by round: median, lowest,
+/// highest.
 fn added(subject: &[Measured], bare: &[Measured], to: impl Fn(usize) -> f64) -> (f64, f64, f64) {
     let shares = subject.iter().zip(bare).enumerate().map(|(i, (s, b))| (s.cpu - b.cpu) / to(i));
     spread(&shares.collect::<Vec<_>>())
@@ -335,7 +338,8 @@ fn picture(subjects: &[Subject], rounds: &[Vec<Measured>], note: &str) -> String
     svg
 }
 
-/// An Envoy with four workers and so many keys that each have a request open, for as long as the connections are.
+/// An Envoy with four workers and so many keys that each have a request open, for as long as the
+/// connections are.
 async fn with_open_requests(app: SocketAddr, server: SocketAddr, keys: usize) -> (Envoy, Vec<TcpStream>) {
     let source = json!({"from": "headers"});
     let envoy = Envoy::quiet(Version::Any, &gateway(app, server, source), 4).await;
@@ -417,7 +421,8 @@ async fn main() {
         }
     }
 
-    // A request's latency beside the ticks: with few connections, so that it is not its own queue that is measured.
+    // A request's latency beside the ticks: with few connections, so that it is not its own queue
+    // that is measured.
     let mut rare = gateway(app, server, headers);
     let text_of =
         at(rare.filter(), "/typed_config/config/configuration/value").as_str().expect("text").to_owned();

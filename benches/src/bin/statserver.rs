@@ -1,5 +1,5 @@
-//! The stats server under load, on one core; the load comes from the other. Prints CPU seconds per million stats, resident
-//! memory, and how long a `GET` of one key takes meanwhile.
+//! The stats server under load, on one core; the load comes from the other. Prints CPU seconds per
+//! million stats, resident memory, and how long a `GET` of one key takes meanwhile.
 
 use std::time::{Duration, Instant};
 
@@ -146,8 +146,8 @@ async fn measure(options: &Options, server: &StatServer, keys: usize) -> Measure
     }
 }
 
-/// Reports of one pod each over kept-alive connections, as fast as one core takes them: (reports a second, CPU seconds per
-/// million).
+/// Reports of one pod each over kept-alive connections, as fast as one core takes them: (reports a
+/// second, CPU seconds per million).
 async fn by_http(options: &Options, keys: usize) -> (f64, f64) {
     let server = StatServer::start(None).await;
     pin(server.process.id(), "0");

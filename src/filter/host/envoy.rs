@@ -170,13 +170,15 @@ impl Host for Envoy {
     }
 
     fn complete_done(self) {
-        // SAFETY: no memory changes hands. A context that is not about to end is NotFound, which is as good.
+        // SAFETY: no memory changes hands. A context that is not about to end is NotFound, which is
+        // as good.
         unsafe { proxy_done() };
     }
 
     fn header(self, map: HeaderMap, name: &str) -> Option<Vec<u8>> {
         let (mut data, mut size) = (null_mut(), 0);
-        // SAFETY: the host reads the name and writes an allocation of its own making through valid pointers.
+        // SAFETY: the host reads the name and writes an allocation of its own making through valid
+        // pointers.
         unsafe {
             let status =
                 proxy_get_header_map_value(map as u32, name.as_ptr(), name.len(), &mut data, &mut size);
@@ -284,7 +286,8 @@ impl Host for Envoy {
     }
 
     fn record_metric(self, metric: u32, value: u64) {
-        // SAFETY: no memory changes hands. An unknown number is answered by a status, and there is nothing to do.
+        // SAFETY: no memory changes hands. An unknown number is answered by a status, and there is
+        // nothing to do.
         unsafe { proxy_record_metric(metric, value) };
     }
 
@@ -310,8 +313,8 @@ impl Store for Envoy {
     }
 
     fn set(&self, key: &str, value: &[u8], expect: Expect) -> bool {
-        // To the host 0 means "whatever is there". It counts versions up from 1 and compares only if
-        // the key exists, so the largest number stands for "must not exist".
+        // To the host 0 means "whatever is there". It counts versions up from 1 and compares only
+        // if the key exists, so the largest number stands for "must not exist".
         let cas = match expect {
             Expect::Absent => u32::MAX,
             Expect::Version(version) => version.max(1),

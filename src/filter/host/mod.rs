@@ -102,8 +102,8 @@ pub trait Host: Store + Copy + 'static {
     /// Returns the beginning of the body of the answer to an HTTP call.
     fn call_response_body(self, max_bytes: usize) -> Vec<u8>;
 
-    /// Returns the mailbox of a name, made or taken over: the host calls this VM's root context when
-    /// there is something in it.
+    /// Returns the mailbox of a name, made or taken over: the host calls this VM's root context
+    /// when there is something in it.
     fn mailbox(self, name: &str) -> Option<Mailbox>;
 
     /// Puts a message into another worker's mailbox. Returns whether that worked.
@@ -163,8 +163,9 @@ pub trait Host: Store + Copy + 'static {
     /// Whether Envoy or the client ended the stream while the app may still have been at work on
     /// it, by Envoy's response flags.
     fn was_aborted(self) -> bool {
-        // Timeouts of the upstream (UT), of the stream (SI) and later additions, a local reset (LR),
-        // a client that went away (DC). The others mean that the app ended it, or never had it.
+        // Timeouts of the upstream (UT), of the stream (SI) and later additions, a local reset
+        // (LR), a client that went away (DC). The others mean that the app ended it, or never had
+        // it.
         const UT: u64 = 0x4;
         const LR: u64 = 0x8;
         const DC: u64 = 0x4000;

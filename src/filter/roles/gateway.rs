@@ -47,9 +47,9 @@ impl<H: Host> GatewayStream<H> {
         if self.counted.is_some() {
             return Action::Continue;
         }
-        // Whatever the client said of itself goes: a request is a probe to the sidecar by its headers,
-        // and proxied only if it is counted here. First the key, because Envoy looks for another route
-        // when a header changes.
+        // Whatever the client said of itself goes: a request is a probe to the sidecar by its
+        // headers, and proxied only if it is counted here. First the key, because Envoy looks for
+        // another route when a header changes.
         let kubelet_probe = host.header(HeaderMap::Request, KUBELET_PROBE_HEADER).is_some();
         let network_probe = host.header(HeaderMap::Request, NETWORK_PROBE_HEADER);
         let routing_probe = network_probe.as_deref().is_some_and(|value| self.is_routing_probe(value));
@@ -92,7 +92,8 @@ impl<H: Host> GatewayStream<H> {
         false
     }
 
-    /// Whether Knative's ingress controller asks for its routes, and the gateway is one that has them.
+    /// Whether Knative's ingress controller asks for its routes, and the gateway is one that has
+    /// them.
     fn is_routing_probe(&self, network_probe: &[u8]) -> bool {
         let Gateway { host, config, .. } = &*self.gateway;
         matches!(config.gateway.key, KeySource::Headers { .. })
@@ -121,9 +122,9 @@ impl<H: Host> GatewayStream<H> {
         true
     }
 
-    /// Sends a report and forgets it: it says that something is in flight and counts nothing, so that
-    /// it does not matter whether it arrives, or when. Sent by the root context, because a call of this
-    /// stream's would end with the stream.
+    /// Sends a report and forgets it: it says that something is in flight and counts nothing, so
+    /// that it does not matter whether it arrives, or when. Sent by the root context, because a
+    /// call of this stream's would end with the stream.
     fn report_first(&self, incarnation: u64, message: KeyReport) {
         let Gateway { host, root, config, token, .. } = &*self.gateway;
         let Some(server) = &config.statserver else { return };

@@ -24,8 +24,8 @@ pub struct Sidecar<H: Host> {
     pub worker: SharedWorker<H>,
 }
 
-/// A stream: counted in when its headers reach the filter, out when it ends. A probe is not counted;
-/// it only goes through the breaker.
+/// A stream: counted in when its headers reach the filter, out when it ends. A probe is not
+/// counted; it only goes through the breaker.
 pub struct SidecarStream<H: Host> {
     host: H,
     id: u32,
@@ -64,9 +64,9 @@ impl<H: Host> SidecarStream<H> {
         }
     }
 
-    /// Counts the request before it enters the breaker, as queue-proxy does, so that queued requests
-    /// are part of concurrency. A probe is not counted but enters the breaker: a header that anybody
-    /// can send must not let more into the app than it can take.
+    /// Counts the request before it enters the breaker, as queue-proxy does, so that queued
+    /// requests are part of concurrency. A probe is not counted but enters the breaker: a header
+    /// that anybody can send must not let more into the app than it can take.
     fn enter(&mut self, now: MonotonicNs) -> Option<PermitState> {
         let queue = if self.is_probe() { Queue::Probes } else { Queue::Requests };
         // An app that passes its headers on would have its own calls counted as proxied.

@@ -88,7 +88,8 @@ pub struct Faults {
     pub longest_stall_ns: u64,
     pub panics: u64,
     pub reconfigurations: u64,
-    /// Calls that cannot be made, reports, answers and messages that are lost, reports that come twice.
+    /// Calls that cannot be made, reports, answers and messages that are lost, reports that come
+    /// twice.
     pub network: u64,
 }
 
@@ -423,7 +424,8 @@ impl World {
         }
     }
 
-    /// A VM is gone: nothing of it is called any more, and its requests end, as far as can be known.
+    /// A VM is gone: nothing of it is called any more, and its requests end, as far as can be
+    /// known.
     fn forget(&self, index: usize, vm: Vm) {
         let now_ns = self.now_ns.get();
         for stream in vm.streams {

@@ -15,9 +15,9 @@ impl ConfigStack {
         self.0.push((root, config.clone()));
     }
 
-    /// A root context goes. Returns the root context and configuration that are in force again, where
-    /// those that were in force went: Envoy says nothing to a root context whose configuration comes
-    /// back while it is still there.
+    /// A root context goes. Returns the root context and configuration that are in force again,
+    /// where those that were in force went: Envoy says nothing to a root context whose
+    /// configuration comes back while it is still there.
     pub fn part(&mut self, root: u32) -> Option<(u32, Config)> {
         let before = self.0.last().map(|(newest, _)| *newest);
         self.0.retain(|(other, _)| *other != root);

@@ -84,8 +84,8 @@ impl<H: Host> KeyedWorker<H> {
         self.member.end(&self.host, now);
     }
 
-    /// At the leader, when all workers have closed `as_of_ns`: collects, and sets the gauges. Returns
-    /// the totals, and which of the departed have nothing left to collect.
+    /// At the leader, when all workers have closed `as_of_ns`: collects, and sets the gauges.
+    /// Returns the totals, and which of the departed have nothing left to collect.
     pub fn lead(
         &mut self,
         workers: &[u64],

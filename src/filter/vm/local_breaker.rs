@@ -12,8 +12,8 @@ use inflight_stats::pod::pod_state::PodStore;
 
 use crate::host::{Host, Mailbox};
 
-/// The body of the answer where the queue is full, as Knative's queue-proxy gives it (knative/serving,
-/// `pkg/queue/breaker.go`), with the newline of Go's `http.Error`.
+/// The body of the answer where the queue is full, as Knative's queue-proxy gives it
+/// (knative/serving, `pkg/queue/breaker.go`), with the newline of Go's `http.Error`.
 pub const QUEUE_FULL: &[u8] = b"pending request queue full\n";
 /// The body of the answer to a request that has waited for `queue_timeout`.
 pub const QUEUE_TIMEOUT: &[u8] = b"pending request queue timeout\n";
@@ -21,8 +21,8 @@ pub const QUEUE_TIMEOUT: &[u8] = b"pending request queue timeout\n";
 pub const PLAIN_TEXT: (&str, &str) = ("content-type", "text/plain; charset=utf-8");
 
 /// How long a permit stays taken when Envoy broke a request off that was in the app: a client went
-/// away, a timeout struck. The app learns of it by a closed connection, a moment after Envoy's stream
-/// has ended; to let another request in at once would show the app one too many.
+/// away, a timeout struck. The app learns of it by a closed connection, a moment after Envoy's
+/// stream has ended; to let another request in at once would show the app one too many.
 const LINGER_NS: u64 = 10_000_000;
 
 /// Ticks for queue timeouts come no more often than this, however many requests time out one after
@@ -181,7 +181,8 @@ impl<H: Host> LocalBreaker<H> {
         actions
     }
 
-    /// Returns in how many nanoseconds a tick is wanted; `None` if nothing here waits for time to pass.
+    /// Returns in how many nanoseconds a tick is wanted; `None` if nothing here waits for time to
+    /// pass.
     pub fn next_wake_ns(&self, now: MonotonicNs) -> Option<u64> {
         let oldest = self.side.oldest().zip(self.timeout_ns);
         let timeout =
@@ -195,8 +196,8 @@ impl<H: Host> LocalBreaker<H> {
         self.next_tick = due;
     }
 
-    /// Has the tick come earlier, if that is later than `due`. One that is overdue is left alone: to
-    /// set the timer again would put it off, and again and again under load.
+    /// Has the tick come earlier, if that is later than `due`. One that is overdue is left alone:
+    /// to set the timer again would put it off, and again and again under load.
     fn wake_at(&mut self, due: MonotonicNs, now: MonotonicNs) {
         if due < self.next_tick {
             self.host.tick_in(due.since(now).div_ceil(1_000_000));
@@ -204,8 +205,8 @@ impl<H: Host> LocalBreaker<H> {
         }
     }
 
-    /// Another worker is no member any more. Returns `None` until it is forgotten, for it may be just
-    /// slow; then which requests have its permits.
+    /// Another worker is no member any more. Returns `None` until it is forgotten, for it may be
+    /// just slow; then which requests have its permits.
     pub fn forget_late(&mut self, worker: u64, now: MonotonicNs) -> Option<StreamActions> {
         let outcome = self.side.forget_late(&self.host, worker, now)?;
         let mut actions = StreamActions::default();

@@ -54,7 +54,8 @@ impl PodStats {
         }
     }
 
-    /// A request ended: how long after its arrival, and after leaving the breaker's queue if it ever did.
+    /// A request ended: how long after its arrival, and after leaving the breaker's queue if it
+    /// ever did.
     pub fn request_done(&mut self, host: impl Host, code: u16, latency_ns: u64, app_ns: Option<u64>) {
         self.by_code.request_done(host, code, latency_ns, String::new);
         if let Some(app_ns) = app_ns {
@@ -90,8 +91,8 @@ impl PodStats {
         self.app_by_code.flush(host);
     }
 
-    /// Shows how much memory this VM has: the gauge is the sum over all VMs, each adding what it has
-    /// more. 0 at the end of the VM.
+    /// Shows how much memory this VM has: the gauge is the sum over all VMs, each adding what it
+    /// has more. 0 at the end of the VM.
     pub fn show_memory(&mut self, host: impl Host, bytes: u64) {
         self.memory.adjust(host, bytes, std::mem::replace(&mut self.memory_shown, bytes));
     }

@@ -90,8 +90,8 @@ impl<H: Host> Worker<H> {
         Ok(())
     }
 
-    /// Takes over a configuration. A breaker that it does not have any more lets everything through,
-    /// those who wait included.
+    /// Takes over a configuration. A breaker that it does not have any more lets everything
+    /// through, those who wait included.
     fn configure(&mut self, config: &Config) -> Result<(), StoreError> {
         if config.role == Role::Gateway {
             let grid = self.recorder.grid();
@@ -314,8 +314,8 @@ impl<H: Host> Worker<H> {
         self.member.pod().state(&self.host).map(|state| state.departed).unwrap_or_default()
     }
 
-    /// The leader gives back what workers that are gone held in the breaker, when they have been gone
-    /// for long enough. Returns which streams of this worker have their permits.
+    /// The leader gives back what workers that are gone held in the breaker, when they have been
+    /// gone for long enough. Returns which streams of this worker have their permits.
     fn clear_up(&mut self, departed: Vec<u64>, now: MonotonicNs) -> Vec<u32> {
         let mut resume = Vec::new();
         let mut done = Vec::new();
@@ -366,10 +366,12 @@ impl<H: Host> Worker<H> {
     }
 
     /// A root context ends. With the last one, everything counted here goes into the pod's figure,
-    /// and a last report is made, whether this worker led or not: nobody knows who is the last of all.
+    /// and a last report is made, whether this worker led or not: nobody knows who is the last of
+    /// all.
     pub fn root_done(&mut self, root: u32, config: &Config) -> Vec<EncodedReport> {
         if let Some((newest, config)) = self.configs.part(root) {
-            // In the name of the one that stays: the breaker's messages must not come to the one that goes.
+            // In the name of the one that stays: the breaker's messages must not come to the one
+            // that goes.
             self.host.in_context(newest, root, || {
                 if let Err(error) = self.configure(&config) {
                     log::warn!("inflight: could not return to the configuration before: {error}");
@@ -392,7 +394,8 @@ impl<H: Host> Worker<H> {
         pod_report(config, state.incarnation, state.reported_since(), until).into_iter().collect()
     }
 
-    /// Gives what this worker holds of the breaker to the others, at once. Returns its streams that wait.
+    /// Gives what this worker holds of the breaker to the others, at once. Returns its streams that
+    /// wait.
     pub fn close_breaker(&mut self) -> Vec<u32> {
         self.breaker.as_mut().map(LocalBreaker::close).unwrap_or_default()
     }

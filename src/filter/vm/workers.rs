@@ -60,8 +60,8 @@ impl<H: Host> Workers<H> {
     }
 
     /// The VM panics: leaves everything counted to the others, and lets requests that wait go on.
-    /// Nobody could ever do that later, and they share the fate of those that are in the app already.
-    /// Only a worker that was being changed at that very moment keeps to its last tick.
+    /// Nobody could ever do that later, and they share the fate of those that are in the app
+    /// already. Only a worker that was being changed at that very moment keeps to its last tick.
     pub fn seal_all(&self) {
         for (_, worker) in self.by_domain.try_borrow().iter().flat_map(|workers| workers.iter()) {
             if let Ok(mut worker) = worker.try_borrow_mut() {

@@ -1,16 +1,18 @@
-//! The breaker: at most so many requests in the app at once, over all workers of a pod, and one queue
-//! for them all (knative/serving, `pkg/queue/breaker.go`).
+//! The breaker: at most so many requests in the app at once, over all workers of a pod, and one
+//! queue for them all (knative/serving, `pkg/queue/breaker.go`).
 //!
 //! Its state lies in the shared store as one value, changed by compare-and-swap: who holds how many
-//! permits, and who waits, in the order of arrival. A permit that is given back goes straight to the one who
-//! has waited longest, whichever worker has it; nobody can slip in between. Probes have a short queue of their own, which
-//! is served first: they take permits as requests do, or anybody could pass the breaker by calling themselves a
-//! probe, but a full queue must not make a healthy pod look dead.
+//! permits, and who waits, in the order of arrival. A permit that is given back goes straight to
+//! the one who has waited longest, whichever worker has it; nobody can slip in between. Probes have
+//! a short queue of their own, which is served first: they take permits as requests do, or anybody
+//! could pass the breaker by calling themselves a probe, but a full queue must not make a healthy
+//! pod look dead.
 //!
-//! The worker that gave a permit back tells the other by a message ([`Grant`]). What a worker holds and who of it waits
-//! is known twice, here and in its [`WorkerSide`](crate::breaker::worker_side::WorkerSide). The worker settles the two at each tick
-//! ([`Breaker::settle`]), and so finds lost messages; if its entry is gone, it makes a new one with its next change,
-//! whatever that is.
+//! The worker that gave a permit back tells the other by a message ([`Grant`]). What a worker holds
+//! and who of it waits is known twice, here and in its
+//! [`WorkerSide`](crate::breaker::worker_side::WorkerSide). The worker settles the two at each tick
+//! ([`Breaker::settle`]), and so finds lost messages; if its entry is gone, it makes a new one with
+//! its next change, whatever that is.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -26,9 +28,10 @@ const ATTEMPTS: usize = 4096;
 /// The most probes that wait.
 pub const MOST_WAITING_PROBES: usize = 4;
 
-/// For so long after its membership ended a worker keeps its permits: it may only be slow, with its requests in the app all
-/// the time. Longer than a membership, because one that comes back finds its counts, but its permits with others. Five
-/// seconds, and one for what a busy machine takes to let it tick.
+/// For so long after its membership ended a worker keeps its permits: it may only be slow, with its
+/// requests in the app all the time. Longer than a membership, because one that comes back finds
+/// its counts, but its permits with others. Five seconds, and one for what a busy machine takes to
+/// let it tick.
 pub const PATIENCE_NS: u64 = 6_000_000_000;
 
 /// How much the breaker lets through.
@@ -149,8 +152,8 @@ impl BreakerState {
         self.entries.iter_mut().find(|entry| entry.worker == worker)
     }
 
-    /// The worker does something, so it lives. If it has no entry, the permits that its requests hold are taken again, beyond
-    /// the limit if need be, and those who wait stand at the end.
+    /// The worker does something, so it lives. If it has no entry, the permits that its requests
+    /// hold are taken again, beyond the limit if need be, and those who wait stand at the end.
     fn ensure_entry<W>(&mut self, local: &LocalView<'_, W>) -> EntryState {
         if let Some(entry) = self.entry(local.worker) {
             entry.mailbox = local.mailbox;
@@ -279,9 +282,10 @@ impl Breaker {
         })
     }
 
-    /// A request that held a permit is done: `true`, and the permit goes to others. Unless `must_linger` says that the app
-    /// may still be at work on the request: then the permit stays taken, and `false` asks for another call later. It is asked
-    /// only while more than half of the permits are taken: otherwise it would be long until the app could see one too many.
+    /// A request that held a permit is done: `true`, and the permit goes to others. Unless
+    /// `must_linger` says that the app may still be at work on the request: then the permit stays
+    /// taken, and `false` asks for another call later. It is asked only while more than half of the
+    /// permits are taken: otherwise it would be long until the app could see one too many.
     ///
     /// # Errors
     /// [`StoreError`]; the permit is still taken.
@@ -323,8 +327,8 @@ impl Breaker {
         })
     }
 
-    /// Makes the worker's entry say what the worker knows: what it does not know of holds no permit and does not wait. The
-    /// numbers of those who wait, as it believes, and have permits.
+    /// Makes the worker's entry say what the worker knows: what it does not know of holds no permit
+    /// and does not wait. The numbers of those who wait, as it believes, and have permits.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -371,8 +375,8 @@ impl Breaker {
         Ok(grants)
     }
 
-    /// Another worker is believed to be gone, now by the monotonic clock. It is forgotten if it has done nothing here for
-    /// [`PATIENCE_NS`] since this was said first; `None`: not yet.
+    /// Another worker is believed to be gone, now by the monotonic clock. It is forgotten if it has
+    /// done nothing here for [`PATIENCE_NS`] since this was said first; `None`: not yet.
     ///
     /// # Errors
     /// [`StoreError`]; to be tried again.
@@ -469,7 +473,8 @@ mod tests {
         Breaker::new("b".into(), limits)
     }
 
-    /// A worker that has nothing but what its entry has; its queue's number is its id and a hundred.
+    /// A worker that has nothing but what its entry has; its queue's number is its id and a
+    /// hundred.
     fn local(worker: u64) -> LocalView<'static, ()> {
         static NOBODY: BTreeMap<u64, Waiter<()>> = BTreeMap::new();
         let mailbox = u32::try_from(worker).unwrap() + 100;

@@ -1,9 +1,10 @@
 //! One worker's side of the breaker: how many permits its requests hold, and which of them wait.
 //!
-//! Whatever the worker asks of the breaker, it says what it knows of itself. So a worker that was taken for dead and
-//! forgotten, because it was slow for longer than [`PATIENCE_NS`], needs no step of its own to come back: the first thing that
-//! it does makes a new entry with the permits that its requests do hold. Messages under the entry before are void: the
-//! permits that they speak of went to others.
+//! Whatever the worker asks of the breaker, it says what it knows of itself. So a worker that was
+//! taken for dead and forgotten, because it was slow for longer than [`PATIENCE_NS`], needs no step
+//! of its own to come back: the first thing that it does makes a new entry with the permits that
+//! its requests do hold. Messages under the entry before are void: the permits that they speak of
+//! went to others.
 
 use std::collections::BTreeMap;
 
@@ -26,12 +27,14 @@ pub struct WorkerSide<W> {
     settled: MonotonicNs,
 }
 
-/// What came of something: requests of this worker that go on, and permits of others that they are to be told of.
+/// What came of something: requests of this worker that go on, and permits of others that they are
+/// to be told of.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Outcome<W> {
     /// They hold permits now.
     pub admitted: Vec<W>,
-    /// To be posted to their mailboxes ([`Grant::message`]). One that is lost is found at its worker's next [`WorkerSide::settle`].
+    /// To be posted to their mailboxes ([`Grant::message`]). One that is lost is found at its
+    /// worker's next [`WorkerSide::settle`].
     pub grants: Vec<Grant>,
 }
 
@@ -93,8 +96,8 @@ impl<W> WorkerSide<W> {
         answer
     }
 
-    /// A request that held a permit is done. Returns what follows, and whether its permit stays taken for now
-    /// ([`Breaker::leave`]); other requests may be admitted also then.
+    /// A request that held a permit is done. Returns what follows, and whether its permit stays
+    /// taken for now ([`Breaker::leave`]); other requests may be admitted also then.
     pub fn leave(&mut self, store: &impl Store, must_linger: impl FnMut() -> bool) -> (Outcome<W>, bool) {
         if self.holding == 0 {
             // This worker has ended, and given everything back.
@@ -122,12 +125,14 @@ impl<W> WorkerSide<W> {
     pub fn receive(&mut self, message: &[u8]) -> Option<W> {
         let (number, epoch) = message.split_first_chunk()?;
         let epoch = <[u8; 4]>::try_from(epoch).ok()?;
-        // Of a number that is not known here, the permit is back already, or comes back when the side is settled.
+        // Of a number that is not known here, the permit is back already, or comes back when the
+        // side is settled.
         if u32::from_le_bytes(epoch) == self.epoch { self.admit(u64::from_le_bytes(*number)) } else { None }
     }
 
-    /// Compares notes with the breaker: to be called at each tick, and before messages are read if [`WorkerSide::is_late`]. Finds
-    /// permits whose messages were lost, and gives back those that nobody here knows of.
+    /// Compares notes with the breaker: to be called at each tick, and before messages are read if
+    /// [`WorkerSide::is_late`]. Finds permits whose messages were lost, and gives back those that
+    /// nobody here knows of.
     pub fn settle(&mut self, store: &impl Store, now: MonotonicNs) -> Outcome<W> {
         self.settled = now;
         if self.epoch == 0 {
@@ -183,8 +188,8 @@ impl<W> WorkerSide<W> {
         }
     }
 
-    /// Takes over what came of a change. Should the store not have taken it, the breaker has a permit or a place more for
-    /// this worker than there should be, until the side is settled.
+    /// Takes over what came of a change. Should the store not have taken it, the breaker has a
+    /// permit or a place more for this worker than there should be, until the side is settled.
     fn apply<R>(&mut self, change: Result<Update<R>, StoreError>) -> Outcome<W> {
         let Ok(done) = change else { return Outcome::default() };
         if done.new_entry {
@@ -521,7 +526,8 @@ mod tests {
             assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
         }
         assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Queued);
-        // Another configuration allows more; the first that notices is a request that was broken off.
+        // Another configuration allows more; the first that notices is a request that was broken
+        // off.
         side.breaker.limits.concurrency = 4;
         let (outcome, lingers) = side.leave(&store, || true);
         assert_eq!((outcome.admitted, lingers), (vec![3], true));

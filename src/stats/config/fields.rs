@@ -1,5 +1,5 @@
-//! A JSON object read key by key. Every mistake is reported with its key, what was given and what was
-//! expected.
+//! A JSON object read key by key. Every mistake is reported with its key, what was given and what
+//! was expected.
 
 use std::borrow::Cow;
 use std::fmt;

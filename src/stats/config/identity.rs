@@ -21,11 +21,13 @@ const ISTIO: &str = "service.istio.io";
 const NO_REVISION: &str = "latest";
 
 impl Identity {
-    /// What Istio's node metadata says; `metadata` reads the value at a path, empty if there is none.
+    /// What Istio's node metadata says; `metadata` reads the value at a path, empty if there is
+    /// none.
     ///
-    /// The revision must tell workloads of a namespace apart. Knative's label does. Istio's canonical
-    /// revision is only a version (`v1`, `latest`), unless Knative set it to the revision's name: so it
-    /// counts together with the canonical name, and without a version the workload's name is taken.
+    /// The revision must tell workloads of a namespace apart. Knative's label does. Istio's
+    /// canonical revision is only a version (`v1`, `latest`), unless Knative set it to the
+    /// revision's name: so it counts together with the canonical name, and without a version the
+    /// workload's name is taken.
     pub fn from_istio(metadata: impl Fn(&[&str]) -> String) -> Self {
         let label = |domain: &str, name: &str| metadata(&["LABELS", &format!("{domain}/{name}")]);
         let workload = metadata(&["WORKLOAD_NAME"]);

@@ -1,5 +1,5 @@
-//! The keys of the plugin's configuration: the one table from which the parser has its names and its
-//! words, and the reference page is generated.
+//! The keys of the plugin's configuration: the one table from which the parser has its names and
+//! its words, and the reference page is generated.
 
 /// One key of the configuration.
 #[derive(Clone, Copy, Debug)]

@@ -1,5 +1,5 @@
-//! The plugin's configuration: JSON, of which every key is checked. Every mistake is reported with its
-//! key, what was given and what was expected.
+//! The plugin's configuration: JSON, of which every key is checked. Every mistake is reported with
+//! its key, what was given and what was expected.
 
 pub(crate) mod fields;
 pub mod identity;
@@ -99,12 +99,12 @@ const MAX_KEYS: u32 = 1_000_000;
 const QUEUE_DEPTH_FACTOR: u32 = 10;
 
 impl Config {
-    /// Reads and checks a configuration; none at all is an empty one. What it leaves out of the identity is
-    /// taken from `node`.
+    /// Reads and checks a configuration; none at all is an empty one. What it leaves out of the
+    /// identity is taken from `node`.
     ///
     /// # Errors
-    /// [`ConfigError`], for the first mistake. Unknown keys are reported before missing ones: a key is often
-    /// missing because it is misspelt.
+    /// [`ConfigError`], for the first mistake. Unknown keys are reported before missing ones: a key
+    /// is often missing because it is misspelt.
     pub fn parse(json: &[u8], node: &Identity) -> Result<Self, ConfigError> {
         const DOCUMENT: &str = "configuration";
         let parsed = match json.is_empty() {

@@ -15,8 +15,8 @@ pub fn closest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
 
 /// Returns the Levenshtein distance: how many letters have to be inserted, deleted or replaced.
 fn distance(from: &[u8], to: &[u8]) -> usize {
-    // One row of the matrix: of what was read of `from`, the distance to each beginning of `to` but the
-    // empty one.
+    // One row of the matrix: of what was read of `from`, the distance to each beginning of `to` but
+    // the empty one.
     let mut row: Vec<usize> = (1..=to.len()).collect();
     for (index, letter) in from.iter().enumerate() {
         let (mut diagonal, mut left) = (index, index + 1);

@@ -53,7 +53,8 @@ impl Clock {
         self.now = self.now.max(PodNs(self.last.0.wrapping_add(offset_ns)));
     }
 
-    /// The pod's time minus the monotonic one, wrapping: what a worker that joins later starts from.
+    /// The pod's time minus the monotonic one, wrapping: what a worker that joins later starts
+    /// from.
     pub fn offset_ns(&self) -> u64 {
         self.now.0.wrapping_sub(self.last.0)
     }

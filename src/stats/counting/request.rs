@@ -4,7 +4,8 @@
 pub const KUBELET_PROBE_HEADER: &str = "k-kubelet-probe";
 /// Header whose presence marks a probe of Knative's own network layer.
 pub const NETWORK_PROBE_HEADER: &str = "k-network-probe";
-/// Header of the probes by which Knative's ingress controller learns that a gateway has its latest routes.
+/// Header of the probes by which Knative's ingress controller learns that a gateway has its latest
+/// routes.
 pub const NETWORK_HASH_HEADER: &str = "k-network-hash";
 /// How a kubelet's User-Agent begins.
 pub const KUBE_PROBE_AGENT_PREFIX: &[u8] = b"kube-probe/";
@@ -32,14 +33,16 @@ impl Origin {
     }
 }
 
-/// Whether a gateway in front of Knative's revisions passes a network probe on: only that of the ingress controller,
-/// which asks whether its routes are in force. What else a client calls a probe is a request as any other.
+/// Whether a gateway in front of Knative's revisions passes a network probe on: only that of the
+/// ingress controller, which asks whether its routes are in force. What else a client calls a probe
+/// is a request as any other.
 pub fn is_routing_probe(network_probe: &[u8], has_hash: bool) -> bool {
     network_probe == b"probe" && has_hash
 }
 
 /// The end of a stat's name for a response code; `envoy/` ships the `stats_tags` that turn it into
-/// the labels `response_code` and `response_code_class`. Code 0: the stream ended before any response.
+/// the labels `response_code` and `response_code_class`. Code 0: the stream ended before any
+/// response.
 pub fn code_suffix(code: u16) -> String {
     format!(".response_code.{code}.response_code_class.{}xx", code / 100)
 }

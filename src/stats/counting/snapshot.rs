@@ -77,8 +77,8 @@ impl Snapshot {
         }
     }
 
-    /// What is left of this snapshot when the totals of `base` were accounted for elsewhere. What is
-    /// in flight stays: it was never accounted for.
+    /// What is left of this snapshot when the totals of `base` were accounted for elsewhere. What
+    /// is in flight stays: it was never accounted for.
     #[must_use]
     pub fn less_totals_of(&self, base: &Self) -> Self {
         Self {
@@ -174,7 +174,8 @@ impl Period {
         ratio(self.proxied_request_ns, self.elapsed_ns)
     }
 
-    /// The average concurrency times 1000, rounded to the nearest integer: what an Envoy gauge can hold.
+    /// The average concurrency times 1000, rounded to the nearest integer: what an Envoy gauge can
+    /// hold.
     pub fn average_milli(&self) -> u64 {
         milli(self.request_ns, self.elapsed_ns)
     }

@@ -1,6 +1,6 @@
-//! Two kinds of time, as two types, so that neither can be passed for the other. The instants inside
-//! a [`Snapshot`](crate::counting::snapshot::Snapshot) are the pod's; being wire data they are plain
-//! numbers.
+//! Two kinds of time, as two types, so that neither can be passed for the other. The instants
+//! inside a [`Snapshot`](crate::counting::snapshot::Snapshot) are the pod's; being wire data they
+//! are plain numbers.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,14 +1,17 @@
-//! Which keys a gateway tracks. A worker asks here for each key that it does not track itself: whether it is the first of all
-//! workers to see it, so that one report leaves at once, and whether there is capacity for another key.
+//! Which keys a gateway tracks. A worker asks here for each key that it does not track itself:
+//! whether it is the first of all workers to see it, so that one report leaves at once, and whether
+//! there is capacity for another key.
 //!
-//! The shared store cannot delete, so no name that a client chose is the name of a value: keys lie in a fixed number of
-//! *buckets*, by a hash that no client can predict. What is counted does not depend on them (that is the matter of
-//! [`crate::gateway::key_totals`]): only whether a first report leaves early, and whether a key is tracked at all.
+//! The shared store cannot delete, so no name that a client chose is the name of a value: keys lie
+//! in a fixed number of *buckets*, by a hash that no client can predict. What is counted does not
+//! depend on them (that is the matter of [`crate::gateway::key_totals`]): only whether a first
+//! report leaves early, and whether a key is tracked at all.
 //!
-//! A bucket has a *floor*: what a key's first report says that it had before, as of the last time that a key left the bucket.
-//! No key that left had more, and none that comes begins with less: a first report fits between two lives of its key.
-//! For that, a leader that was replaced without knowing must take no key out any more. So a bucket says who leads, a new leader
-//! writes itself into all of them before it does anything else with them, and nobody else takes keys out.
+//! A bucket has a *floor*: what a key's first report says that it had before, as of the last time
+//! that a key left the bucket. No key that left had more, and none that comes begins with less: a
+//! first report fits between two lives of its key. For that, a leader that was replaced without
+//! knowing must take no key out any more. So a bucket says who leads, a new leader writes itself
+//! into all of them before it does anything else with them, and nobody else takes keys out.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -122,8 +125,8 @@ impl<'a> Bucket<'a> {
 }
 
 impl KeyAdmission {
-    /// For at most `capacity` keys at once, and as many in this Envoy's life with stats of their own. `secret` and
-    /// `started_ns` are the same for all workers.
+    /// For at most `capacity` keys at once, and as many in this Envoy's life with stats of their
+    /// own. `secret` and `started_ns` are the same for all workers.
     pub fn new(pod: PodStore, secret: u64, started_ns: u64, capacity: u32) -> Self {
         Self { pod, secret, started_ns, capacity }
     }
@@ -154,7 +157,8 @@ impl KeyAdmission {
             bucket.track(key, has_stats);
             Attempt::Write((), Admission::First { floor: bucket.floor, has_stats })
         });
-        // A key that stays contended for is counted like any other; the leader finds it in the totals.
+        // A key that stays contended for is counted like any other; the leader finds it in the
+        // totals.
         let admission = entered.unwrap_or(Admission::Known { has_stats: false });
         if let (Admission::Known { .. }, Some(usage)) = (admission, reserved) {
             // Another worker was faster with this key.
@@ -163,8 +167,8 @@ impl KeyAdmission {
         admission
     }
 
-    /// The leader has counted these keys: they are tracked, whoever may have taken them out meanwhile. Returns which of
-    /// them have stats.
+    /// The leader has counted these keys: they are tracked, whoever may have taken them out
+    /// meanwhile. Returns which of them have stats.
     pub fn admit(&self, store: &impl Store, keys: &[KeyName]) -> Vec<KeyName> {
         let has_stats = |key: &&KeyName| match self.enter_within(store, key, u32::MAX) {
             Admission::First { has_stats, .. } | Admission::Known { has_stats } => has_stats,
@@ -174,7 +178,8 @@ impl KeyAdmission {
     }
 
     /// Stops tracking keys that left the totals, which were nowhere above `floor`. Only for the
-    /// worker that leads by [`KeyAdmission::reconcile`]; where another does so by now, nothing happens.
+    /// worker that leads by [`KeyAdmission::reconcile`]; where another does so by now, nothing
+    /// happens.
     pub fn leave(&self, store: &impl Store, leader: u64, keys: &[KeyName], floor: &Snapshot) {
         for (number, keys) in self.by_bucket(keys) {
             let removed = self.change_bucket(store, number, |bucket| {

@@ -1,4 +1,5 @@
-//! What a gateway tells apart: a namespace and a name, by the cluster that a request goes to or by two of its headers.
+//! What a gateway tells apart: a namespace and a name, by the cluster that a request goes to or by
+//! two of its headers.
 
 use std::rc::Rc;
 
@@ -11,9 +12,10 @@ pub type KeyName = key_name::KeyName<Rc<str>>;
 const SVC: &str = ".svc.";
 
 impl KeyName {
-    /// The key of a request that goes to an Envoy cluster. Istio's `outbound|80|subset|svc.ns.svc.cluster.local` (the
-    /// subset may be empty) gives namespace and service; any other cluster is the name itself, in `namespace`.
-    /// `None` for names that no report could carry.
+    /// The key of a request that goes to an Envoy cluster. Istio's
+    /// `outbound|80|subset|svc.ns.svc.cluster.local` (the subset may be empty) gives namespace and
+    /// service; any other cluster is the name itself, in `namespace`. `None` for names that no
+    /// report could carry.
     pub fn of_cluster(cluster: &str, namespace: &str) -> Option<Self> {
         let (namespace, name) = of_istio(cluster).unwrap_or((namespace, cluster));
         Self::checked(namespace, name)

@@ -1,12 +1,14 @@
-//! The totals of all keys of a gateway: what its leader adds the workers' batches to, in one value of the shared store.
+//! The totals of all keys of a gateway: what its leader adds the workers' batches to, in one value
+//! of the shared store.
 //!
-//! The leader adds batches together with the note up to which boundary it collected from whom: one write, so a batch
-//! counts exactly once, whoever dies in between. A key that was idle for a whole period, and of which the stats server knows
-//! all, leaves; it costs nothing until it comes back.
+//! The leader adds batches together with the note up to which boundary it collected from whom: one
+//! write, so a batch counts exactly once, whoever dies in between. A key that was idle for a whole
+//! period, and of which the stats server knows all, leaves; it costs nothing until it comes back.
 //!
-//! **Within an incarnation the totals of a key never begin again and never go down.** The keys that leave raise the *floor*: their
-//! highest totals, field by field. Whatever key comes then, new or again, begins at the floor. Only differences count, so it
-//! does not matter that a key begins with more than it ever had; it matters that it never begins with less.
+//! **Within an incarnation the totals of a key never begin again and never go down.** The keys that
+//! leave raise the *floor*: their highest totals, field by field. Whatever key comes then, new or
+//! again, begins at the floor. Only differences count, so it does not matter that a key begins with
+//! more than it ever had; it matters that it never begins with less.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -40,8 +42,8 @@ struct Late {
 }
 
 impl KeyTotal {
-    /// What a report of this key begins with: what is acknowledged, as of the instant at which began what is new. That
-    /// lies before the last report where a worker was late.
+    /// What a report of this key begins with: what is acknowledged, as of the instant at which
+    /// began what is new. That lies before the last report where a worker was late.
     pub fn reported_since(&self) -> Snapshot {
         let late_ns = self.late.map_or(u64::MAX, |late| late.from_ns);
         Snapshot { as_of_ns: self.since.as_of_ns.min(late_ns), ..self.since }
@@ -104,9 +106,9 @@ impl KeyTotals {
         self.keys.iter()
     }
 
-    /// Takes in the batches of all workers, each with its id, as of the newest boundary that all have closed; those that
-    /// are in already are passed over. Workers that are `gone` hold nothing in flight any more. Returns the keys that
-    /// came.
+    /// Takes in the batches of all workers, each with its id, as of the newest boundary that all
+    /// have closed; those that are in already are passed over. Workers that are `gone` hold nothing
+    /// in flight any more. Returns the keys that came.
     pub fn collect(&mut self, outboxes: &[(u64, Vec<Batch>)], gone: &[u64], as_of_ns: u64) -> Vec<KeyName> {
         let mut came = Vec::new();
         if as_of_ns <= self.as_of_ns {
@@ -175,7 +177,8 @@ impl KeyTotals {
         }
     }
 
-    /// Takes out the keys that were idle for a whole period and of which the stats server knows all; returns which these are.
+    /// Takes out the keys that were idle for a whole period and of which the stats server knows
+    /// all; returns which these are.
     pub fn take_out_idle(&mut self) -> Vec<KeyName> {
         let (mut left, mut floor) = (Vec::new(), self.floor);
         self.keys.retain(|key, total| {

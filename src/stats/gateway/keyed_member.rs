@@ -1,6 +1,6 @@
-//! A gateway worker's part in counting by key, over the store that all workers share: it hands over what it counted, and
-//! brings it together if it leads. Who leads, who lives and who is gone is decided by [`crate::pod`], over all that the gateway
-//! counted.
+//! A gateway worker's part in counting by key, over the store that all workers share: it hands over
+//! what it counted, and brings it together if it leads. Who leads, who lives and who is gone is
+//! decided by [`crate::pod`], over all that the gateway counted.
 
 use std::collections::BTreeSet;
 
@@ -34,8 +34,8 @@ pub struct KeyedMember {
     outbox_key: String,
     /// Boundary of the newest batch in the outbox that was written.
     written_ns: u64,
-    /// The totals as this worker wrote them last, and their stamp: as long as they lie in the store under this stamp, they
-    /// need not be decoded, and no other worker has led meanwhile.
+    /// The totals as this worker wrote them last, and their stamp: as long as they lie in the store
+    /// under this stamp, they need not be decoded, and no other worker has led meanwhile.
     totals: Option<(Stamp, KeyTotals)>,
     stamps: u64,
     /// What the stats server has acknowledged since the totals were written.
@@ -125,8 +125,9 @@ impl KeyedMember {
         }
     }
 
-    /// At the leader, when all `workers` have closed `as_of_ns`: collects from them and from those that `departed`, and lets idle
-    /// keys go. `None` if the totals could not be written; then the next boundary brings it all.
+    /// At the leader, when all `workers` have closed `as_of_ns`: collects from them and from those
+    /// that `departed`, and lets idle keys go. `None` if the totals could not be written; then the
+    /// next boundary brings it all.
     pub fn lead(
         &mut self,
         store: &impl Store,
@@ -168,7 +169,8 @@ impl KeyedMember {
         Some(led)
     }
 
-    /// At the end of a worker: collects what all have handed over, so that it can be reported. No key leaves.
+    /// At the end of a worker: collects what all have handed over, so that it can be reported. No
+    /// key leaves.
     pub fn collect_last(&mut self, store: &impl Store, all: &[u64], as_of_ns: u64) -> Option<&KeyTotals> {
         let (outboxes, gone) = self.outboxes(store, &[], all);
         self.update_totals(store, |totals| totals.collect(&outboxes, &gone, as_of_ns))?;
@@ -180,14 +182,14 @@ impl KeyedMember {
         self.totals.as_ref().map(|(_, totals)| totals)
     }
 
-    /// The stats server knows these keys so far. The leader writes that into the totals at its next boundary, together with
-    /// what it collects then.
+    /// The stats server knows these keys so far. The leader writes that into the totals at its next
+    /// boundary, together with what it collects then.
     pub fn acknowledged(&mut self, known: Vec<(KeyName, Snapshot)>) {
         self.acknowledged.extend(known);
     }
 
-    /// On a worker that does not lead: notes the acknowledgements that it got when it still did. Returns whether it led until
-    /// now.
+    /// On a worker that does not lead: notes the acknowledgements that it got when it still did.
+    /// Returns whether it led until now.
     pub fn follow(&mut self, store: &impl Store) -> bool {
         if !self.acknowledged.is_empty() {
             self.update_totals(store, |_| ());
@@ -337,8 +339,8 @@ mod tests {
         }
     }
 
-    /// A gateway in which, between any two steps of one worker, others act, stall, end and come back, while reports and answers
-    /// are lost, repeated and overtake each other.
+    /// A gateway in which, between any two steps of one worker, others act, stall, end and come
+    /// back, while reports and answers are lost, repeated and overtake each other.
     struct World {
         map: Map,
         dice: RefCell<Dice>,

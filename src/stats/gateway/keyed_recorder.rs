@@ -1,7 +1,8 @@
 //! One worker's counters per key, for a gateway: many keys come and go.
 //!
-//! A worker hands over what happened between two boundaries as a [`Batch`], a few bytes for each key that was active and none
-//! for the others. Its *outbox* keeps batches until the leader has collected them.
+//! A worker hands over what happened between two boundaries as a [`Batch`], a few bytes for each
+//! key that was active and none for the others. Its *outbox* keeps batches until the leader has
+//! collected them.
 
 use std::collections::BTreeMap;
 
@@ -73,8 +74,9 @@ impl KeyedRecorder {
         }
     }
 
-    /// Lets time go on; past a boundary, what happened before it goes into the outbox. A worker that is late by several periods
-    /// hands over the last of them apart: that one is as new as what the others have.
+    /// Lets time go on; past a boundary, what happened before it goes into the outbox. A worker
+    /// that is late by several periods hands over the last of them apart: that one is as new as
+    /// what the others have.
     pub fn advance(&mut self, now: PodNs) {
         if now.0 >= self.next_boundary_ns {
             let newest_ns = self.grid.at_or_before(now.0);

@@ -38,8 +38,8 @@ pub enum LeaderStep {
 impl Member {
     /// Leads if no other worker does and this one has posted: sums the pod at the newest boundary
     /// that every live worker has closed, folds sealed slots, and publishes. `clock_offset_ns` is
-    /// this worker's ([`crate::counting::clock::Clock::offset_ns`]); while it leads, its time is the
-    /// pod's. A leader that serves requests hands over to a worker that does not.
+    /// this worker's ([`crate::counting::clock::Clock::offset_ns`]); while it leads, its time is
+    /// the pod's. A leader that serves requests hands over to a worker that does not.
     ///
     /// # Errors
     /// [`StoreError`]; nothing was changed.
@@ -57,7 +57,8 @@ impl Member {
                 return Attempt::Keep(Ok(LeaderStep::Follow));
             }
             let (live, missing_slot) = self.remove_dead_members(store, &mut state, now);
-            // A member without its slot: this state is out of date. If it stays so, the slot is corrupt.
+            // A member without its slot: this state is out of date. If it stays so, the slot is
+            // corrupt.
             if missing_slot && attempt <= ATTEMPTS / 2 {
                 return Attempt::Retry;
             }
@@ -98,7 +99,8 @@ impl Member {
             };
             if !slot.sealed && slot.latest().as_of_ns.saturating_add(patience_ns) <= now.0 {
                 let sealed = Slot { sealed: true, closed: vec![slot.latest()], ..slot.clone() };
-                // If the write fails, it wrote just now: it lives, and what it wrote is read the next time.
+                // If the write fails, it wrote just now: it lives, and what it wrote is read the
+                // next time.
                 if self.pod.write_slot(store, &sealed, expect) {
                     slot = sealed;
                 }

@@ -83,8 +83,8 @@ impl Member {
 
     /// Returns the figure as of right now, from what every worker posted last, and the state: for
     /// the report that leaves when this worker ends. Workers end together, by clocks that do not
-    /// quite agree, and a receiver goes by the instant: one write of the state after the other makes
-    /// a figure that holds more the later one.
+    /// quite agree, and a receiver goes by the instant: one write of the state after the other
+    /// makes a figure that holds more the later one.
     ///
     /// # Errors
     /// [`StoreError`]; nothing was changed.

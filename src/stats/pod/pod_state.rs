@@ -80,7 +80,8 @@ impl Slot {
         self.closed.last().copied().unwrap_or(Snapshot::starting_at(self.born_ns))
     }
 
-    /// Returns the slot at a boundary; `None` if its worker has not come so far, or is much further.
+    /// Returns the slot at a boundary; `None` if its worker has not come so far, or is much
+    /// further.
     pub fn at(&self, boundary_ns: u64) -> Option<Snapshot> {
         if boundary_ns <= self.born_ns {
             return Some(Snapshot::starting_at(boundary_ns));
@@ -120,8 +121,8 @@ impl PodState {
         PodNs(self.lease.renewed_ns)
     }
 
-    /// Returns what a report begins with: what is acknowledged, as of the instant at which began what
-    /// is new. That lies before the last report where a worker was late.
+    /// Returns what a report begins with: what is acknowledged, as of the instant at which began
+    /// what is new. That lies before the last report where a worker was late.
     pub fn reported_since(&self) -> Snapshot {
         let late_ns = self.late.map_or(u64::MAX, |late| late.from_ns);
         Snapshot { as_of_ns: self.acknowledged.as_of_ns.min(late_ns), ..self.acknowledged }
@@ -161,16 +162,17 @@ pub struct PodStore {
 
 impl PodStore {
     /// The pod that `domain` names; equal names share their figures. The prefix holds the version
-    /// of the stored format, so that an old and a new module in one Envoy do not misread each other.
+    /// of the stored format, so that an old and a new module in one Envoy do not misread each
+    /// other.
     pub fn new(domain: &str) -> Self {
         let prefix = format!("inflight/3/{domain}");
         Self { state_key: format!("{prefix}/state"), prefix }
     }
 
     /// Reads the state, or creates it as of `wall_ns` by the wall clock and `now` by the monotonic
-    /// one. An existing state with a longer period gets a new grid, which every worker takes over at
-    /// its next tick. One with a shorter period keeps it: that is the leader's to change, when no
-    /// worker asks for it any more.
+    /// one. An existing state with a longer period gets a new grid, which every worker takes over
+    /// at its next tick. One with a shorter period keeps it: that is the leader's to change, when
+    /// no worker asks for it any more.
     ///
     /// # Errors
     /// [`StoreError::Contended`].

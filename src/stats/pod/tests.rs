@@ -265,7 +265,8 @@ fn the_period_is_the_shortest_that_a_live_worker_asks_for() {
     assert_eq!(pass(&mut [&mut stays, &mut changes], 5).0, PERIOD, "one of them asks for it still");
     stays.member.set_period_ns(4 * PERIOD);
     assert_eq!(pass(&mut [&mut stays, &mut changes], 10).0, 4 * PERIOD);
-    // A worker that opens the pod with a shorter one is heard at once, and not overruled before it has posted.
+    // A worker that opens the pod with a shorter one is heard at once, and not overruled before it
+    // has posted.
     let opened = changes.member.pod.open(&store, MonotonicNs(START + 20 * PERIOD), 0, PERIOD, 8).unwrap();
     changes.member.set_period_ns(PERIOD);
     assert_eq!(opened.grid, Grid { anchor_ns: START + 20 * PERIOD, period_ns: PERIOD });
@@ -414,7 +415,8 @@ fn in_whatever_order_workers_end_their_last_reports_together_hold_everything() {
                 truth += 1;
             }
         }
-        // Each seals its slot, then takes the figure; others act in between, by clocks that do not quite agree.
+        // Each seals its slot, then takes the figure; others act in between, by clocks that do not
+        // quite agree.
         let mut ending: Vec<(usize, Option<u64>)> = (0..3).map(|worker| (worker, None)).collect();
         let mut sent: Vec<(Snapshot, Snapshot)> = Vec::new();
         let (mut known, mut counted) = (None, 0);

@@ -16,13 +16,13 @@ impl fmt::Display for CounterDecreased {
 
 impl std::error::Error for CounterDecreased {}
 
-/// Returns what a report adds for a sender whose last snapshot is `known`: `until` minus the larger of
-/// `since` and `known`, field by field.
+/// Returns what a report adds for a sender whose last snapshot is `known`: `until` minus the larger
+/// of `since` and `known`, field by field.
 ///
-/// So a report that is repeated, late, or overlaps an earlier one adds only what was not added yet, and
-/// no order of arrival can make it more. What `since` is ahead of `known` was acknowledged by another
-/// receiver and is not ours to add. The elapsed time runs from the later of the two instants to that of
-/// `until`.
+/// So a report that is repeated, late, or overlaps an earlier one adds only what was not added yet,
+/// and no order of arrival can make it more. What `since` is ahead of `known` was acknowledged by
+/// another receiver and is not ours to add. The elapsed time runs from the later of the two
+/// instants to that of `until`.
 ///
 /// # Errors
 /// [`CounterDecreased`].

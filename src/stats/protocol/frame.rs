@@ -53,8 +53,8 @@ impl std::fmt::Display for FrameError {
 
 impl std::error::Error for FrameError {}
 
-/// Decodes a frame of either kind. A protobuf frame begins with the tag of field 1, or (being from a later
-/// version) of a field that is skipped; a gob stream begins with the definition of a type.
+/// Decodes a frame of either kind. A protobuf frame begins with the tag of field 1, or (being from
+/// a later version) of a field that is skipped; a gob stream begins with the definition of a type.
 ///
 /// # Errors
 /// Every variant of [`FrameError`]. A frame is taken as a whole or not at all.

@@ -1,12 +1,12 @@
-//! Go's gob, as far as a `StatMessage` needs it: what queue-proxies of an older Knative sent to the autoscaler (the
-//! seed's stats server; the format is documented with Go's `encoding/gob`).
+//! Go's gob, as far as a `StatMessage` needs it: what queue-proxies of an older Knative sent to the
+//! autoscaler (the seed's stats server; the format is documented with Go's `encoding/gob`).
 //!
-//! A gob stream describes itself: messages that define types come first, then one with a value. Fields are
-//! matched by name, as in Go: their order does not matter, a missing one is zero, an unknown one is skipped, one of
-//! another type is an error. Only the stream's first value is read.
+//! A gob stream describes itself: messages that define types come first, then one with a value.
+//! Fields are matched by name, as in Go: their order does not matter, a missing one is zero, an
+//! unknown one is skipped, one of another type is an error. Only the stream's first value is read.
 //!
-//! Every step takes at least one byte of the input, and values nest no deeper than is allowed, so time and memory are bounded by
-//! the frame's length.
+//! Every step takes at least one byte of the input, and values nest no deeper than is allowed, so
+//! time and memory are bounded by the frame's length.
 
 use std::collections::HashMap;
 
@@ -68,8 +68,9 @@ pub struct StatMessage {
     pub time: Time,
 }
 
-/// Whether the bytes begin as a gob stream does: a message that defines a type, being long enough for one with a name. No
-/// `WireStatMessages` of today begins so: its first byte is the tag of field 1, 10.
+/// Whether the bytes begin as a gob stream does: a message that defines a type, being long enough
+/// for one with a name. No `WireStatMessages` of today begins so: its first byte is the tag of
+/// field 1, 10.
 pub fn begins_one(bytes: &[u8]) -> bool {
     let mut reader = Reader(bytes);
     let message = reader.length().and_then(|length| reader.take(length));
@@ -77,7 +78,8 @@ pub fn begins_one(bytes: &[u8]) -> bool {
     bytes.first() != Some(&10) && id.is_ok_and(|id| id < 0)
 }
 
-/// Decodes the first value of a gob stream as a `StatMessage`; what is skipped may lie `max_depth` deep.
+/// Decodes the first value of a gob stream as a `StatMessage`; what is skipped may lie `max_depth`
+/// deep.
 ///
 /// # Errors
 /// Every variant of [`GobError`].
@@ -198,8 +200,8 @@ struct Types {
 }
 
 impl Types {
-    /// A definition is itself a gob value, of Go's `wireType`: one of seven fields is set, each a struct whose first field
-    /// holds the type's own name and id.
+    /// A definition is itself a gob value, of Go's `wireType`: one of seven fields is set, each a
+    /// struct whose first field holds the type's own name and id.
     fn define(&mut self, reader: &mut Reader<'_>, id: i64) -> Result<(), GobError> {
         if self.by_id.len() >= MAX_TYPES {
             return Err(GobError::TooMuch("types"));
@@ -248,7 +250,8 @@ impl Types {
         }
     }
 
-    /// Hands each field of a struct to `known` by its name and type; what `known` does not know is skipped.
+    /// Hands each field of a struct to `known` by its name and type; what `known` does not know is
+    /// skipped.
     fn read<'a>(
         &self,
         reader: &mut Reader<'a>,
@@ -303,7 +306,8 @@ impl Types {
         Ok(StatMessage { message: WireStatMessage { namespace, name, stat: Some(stat) }, time })
     }
 
-    /// `time.Time` marshals itself: a version, seconds since the year 1, nanoseconds, the zone's offset.
+    /// `time.Time` marshals itself: a version, seconds since the year 1, nanoseconds, the zone's
+    /// offset.
     fn time(&self, reader: &mut Reader<'_>, id: i64, time: &mut Time) -> Result<(), GobError> {
         if !matches!(self.by_id.get(&id), Some(Type::Opaque)) {
             return Err(GobError::Mismatch("Stat.Time"));

@@ -21,7 +21,8 @@ pub const MAX_BYTES: usize = 1 << 20;
 const MAX_AHEAD_SECONDS: u64 = 24 * 3600;
 /// No sender has as many requests in a second, or in flight.
 const MAX_COUNT: u32 = 1_000_000_000;
-/// The longest pod, namespace or name in bytes. Kubernetes allows 253; Envoy's cluster names may be longer.
+/// The longest pod, namespace or name in bytes. Kubernetes allows 253; Envoy's cluster names may be
+/// longer.
 pub const MAX_NAME_BYTES: usize = 512;
 
 /// What a receiver's answer means to the sender.
@@ -36,8 +37,9 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// By the answer's status. Only those that a receiver of reports gives on the report's account are final: others, 401, 403,
-    /// 404, 408 and 429 among them, may come from a proxy in between, or change with a token or a route.
+    /// By the answer's status. Only those that a receiver of reports gives on the report's account
+    /// are final: others, 401, 403, 404, 408 and 429 among them, may come from a proxy in between,
+    /// or change with a token or a route.
     pub fn of_status(status: u16) -> Self {
         match status {
             202 => Self::Acknowledged,
@@ -86,7 +88,8 @@ pub enum ReportError {
     UnknownVersion(u8),
     /// Not the bytes of a report; the decoder's reason.
     Malformed(String),
-    /// A name that is empty, too long or holds control characters: which field, and how long it was.
+    /// A name that is empty, too long or holds control characters: which field, and how long it
+    /// was.
     BadName(&'static str, usize),
     /// Numbers that no sender can have counted: the key, and what does not fit.
     Implausible(String, &'static str),
@@ -173,8 +176,8 @@ impl Report {
         }
     }
 
-    /// Checks the instants against the receiver's unix time: one far ahead would make all that its sender says later
-    /// look old.
+    /// Checks the instants against the receiver's unix time: one far ahead would make all that its
+    /// sender says later look old.
     ///
     /// # Errors
     /// [`ReportError::Ahead`].

@@ -1,5 +1,5 @@
-//! How many pods a key wants: Knative's KPA (knative/serving, `pkg/autoscaler/scaling/autoscaler.go`),
-//! which decides every two seconds.
+//! How many pods a key wants: Knative's KPA (knative/serving,
+//! `pkg/autoscaler/scaling/autoscaler.go`), which decides every two seconds.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -42,8 +42,8 @@ pub struct Decider {
 }
 
 impl Decider {
-    /// A decider that begins with more than one ready pod begins in panic at that count: it does not know
-    /// yet what they are needed for.
+    /// A decider that begins with more than one ready pod begins in panic at that count: it does
+    /// not know yet what they are needed for.
     pub fn new(now_ns: u64, ready: u32) -> Self {
         let panics = ready > 1;
         Self {
@@ -53,8 +53,8 @@ impl Decider {
         }
     }
 
-    /// Returns what the key wants now. The bounds of the settings ([`KeySettings::bounded`]) are the
-    /// caller's to apply: Knative's decider does not know them either.
+    /// Returns what the key wants now. The bounds of the settings ([`KeySettings::bounded`]) are
+    /// the caller's to apply: Knative's decider does not know them either.
     pub fn decide(&mut self, settings: &KeySettings, seen: &Observation) -> Decision {
         let target = settings.target_per_pod();
         let ready = f64::from(seen.ready.max(1));
@@ -63,7 +63,8 @@ impl Decider {
         let wanted = |value: f64| {
             let needed = (value / target).ceil();
             let pods = needed.max(min).min(max) as u32;
-            // What is needed counts, and not what may not go at once: else idle pods would stay for ever.
+            // What is needed counts, and not what may not go at once: else idle pods would stay for
+            // ever.
             if needed > 0.0 && settings.activation_scale > 1 {
                 pods.max(settings.activation_scale)
             } else {
@@ -114,8 +115,8 @@ fn in_nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// The counts wanted within the scale-down delay, by units of [`DECISION_PERIOD_NS`]: only those that no
-/// later one exceeds, so the first is the highest.
+/// The counts wanted within the scale-down delay, by units of [`DECISION_PERIOD_NS`]: only those
+/// that no later one exceeds, so the first is the highest.
 #[derive(Clone, Debug, Default)]
 struct Delay(VecDeque<(u32, u32)>);
 

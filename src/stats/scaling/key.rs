@@ -1,8 +1,8 @@
 //! The receiver's view of one key: what its senders make of it, and how many pods it wants.
 //!
-//! A sender's counters are cumulative, so the receiver keeps the highest totals that each sender has
-//! reported and adds differences. Whatever is repeated, late or overlapping adds only what was not added
-//! before.
+//! A sender's counters are cumulative, so the receiver keeps the highest totals that each sender
+//! has reported and adds differences. Whatever is repeated, late or overlapping adds only what was
+//! not added before.
 
 use std::sync::Arc;
 
@@ -22,8 +22,8 @@ const SECOND_NS: u64 = 1_000_000_000;
 const MIN_PERIOD_NS: u64 = SECOND_NS / 10;
 /// The longest time between two reports of a sender.
 pub const MAX_PERIOD_NS: u64 = 60 * SECOND_NS;
-/// After a start it takes so long, or a second more than the longest period of a key's senders, until
-/// all of them can have reported.
+/// After a start it takes so long, or a second more than the longest period of a key's senders,
+/// until all of them can have reported.
 const STARTUP_NS: u64 = 3 * SECOND_NS;
 
 /// Averages over one window.
@@ -116,8 +116,8 @@ impl Key {
         }
     }
 
-    /// The same key at a receiver that has just started, at its unix time `started_ns` in nanoseconds.
-    /// Until all senders can have reported, too little is known to decide by.
+    /// The same key at a receiver that has just started, at its unix time `started_ns` in
+    /// nanoseconds. Until all senders can have reported, too little is known to decide by.
     #[must_use]
     pub fn after_start(self, started_ns: u64) -> Self {
         Self { started_ns: Some(started_ns), ..self }
@@ -128,7 +128,8 @@ impl Key {
         &self.settings
     }
 
-    /// Has the key scaled by other settings from now on. What its windows hold stays, as far as it fits.
+    /// Has the key scaled by other settings from now on. What its windows hold stays, as far as it
+    /// fits.
     pub fn apply(&mut self, settings: Arc<KeySettings>) {
         let sizes = settings.windows();
         if sizes != self.settings.windows() {
@@ -138,8 +139,8 @@ impl Key {
         self.settings = settings;
     }
 
-    /// Returns the memory that a key takes by these settings, in bytes: its windows, and the most that its
-    /// decider remembers of the scale-down delay.
+    /// Returns the memory that a key takes by these settings, in bytes: its windows, and the most
+    /// that its decider remembers of the scale-down delay.
     pub fn settings_bytes(settings: &KeySettings) -> usize {
         let WindowSizes { stable_seconds, panic_seconds } = settings.windows();
         let seconds = |seconds| heap_bytes(size_of::<[f64; 2]>().saturating_mul(seconds));
@@ -157,8 +158,8 @@ impl Key {
         Senders::EMPTY_BYTES + self.senders.bytes
     }
 
-    /// Returns the memory that a report of an incarnation, or a stat, of this sender would take that is
-    /// not taken yet.
+    /// Returns the memory that a report of an incarnation, or a stat, of this sender would take
+    /// that is not taken yet.
     pub fn additional_bytes(&self, sender: &str, incarnation: Option<u64>) -> usize {
         self.senders.additional_bytes(sender, incarnation)
     }
@@ -195,16 +196,16 @@ impl Key {
         let last = known.map(|known| known.last);
         let is_latest =
             last.is_none_or(|last| until.as_of_ns >= last.as_of_ns && until.holds_totals_of(&last));
-        // What is new happened since the report before, or since a later `since`. A sender that found
-        // something that it had missed reports it with a `since` before its last one: then what is new is
-        // spread over all that time.
+        // What is new happened since the report before, or since a later `since`. A sender that
+        // found something that it had missed reports it with a `since` before its last one: then
+        // what is new is spread over all that time.
         let from_ns = match known {
             Some(known) if since.as_of_ns >= known.since_ns => known.last.as_of_ns.max(since.as_of_ns),
             _ => since.as_of_ns,
         };
-        // The latest report shows the sender's period; one that bridges a gap is corrected by the next. One
-        // of no length, such as a gateway's first of a key, shows none: until the next, the longest is
-        // assumed.
+        // The latest report shows the sender's period; one that bridges a gap is corrected by the
+        // next. One of no length, such as a gateway's first of a key, shows none: until the next,
+        // the longest is assumed.
         let length_ns = match until.as_of_ns.saturating_sub(since.as_of_ns) {
             0 => known.map_or(MAX_PERIOD_NS / SILENT_PERIODS, |known| known.period_ns),
             length_ns => length_ns,
@@ -230,8 +231,8 @@ impl Key {
         let (proxied, proxied_ns) =
             if *from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
         self.requests_total = self.requests_total.saturating_add(period.requests.saturating_sub(proxied));
-        // What took longer than a second is spread evenly over the seconds that it took. A report without
-        // a beginning (0) counts as one second.
+        // What took longer than a second is spread evenly over the seconds that it took. A report
+        // without a beginning (0) counts as one second.
         let seconds = match from_ns {
             0 => 1,
             _ => {
@@ -246,14 +247,16 @@ impl Key {
             requests: per_second(period.requests as f64),
             proxied_requests: per_second(proxied as f64),
         };
-        // A gateway's first report of a key counts nothing yet: something in flight is traffic, too.
+        // A gateway's first report of a key counts nothing yet: something in flight is traffic,
+        // too.
         let in_flight = is_latest && in_flight > if *from_gateway { 0 } else { proxied_in_flight };
         let became_active = self.add(added.unproxied(), seconds, in_flight, now_ns);
         Ok(Recorded { added: (!period.is_empty()).then_some(added), became_active })
     }
 
-    /// Adds a stat of the stream, at the receiver's unix time `now_ns`. As in Knative, proxied requests
-    /// are subtracted whoever sent the stat, and it counts for the second in which it arrives.
+    /// Adds a stat of the stream, at the receiver's unix time `now_ns`. As in Knative, proxied
+    /// requests are subtracted whoever sent the stat, and it counts for the second in which it
+    /// arrives.
     ///
     /// # Errors
     /// [`ImplausibleStat`]; nothing was changed.
@@ -274,8 +277,8 @@ impl Key {
         Ok(Recorded { added: Some(added), became_active })
     }
 
-    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the key
-    /// became active: whether this is traffic, after a stable window without.
+    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the
+    /// key became active: whether this is traffic, after a stable window without.
     fn add(&mut self, per_second: [f64; 2], seconds: u64, in_flight: bool, now_ns: u64) -> bool {
         let this = now_ns / SECOND_NS;
         for second in (this + 1).saturating_sub(seconds.min(self.stable.seconds() as u64))..=this {
@@ -302,8 +305,8 @@ impl Key {
         self.has_traffic(now_ns) || self.decision().desired_pods > 0 || self.settings.min_scale > 0
     }
 
-    /// Notes that a report or a stat came. What was decided after a start and before the first of them
-    /// was decided without any data, and is dropped.
+    /// Notes that a report or a stat came. What was decided after a start and before the first of
+    /// them was decided without any data, and is dropped.
     fn note_report(&mut self, now_ns: u64) {
         self.last_report_ns = self.last_report_ns.max(now_ns);
         if self.first_report_ns.is_none() {
@@ -312,10 +315,10 @@ impl Key {
         }
     }
 
-    /// Returns whether the receiver has just started, and senders may be missing that will yet report:
-    /// then nothing smaller than the truth must be answered. The others have reported a period after the
-    /// first, if they can reach the receiver at all; a gateway that pods had requests from has, within the
-    /// longest period that there is.
+    /// Returns whether the receiver has just started, and senders may be missing that will yet
+    /// report: then nothing smaller than the truth must be answered. The others have reported a
+    /// period after the first, if they can reach the receiver at all; a gateway that pods had
+    /// requests from has, within the longest period that there is.
     pub fn is_starting(&self, now_ns: u64) -> bool {
         let Some(started_ns) = self.started_ns.filter(|_| self.decided.is_none()) else { return false };
         let since_ns = now_ns.saturating_sub(self.first_report_ns.unwrap_or(started_ns));
@@ -331,11 +334,12 @@ impl Key {
         since_ns < STARTUP_NS.max(longest + SECOND_NS)
     }
 
-    /// Returns how many pods the key wants, as of the last decision; `None` where that is not known.
+    /// Returns how many pods the key wants, as of the last decision; `None` where that is not
+    /// known.
     ///
-    /// Traffic that came after the decision wants one at once. Before the first decision that is all that
-    /// can be answered, and only where one pod is not less than there may be: after a start, where no pod
-    /// has reported and one is enough.
+    /// Traffic that came after the decision wants one at once. Before the first decision that is
+    /// all that can be answered, and only where one pod is not less than there may be: after a
+    /// start, where no pod has reported and one is enough.
     pub fn desired_pods(&self, now_ns: u64) -> Option<u32> {
         let decided_second = self.decided.as_ref().map_or(0, |decided| decided.at_ns / SECOND_NS);
         let has_new_traffic = self.has_traffic(now_ns) && self.last_traffic_second >= Some(decided_second);
@@ -372,8 +376,8 @@ impl Key {
     pub fn figures(&self, now_ns: u64) -> Figures {
         let second = now_ns / SECOND_NS;
         let (in_flight, pods) = self.senders.live(now_ns);
-        // A stat with more proxied requests than requests is subtracted, as in Knative; what is shown is
-        // never negative.
+        // A stat with more proxied requests than requests is subtracted, as in Knative; what is
+        // shown is never negative.
         let averages = |window: &Window<2>| {
             let [concurrency, requests_per_second] = window.average(second).map(|value| value.max(0.0));
             Averages { concurrency, requests_per_second }
@@ -392,9 +396,10 @@ impl Key {
     /// Decides how many pods the key wants at the receiver's unix time `now_ns`, unless it [is
     /// starting](Self::is_starting). Returns the figures that it decided by.
     ///
-    /// Ready are the pods that report. Where none does, because a gateway alone reports the key, the last
-    /// decision is assumed to be done: were it always one pod, panic would never end, and nothing would
-    /// ever be scaled down. (Knative asks the endpoints, which need not exist for the stats server.)
+    /// Ready are the pods that report. Where none does, because a gateway alone reports the key,
+    /// the last decision is assumed to be done: were it always one pod, panic would never end, and
+    /// nothing would ever be scaled down. (Knative asks the endpoints, which need not exist for the
+    /// stats server.)
     pub fn decide(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
         if self.is_starting(now_ns) {
@@ -780,7 +785,8 @@ mod tests {
             key.record("gateway", 1, &of_gateway(concurrency), NOW).unwrap();
             assert_eq!(answer(&key), (desired, true), "{concurrency}");
         }
-        // Where the server was there, whoever reports is all that there is; and no decision is waited for.
+        // Where the server was there, whoever reports is all that there is; and no decision is
+        // waited for.
         let mut key = Key::new(Arc::default());
         key.record("pod", 1, &report(at(1, 0, 0, 0), at(2, 0, 0, 0)), NOW - 60 * S).unwrap();
         key.decide(NOW - 60 * S);

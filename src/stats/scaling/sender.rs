@@ -13,8 +13,8 @@ use crate::scaling::heap::heap_bytes;
 const SECOND_NS: u64 = 1_000_000_000;
 /// A sender that has not reported for this many of its periods no longer counts.
 pub const SILENT_PERIODS: u64 = 10;
-/// How long the last snapshot of a silent sender is kept, so that a report whose acknowledgement was
-/// lost is recognised when it is sent again.
+/// How long the last snapshot of a silent sender is kept, so that a report whose acknowledgement
+/// was lost is recognised when it is sent again.
 pub const RETENTION_NS: u64 = 15 * 60 * SECOND_NS;
 /// A stat does not contain its sender's period; Knative's is a second.
 const STAT_PERIOD_NS: u64 = SECOND_NS;
@@ -22,9 +22,9 @@ const STAT_PERIOD_NS: u64 = SECOND_NS;
 pub(super) const MAX_INCARNATIONS: usize = 4;
 /// No sender has so many requests in a second.
 const MAX_PER_SECOND: f64 = 1e9;
-/// A negative count takes back a request that was counted too early: Knative's activator reports 1 for
-/// a key's first request at once, and one less at its next tick, although that request may already have
-/// been the last.
+/// A negative count takes back a request that was counted too early: Knative's activator reports 1
+/// for a key's first request at once, and one less at its next tick, although that request may
+/// already have been the last.
 const MAX_TAKEN_BACK: f64 = 1.0;
 
 /// A stat whose numbers are not finite, or out of all proportion.
@@ -79,8 +79,9 @@ impl PerSecond {
     }
 }
 
-/// Returns whether a sender of stats is an activator instead of a pod. A stat does not contain that; the
-/// sender's name does (as in older Knative's `pkg/autoscaler`, which distinguished them by this prefix).
+/// Returns whether a sender of stats is an activator instead of a pod. A stat does not contain
+/// that; the sender's name does (as in older Knative's `pkg/autoscaler`, which distinguished them
+/// by this prefix).
 pub fn is_activator(pod_name: &str) -> bool {
     pod_name.starts_with("activator")
 }
@@ -127,7 +128,8 @@ pub(super) struct Sender {
 }
 
 impl Sender {
-    /// Returns what is in flight at the sender and whether it counts as a pod, or `None` if it is silent.
+    /// Returns what is in flight at the sender and whether it counts as a pod, or `None` if it is
+    /// silent.
     fn live(&self, now_ns: u64) -> Option<(f64, bool)> {
         let mut live = None;
         let mut add = |in_flight: f64, is_pod: bool| {
@@ -194,8 +196,8 @@ impl Senders {
         (in_flight, pods)
     }
 
-    /// Stores what an incarnation reported. If there are too many, the one that was silent for longest is
-    /// replaced.
+    /// Stores what an incarnation reported. If there are too many, the one that was silent for
+    /// longest is replaced.
     pub(super) fn put(&mut self, name: &str, now: Incarnation) {
         let incarnations = &mut self.sender_mut(name).incarnations;
         if let Some(known) = incarnations.iter_mut().find(|known| known.id == now.id) {
@@ -229,8 +231,8 @@ impl Senders {
         }
     }
 
-    /// Forgets incarnations that have been silent for [`RETENTION_NS`]; of a stat nothing needs to be
-    /// remembered.
+    /// Forgets incarnations that have been silent for [`RETENTION_NS`]; of a stat nothing needs to
+    /// be remembered.
     pub(super) fn forget(&mut self, now_ns: u64) {
         let mut bytes = 0;
         self.by_name.retain(|name, sender| {
@@ -244,7 +246,8 @@ impl Senders {
             is_kept
         });
         self.bytes = bytes;
-        // A map keeps its buckets. Those that are counted for a sender are enough for one 7/16 full.
+        // A map keeps its buckets. Those that are counted for a sender are enough for one 7/16
+        // full.
         if self.by_name.capacity() > self.by_name.len() * 2 {
             self.by_name.shrink_to(self.by_name.len());
         }

@@ -1,5 +1,5 @@
-//! What a key is scaled by, under the names of Knative's annotations: as flags for all keys, and as JSON
-//! for one key.
+//! What a key is scaled by, under the names of Knative's annotations: as flags for all keys, and as
+//! JSON for one key.
 
 use std::time::Duration;
 
@@ -32,8 +32,8 @@ const MAX_DELAY: Duration = Duration::from_secs(3600);
 /// The most pods that any setting may name, or that a key can want.
 pub const MAX_PODS: u32 = 1_000_000;
 
-/// One setting. The parser, the flag of the same name and the reference page all take it from here; its
-/// default is in [`KeySettings::DEFAULT`].
+/// One setting. The parser, the flag of the same name and the reference page all take it from here;
+/// its default is in [`KeySettings::DEFAULT`].
 #[derive(Clone, Copy, Debug)]
 pub struct Setting<T> {
     /// Its key in JSON.
@@ -262,8 +262,8 @@ impl KeySettings {
         ready_pods: None,
     };
 
-    /// Returns these settings with those in `json`, an object, over them. A key that is set to scale by
-    /// rps, without a target, gets `rps_target`.
+    /// Returns these settings with those in `json`, an object, over them. A key that is set to
+    /// scale by rps, without a target, gets `rps_target`.
     ///
     /// # Errors
     /// [`ConfigError`], for the first mistake.
@@ -300,7 +300,8 @@ impl KeySettings {
         })
     }
 
-    /// Returns what one pod should have of the key's own metric: Knative's target times its utilization.
+    /// Returns what one pod should have of the key's own metric: Knative's target times its
+    /// utilization.
     pub fn target_per_pod(&self) -> f64 {
         self.target * self.target_utilization_percentage / 100.0
     }
@@ -333,8 +334,8 @@ impl KeySettings {
         pods.max(self.min_scale).min(max)
     }
 
-    /// Returns `json`, of which these settings were made, in its shortest form: a duration may be written
-    /// in any length.
+    /// Returns `json`, of which these settings were made, in its shortest form: a duration may be
+    /// written in any length.
     pub fn shortened(&self, json: Value) -> Value {
         let (Value::Object(mut given), Ok(Value::Object(mut shown))) = (json, serde_json::to_value(self))
         else {

@@ -65,9 +65,10 @@ impl<const N: usize> Window<N> {
         }
     }
 
-    /// The average bucket as of a unix second, rounded to six digits. It is taken over the part of the
-    /// window that has been written: from the first record (or the window's beginning) to the last
-    /// one; seconds between without a record count as zero. 0 after a whole window without records.
+    /// The average bucket as of a unix second, rounded to six digits. It is taken over the part of
+    /// the window that has been written: from the first record (or the window's beginning) to the
+    /// last one; seconds between without a record count as zero. 0 after a whole window without
+    /// records.
     pub fn average(&self, second: u64) -> [f64; N] {
         let size = self.buckets.len() as u64;
         let Some(first) = self.first_second else {

@@ -57,7 +57,8 @@ impl Query {
         Ok(query)
     }
 
-    /// Of the metadata, `namespace`, `name`, `target` and `metric` are ours; KEDA passes its own, too.
+    /// Of the metadata, `namespace`, `name`, `target` and `metric` are ours; KEDA passes its own,
+    /// too.
     fn parse(object: ScaledObjectRef, grant: Grant) -> Result<Self, Status> {
         let ScaledObjectRef { name, namespace, scaler_metadata } = object;
         let own = |key: &str, fallback: String| match scaler_metadata.get(key) {
@@ -92,8 +93,8 @@ impl Query {
         app.keys.read(&self.key, |key| key.is_active(now_ns())).unwrap_or(false)
     }
 
-    /// Refuses to answer right after a start, when some senders of a key have not reported yet: it is active
-    /// with the first that has traffic, but the sum of all is not known.
+    /// Refuses to answer right after a start, when some senders of a key have not reported yet: it
+    /// is active with the first that has traffic, but the sum of all is not known.
     fn check_started(&self, app: &App) -> Result<(), Status> {
         if is_starting(app, &self.key) {
             return Err(Status::unavailable(
@@ -149,8 +150,8 @@ impl Scaler {
         Query::authorized(&self.0, &extensions, object)
     }
 
-    /// Returns a stream that also ends with the server, so that nobody waits for it, and with the grant of its
-    /// caller.
+    /// Returns a stream that also ends with the server, so that nobody waits for it, and with the
+    /// grant of its caller.
     fn until_closed<T: Send + 'static>(
         &self,
         grant: Grant,

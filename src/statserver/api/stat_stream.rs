@@ -1,5 +1,5 @@
-//! Knative's stat stream: a websocket of binary frames. A frame that cannot be decoded is dropped, counted
-//! and logged at most once a second; the connection stays open.
+//! Knative's stat stream: a websocket of binary frames. A frame that cannot be decoded is dropped,
+//! counted and logged at most once a second; the connection stays open.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -113,7 +113,8 @@ async fn receive(
             Message::Ping(payload) | Message::Pong(payload) => {
                 if let Some(guard) = guard {
                     guard.control_frame(payload.len());
-                    // Only a new connection frees its buffer; Knative's activator opens one at once.
+                    // Only a new connection frees its buffer; Knative's activator opens one at
+                    // once.
                     if guard.has_unused_buffer() {
                         return Some(close_frame(RESTART, "Restarting"));
                     }

@@ -62,8 +62,8 @@ async fn reload(app: Arc<App>, tls: Option<Arc<Tls>>) {
     }
 }
 
-/// The allocator keeps what was freed for what may come. After many connections or large bodies that would
-/// be much, for ever.
+/// The allocator keeps what was freed for what may come. After many connections or large bodies
+/// that would be much, for ever.
 async fn trim_memory() {
     let mut ticks = interval(TRIM_PERIOD);
     loop {

@@ -1,4 +1,5 @@
-//! Environment variables that look like flags and are none: misspelt ones would be ignored without a word.
+//! Environment variables that look like flags and are none: misspelt ones would be ignored without
+//! a word.
 
 use std::fmt;
 
@@ -45,8 +46,8 @@ pub fn unknown_variables(
     unknown.collect()
 }
 
-/// Returns whether Kubernetes sets such a variable in every container, for a Service whose name begins with
-/// `inflight`: it describes the Service, in the style of Docker's links.
+/// Returns whether Kubernetes sets such a variable in every container, for a Service whose name
+/// begins with `inflight`: it describes the Service, in the style of Docker's links.
 fn is_set_by_kubernetes(name: &str) -> bool {
     const SUFFIXES: [&str; 3] = ["_SERVICE_HOST", "_SERVICE_PORT", "_PORT"];
     let is_named_port = name.contains("_SERVICE_PORT_");

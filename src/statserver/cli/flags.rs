@@ -31,8 +31,8 @@ pub struct Flags {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8081", value_parser = address)]
     pub grpc_listen: SocketAddr,
 
-    /// File of the bearer tokens that may report and read, one per line: `TOKEN NAMESPACES [admin]`, where NAMESPACES is `*` or a
-    /// list separated by commas.
+    /// File of the bearer tokens that may report and read, one per line: `TOKEN NAMESPACES
+    /// [admin]`, where NAMESPACES is `*` or a list separated by commas.
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
@@ -44,11 +44,13 @@ pub struct Flags {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
-    /// CA certificates, in PEM; clients with a certificate of one of them may report and read for every namespace without a token.
+    /// CA certificates, in PEM; clients with a certificate of one of them may report and read for
+    /// every namespace without a token.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// Allow unauthenticated access on non-loopback addresses: to report and read for every namespace, but not to change settings.
+    /// Allow unauthenticated access on non-loopback addresses: to report and read for every
+    /// namespace, but not to change settings.
     #[arg(long)]
     pub insecure: bool,
 
@@ -56,7 +58,8 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     pub settings: Option<PathBuf>,
 
-    /// Knative autoscaler to forward every stat to, for example ws://autoscaler.knative-serving:8080.
+    /// Knative autoscaler to forward every stat to, for example
+    /// ws://autoscaler.knative-serving:8080.
     #[arg(long, value_name = "URL", value_parser = websocket_url)]
     pub forward: Option<String>,
 
@@ -185,8 +188,8 @@ impl Flags {
         }
     }
 
-    /// Returns what somebody may do who shows nothing, if nothing is asked for. Settings are changed over
-    /// HTTP.
+    /// Returns what somebody may do who shows nothing, if nothing is asked for. Settings are
+    /// changed over HTTP.
     pub fn anonymous_access(&self) -> AnonymousAccess {
         if self.listen.ip().is_loopback() { AnonymousAccess::Full } else { AnonymousAccess::WithoutSettings }
     }

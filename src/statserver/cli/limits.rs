@@ -1,5 +1,5 @@
-//! How much the server accepts. Each limit is a flag; what goes beyond it is refused with a message that
-//! names the flag, and counted under the flag's name.
+//! How much the server accepts. Each limit is a flag; what goes beyond it is refused with a message
+//! that names the flag, and counted under the flag's name.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -9,8 +9,8 @@ use inflight_stats::config::parse_duration;
 use inflight_stats::protocol::frame::FrameLimits;
 use inflight_stats::protocol::report::MAX_BYTES;
 
-/// Declares each limit once: help, field, flag, default, range, and the name under which what goes beyond
-/// it is counted.
+/// Declares each limit once: help, field, flag, default, range, and the name under which what goes
+/// beyond it is counted.
 macro_rules! limits {
     ($(
         #[doc = $help:literal]
@@ -63,7 +63,8 @@ const fn seconds(seconds: u64) -> Duration {
 }
 
 limits! {
-    /// Most concurrent HTTP connections, websockets included; one more takes the place of the one that has been idle for longest.
+    /// Most concurrent HTTP connections, websockets included; one more takes the place of the one
+    /// that has been idle for longest.
     max_connections "max-connections": usize = 3_000, 1..=1_000_000 => Connections;
 
     /// Most concurrent gRPC connections; KEDA opens one for each address that it is given.
@@ -72,10 +73,12 @@ limits! {
     /// Most concurrent connections that have not authenticated yet; one more replaces the oldest.
     max_unauthenticated_connections "max-unauthenticated-connections": usize = 500, 1..=1_000_000 => UnauthenticatedConnections;
 
-    /// Most bytes of bodies, frames and messages being received at once, over all connections; the first 4 KiB of each are free.
+    /// Most bytes of bodies, frames and messages being received at once, over all connections; the
+    /// first 4 KiB of each are free.
     max_bytes_in_flight "max-bytes-in-flight": usize = 16 * MIB, MIB..=4 * GIB - 1 => BytesInFlight;
 
-    /// Most bytes of responses that clients have yet to read, over all connections; the first 4 KiB of each are free.
+    /// Most bytes of responses that clients have yet to read, over all connections; the first 4 KiB
+    /// of each are free.
     max_answer_bytes "max-answer-bytes": usize = 12 * MIB, MIB..=4 * GIB - 1 => AnswerBytes;
 
     /// Largest request head, in bytes.
@@ -84,10 +87,12 @@ limits! {
     /// How long a TLS handshake, and then a request's head, may take.
     head_timeout "head-timeout": Duration = seconds(10), TIMEOUT => HeadTimeout;
 
-    /// How long a request's body, a frame of the stat stream or the message of a gRPC call may take.
+    /// How long a request's body, a frame of the stat stream or the message of a gRPC call may
+    /// take.
     body_timeout "body-timeout": Duration = seconds(10), TIMEOUT => BodyTimeout;
 
-    /// How long an HTTP connection may be idle between two requests; longer than the longest reporting period.
+    /// How long an HTTP connection may be idle between two requests; longer than the longest
+    /// reporting period.
     idle_timeout "idle-timeout": Duration = seconds(75), TIMEOUT;
 
     /// How long a client may take to read what is written to it.

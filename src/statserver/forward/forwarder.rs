@@ -1,5 +1,5 @@
-//! The connection to the autoscaler: a websocket of protobuf frames. It is opened again whenever it is lost,
-//! and the queue holds what cannot be sent meanwhile.
+//! The connection to the autoscaler: a websocket of protobuf frames. It is opened again whenever it
+//! is lost, and the queue holds what cannot be sent meanwhile.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -56,8 +56,8 @@ impl Forwarder {
         self.finish_change(queue);
     }
 
-    /// Queues what a report added to a key, as the stat that an activator (for a gateway) or a queue-proxy
-    /// would send.
+    /// Queues what a report added to a key, as the stat that an activator (for a gateway) or a
+    /// queue-proxy would send.
     pub fn queue_report(&self, pod: &str, report: &KeyReport, added: &PerSecond) {
         let text = |text: &str| text.as_bytes().to_vec().into();
         let stat = Stat {
@@ -73,7 +73,8 @@ impl Forwarder {
         self.queue_stats(vec![WireStatMessage { namespace, name, stat: Some(stat) }]);
     }
 
-    /// Sends the queue until the shutdown. Reconnects, more and more slowly, whenever the connection is lost.
+    /// Sends the queue until the shutdown. Reconnects, more and more slowly, whenever the
+    /// connection is lost.
     pub async fn run(self: Arc<Self>, drain: DrainWatcher) {
         let mut backoff = MIN_BACKOFF;
         let sending = async {

@@ -8,8 +8,8 @@ pub(super) const MAX_BYTES: usize = 16 << 20;
 /// What a stat takes beside its bytes: in the queue, and for the allocator.
 const OVERHEAD_BYTES: usize = 32;
 
-/// A stat as it is sent: encoded as a frame with it alone. Frames one after the other are a frame of all
-/// their stats, and nothing of the frame that it was received in is kept.
+/// A stat as it is sent: encoded as a frame with it alone. Frames one after the other are a frame
+/// of all their stats, and nothing of the frame that it was received in is kept.
 pub type EncodedStat = Box<[u8]>;
 
 /// The queue.

@@ -44,8 +44,9 @@ pub fn forbidden(app: &App, namespace: &str) -> (StatusCode, String) {
     (StatusCode::FORBIDDEN, format!("{}\n", not_covered(namespace)))
 }
 
-/// The key that a request is about, whose namespace the grant covers. It is named by the path, or by
-/// `?namespace=…&name=…`, because clients remove `.` and `..` from paths, also if they are percent-encoded.
+/// The key that a request is about, whose namespace the grant covers. It is named by the path, or
+/// by `?namespace=…&name=…`, because clients remove `.` and `..` from paths, also if they are
+/// percent-encoded.
 pub struct KeyPath {
     /// The key.
     pub name: KeyName,

@@ -1,4 +1,5 @@
-//! Bodies: receiving those of requests within their limits, and keeping those of responses within a budget.
+//! Bodies: receiving those of requests within their limits, and keeping those of responses within a
+//! budget.
 
 use std::sync::Arc;
 
@@ -60,9 +61,9 @@ pub async fn receive(
     }
 }
 
-/// Receives a body of at most `max` bytes. Of a larger one some more is received and dropped, because a
-/// client that is still writing when the connection closes never sees the response. One that breaks off is
-/// treated as empty: nobody is there to be answered.
+/// Receives a body of at most `max` bytes. Of a larger one some more is received and dropped,
+/// because a client that is still writing when the connection closes never sees the response. One
+/// that breaks off is treated as empty: nobody is there to be answered.
 async fn receive_up_to(app: &App, body: Body, max: usize) -> Result<ReceivedBody, ReceiveError> {
     let (mut bytes, mut reservation, mut length) = (Vec::new(), Reservation::default(), 0_usize);
     let mut refused = None;
@@ -101,7 +102,8 @@ impl AsRef<[u8]> for ReservedBytes {
     }
 }
 
-/// Has responses that are not small reserve their bytes until they are written: clients may be slow to read.
+/// Has responses that are not small reserve their bytes until they are written: clients may be slow
+/// to read.
 pub async fn reserve_response(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let (parts, body) = next.run(request).await.into_parts();
     if body.size_hint().exact().is_none_or(|bytes| bytes <= FREE_BYTES as u64) {

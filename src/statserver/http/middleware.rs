@@ -41,9 +41,9 @@ pub async fn only_known_parameters(request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// Refuses what a page of another site has a browser do: report, change settings, open a stream. A server on
-/// a loopback address asks for no token, and a browser sends one that it knows by itself. Clients that are no
-/// browser do not name a site.
+/// Refuses what a page of another site has a browser do: report, change settings, open a stream. A
+/// server on a loopback address asks for no token, and a browser sends one that it knows by itself.
+/// Clients that are no browser do not name a site.
 pub async fn same_origin(request: Request, next: Next) -> Response {
     let headers = request.headers();
     let text = |name| headers.get(name).map(HeaderValue::as_bytes);

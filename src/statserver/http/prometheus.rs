@@ -26,7 +26,8 @@ const MAX_KEY_BYTES: usize = 8 << 20;
 /// What a line has beside its key's name, roughly.
 const LINE_BYTES: usize = 100;
 
-/// A figure of each key: its name, its help, and how to read it; a key of which it is not known has none.
+/// A figure of each key: its name, its help, and how to read it; a key of which it is not known has
+/// none.
 type KeyGauge = (&'static str, &'static str, fn(&KeyView) -> Option<f64>);
 
 const KEY_GAUGES: [KeyGauge; 6] = [

@@ -84,8 +84,9 @@ async fn record(
     }
 }
 
-/// Leaves out the keys whose namespace is not granted. A gateway whose clients name the keys may report some;
-/// if they had the whole report refused, it would have to send them for ever, and all others with them.
+/// Leaves out the keys whose namespace is not granted. A gateway whose clients name the keys may
+/// report some; if they had the whole report refused, it would have to send them for ever, and all
+/// others with them.
 fn remove_forbidden(app: &App, grant: &Grant, report: &mut Report) -> Result<(), (StatusCode, String)> {
     let forbidden_key = report.messages.iter().find(|message| !grant.covers(&message.namespace));
     let Some(namespace) = forbidden_key.map(|message| message.namespace.clone()) else { return Ok(()) };

@@ -38,8 +38,8 @@ pub async fn put_settings(
         Ok(json) => json,
         Err(refused) => return refused.into_response(),
     };
-    // In a task, so that it is completed even if the client leaves meanwhile: else the file and the key might
-    // not agree.
+    // In a task, so that it is completed even if the client leaves meanwhile: else the file and the
+    // key might not agree.
     let (task_app, key) = (Arc::clone(&app), name.clone());
     let set = tokio::spawn(async move { task_app.settings.set(&task_app.keys, key, json).await }).await;
     match set.unwrap_or_else(|error| Err(SetError::File(std::io::Error::other(error)))) {

@@ -13,8 +13,8 @@ use crate::os::lock::lock;
 pub struct ActivityWatchers(Mutex<HashMap<KeyName, Sender<bool>>>);
 
 impl ActivityWatchers {
-    /// Subscribes to the changes of a key, beginning with what `is_active` returns. No change is lost in
-    /// between: [`ActivityWatchers::mark_active`] waits for the lock.
+    /// Subscribes to the changes of a key, beginning with what `is_active` returns. No change is
+    /// lost in between: [`ActivityWatchers::mark_active`] waits for the lock.
     pub fn subscribe(&self, name: KeyName, is_active: impl FnOnce() -> bool) -> Receiver<bool> {
         let mut watched = self.watched();
         let sender = watched.entry(name).or_insert_with(|| channel(false).0);
@@ -41,8 +41,8 @@ impl ActivityWatchers {
         }
     }
 
-    /// Asks again for each key that is watched, under the lock as in [`ActivityWatchers::subscribe`]; keys
-    /// that nobody watches any more are dropped.
+    /// Asks again for each key that is watched, under the lock as in
+    /// [`ActivityWatchers::subscribe`]; keys that nobody watches any more are dropped.
     pub fn refresh(&self, is_active: impl Fn(&KeyName) -> bool) {
         self.watched().retain(|name, sender| {
             let is_watched = sender.receiver_count() > 0;

@@ -1,5 +1,5 @@
-//! Every key's figures, in memory. Keys are sharded, so that reports of different keys seldom wait for
-//! each other; no lock is held across keys.
+//! Every key's figures, in memory. Keys are sharded, so that reports of different keys seldom wait
+//! for each other; no lock is held across keys.
 
 use std::collections::{BinaryHeap, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -71,9 +71,9 @@ impl Entry {
     }
 }
 
-/// A part of the keys: entries, and an index that finds them by name. The entries are a vector, instead of
-/// values of a map, so that [`KeyTable::for_each`] can release the lock between two of them and go on from
-/// there. Where one is removed, the last one takes its position.
+/// A part of the keys: entries, and an index that finds them by name. The entries are a vector,
+/// instead of values of a map, so that [`KeyTable::for_each`] can release the lock between two of
+/// them and go on from there. Where one is removed, the last one takes its position.
 #[derive(Default)]
 struct Shard {
     index: HashTable<usize>,
@@ -88,8 +88,8 @@ struct Counts {
     by_namespace: HashMap<String, usize>,
 }
 
-/// Why a report was not recorded as a whole: the first key that was left out, and the reason. All other
-/// keys were recorded.
+/// Why a report was not recorded as a whole: the first key that was left out, and the reason. All
+/// other keys were recorded.
 #[derive(Debug)]
 pub enum RecordError {
     /// A counter of the key decreased; that stays so when the report is sent again.
@@ -135,9 +135,9 @@ pub struct KeyTable {
 }
 
 impl KeyTable {
-    /// An empty table, whose keys are scaled by `defaults` unless they have settings of their own. Until all
-    /// senders can have reported since the unix time `started_ns` in nanoseconds (0: long ago), too little
-    /// is known to decide by.
+    /// An empty table, whose keys are scaled by `defaults` unless they have settings of their own.
+    /// Until all senders can have reported since the unix time `started_ns` in nanoseconds (0: long
+    /// ago), too little is known to decide by.
     pub fn new(defaults: Arc<KeySettings>, capacity: Capacity, started_ns: u64) -> Self {
         Self {
             shards: Box::new(std::array::from_fn(|_| Mutex::default())),
@@ -160,9 +160,9 @@ impl KeyTable {
         &self.defaults
     }
 
-    /// Records a report, and calls `on_added` with what it adds to each key. Keys that cannot be recorded are
-    /// left out, and do not affect the others. The sender has to send those that exceed the capacity again:
-    /// what was recorded adds nothing when it is sent again.
+    /// Records a report, and calls `on_added` with what it adds to each key. Keys that cannot be
+    /// recorded are left out, and do not affect the others. The sender has to send those that
+    /// exceed the capacity again: what was recorded adds nothing when it is sent again.
     ///
     /// # Errors
     /// [`RecordError`].
@@ -258,7 +258,8 @@ impl KeyTable {
     /// Returns the first `max` keys of the namespaces granted, in alphabetical order, whose
     /// `namespace/name` contains `part`; and how many such keys there are.
     pub fn views(&self, grant: &Grant, part: &str, max: usize, now_ns: u64) -> (Vec<KeyView>, usize) {
-        // No more names are kept than are asked for: the last of them goes when one comes before it.
+        // No more names are kept than are asked for: the last of them goes when one comes before
+        // it.
         let (mut names, mut found) = (BinaryHeap::<KeyName>::new(), 0_usize);
         self.for_each(|entry| {
             let fits = part.is_empty() || entry.name.to_string().contains(part);
@@ -338,7 +339,8 @@ impl KeyTable {
     /// Has a key scaled by settings of its own, or (`None`) by the defaults again.
     ///
     /// # Errors
-    /// [`CapacityExceeded`]: the key is new and does not fit; it will get its settings when it does.
+    /// [`CapacityExceeded`]: the key is new and does not fit; it will get its settings when it
+    /// does.
     pub fn set_settings(
         &self,
         name: &KeyName,
@@ -369,8 +371,8 @@ impl KeyTable {
         entry.key.apply(settings);
     }
 
-    /// Forgets senders that have long been silent, and keys that nobody has reported for a day, unless they
-    /// have settings of their own.
+    /// Forgets senders that have long been silent, and keys that nobody has reported for a day,
+    /// unless they have settings of their own.
     pub fn forget(&self, now_ns: u64) {
         self.for_each(|entry| {
             entry.key.forget(now_ns);
@@ -417,11 +419,12 @@ impl KeyTable {
         }
     }
 
-    /// Returns what a key takes by these settings, without its senders; at least what it takes by the
-    /// defaults, so that it can always return to these.
+    /// Returns what a key takes by these settings, without its senders; at least what it takes by
+    /// the defaults, so that it can always return to these.
     fn own_bytes(&self, name: &KeyName, settings: &KeySettings) -> usize {
         const ENTRY: usize = size_of::<Entry>() + 16;
-        // In the index, the entries and the counts by namespace, which are half full after they have grown.
+        // In the index, the entries and the counts by namespace, which are half full after they
+        // have grown.
         const INDEX: usize =
             2 * size_of::<Box<Entry>>() + (size_of::<usize>() + size_of::<(String, usize)>() + 2) * 16 / 7;
         let names = 2 * heap_bytes(name.namespace.len()) + heap_bytes(name.name.len());
@@ -429,8 +432,8 @@ impl KeyTable {
         ENTRY + INDEX + names + of_settings
     }
 
-    /// Checks whether so many more bytes fit. Concurrent callers may be granted the same ones: that exceeds
-    /// the limit by no more than one key for each thread.
+    /// Checks whether so many more bytes fit. Concurrent callers may be granted the same ones: that
+    /// exceeds the limit by no more than one key for each thread.
     fn check_bytes(&self, more: usize) -> Result<(), CapacityExceeded> {
         let taken = self.bytes.load(Ordering::Relaxed);
         if taken.saturating_add(more) <= self.capacity.bytes {
@@ -475,8 +478,8 @@ impl KeyTable {
         shard.entries.get_mut(position).map(|entry| change(entry))
     }
 
-    /// Changes an entry, which is made first if it does not exist. Checks the capacity: for the entry, and
-    /// for its sender. A key that exists costs one hash and no allocation.
+    /// Changes an entry, which is made first if it does not exist. Checks the capacity: for the
+    /// entry, and for its sender. A key that exists costs one hash and no allocation.
     fn with_entry<T>(
         &self,
         namespace: &str,

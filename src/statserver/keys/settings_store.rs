@@ -20,8 +20,8 @@ use crate::os::files;
 
 /// The most keys that can have settings of their own.
 const MAX_KEYS: usize = 10_000;
-/// The largest file that is read, and so the largest that is written: twice what [`MAX_KEYS`] keys can
-/// have.
+/// The largest file that is read, and so the largest that is written: twice what [`MAX_KEYS`] keys
+/// can have.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// One key in the file.
@@ -82,8 +82,8 @@ impl fmt::Display for SetError {
 impl std::error::Error for SetError {}
 
 impl SettingsStore {
-    /// Reads the file, if there is one, and applies its settings to the keys. A file that does not exist yet
-    /// is an empty one, if it can be created.
+    /// Reads the file, if there is one, and applies its settings to the keys. A file that does not
+    /// exist yet is an empty one, if it can be created.
     ///
     /// # Errors
     /// In one line: the file can be neither read nor created, or what is wrong in it.
@@ -120,8 +120,8 @@ impl SettingsStore {
         Ok(Self { file: file.map(Path::to_owned), rps_target, by_key: Arc::new(Mutex::new(by_key)) })
     }
 
-    /// Sets a key's settings, which replace all that it had. The file is written first: what it cannot hold
-    /// is not applied.
+    /// Sets a key's settings, which replace all that it had. The file is written first: what it
+    /// cannot hold is not applied.
     ///
     /// # Errors
     /// [`SetError`].
@@ -191,8 +191,8 @@ fn put(by_key: &mut BTreeMap<KeyName, Value>, name: &KeyName, json: Option<Value
     }
 }
 
-/// Returns the JSON as it is stored, and the settings that it makes. They are those of the stored JSON, which
-/// must be valid when it is read again.
+/// Returns the JSON as it is stored, and the settings that it makes. They are those of the stored
+/// JSON, which must be valid when it is read again.
 fn accept(defaults: &KeySettings, json: Value, rps_target: f64) -> Result<(Value, KeySettings), String> {
     let settings = defaults.with(json.clone(), rps_target).map_err(|error| error.to_string())?;
     let short = settings.shortened(json);
@@ -232,8 +232,8 @@ fn create_beside(path: &Path) -> io::Result<tempfile::NamedTempFile> {
     tempfile::NamedTempFile::new_in(folder_of(path))
 }
 
-/// Writes the file as a whole or not at all, even if the power fails: a new file beside the old one is on
-/// disk before it replaces it.
+/// Writes the file as a whole or not at all, even if the power fails: a new file beside the old one
+/// is on disk before it replaces it.
 fn write(path: &Path, by_key: &BTreeMap<KeyName, Value>) -> io::Result<()> {
     let records =
         by_key.iter().map(|(KeyName { namespace, name }, settings)| RecordRef { namespace, name, settings });
@@ -330,7 +330,8 @@ mod tests {
         );
         assert!(keys.view(&another, 0).is_none());
         assert_eq!(std::fs::read_to_string(&file).unwrap(), kept);
-        // After a restart with a lower limit the file is read all the same, and everything in it can be taken back.
+        // After a restart with a lower limit the file is read all the same, and everything in it
+        // can be taken back.
         store.clear(&keys, name()).await.unwrap();
         let more = capacity_for(2);
         let store = SettingsStore::load(Some(&file), 200.0, &more).unwrap();

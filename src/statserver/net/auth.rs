@@ -51,8 +51,8 @@ impl fmt::Debug for Grant {
 impl Grant {
     /// For everybody on this machine, if there are no tokens.
     const ALL: Self = Self { namespaces: None, admin: true, secret: None };
-    /// For clients with a certificate, and for everybody if the address is open to others: changing settings
-    /// always requires an admin token.
+    /// For clients with a certificate, and for everybody if the address is open to others: changing
+    /// settings always requires an admin token.
     const EVERY_NAMESPACE: Self = Self { namespaces: None, admin: false, secret: None };
 
     /// Returns whether it is for a namespace.
@@ -141,9 +141,9 @@ impl Access {
         }
     }
 
-    /// Returns what the value of an `authorization` header allows: `Bearer TOKEN`, or `Basic` with the token as
-    /// the password, which is what a browser can send. Without one, returns what a certificate allows. Every
-    /// token is compared, each in constant time.
+    /// Returns what the value of an `authorization` header allows: `Bearer TOKEN`, or `Basic` with
+    /// the token as the password, which is what a browser can send. Without one, returns what a
+    /// certificate allows. Every token is compared, each in constant time.
     ///
     /// # Errors
     /// [`Unauthenticated`].
@@ -177,8 +177,8 @@ impl Access {
         found
     }
 
-    /// Resolves once the token that granted this is no longer in the file, or grants something else: what was
-    /// opened with it has to end then.
+    /// Resolves once the token that granted this is no longer in the file, or grants something
+    /// else: what was opened with it has to end then.
     pub async fn revoked(&self, grant: &Grant) {
         let Some(secret) = &grant.secret else { return std::future::pending().await };
         let mut changes = self.changes.subscribe();

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// So much of a body, a frame or a response is not reserved: it is a part of what a connection costs.
+/// So much of a body, a frame or a response is not reserved: it is a part of what a connection
+/// costs.
 pub const FREE_BYTES: usize = 4 << 10;
 
 /// A number of bytes of which connections reserve what they hold.
@@ -25,7 +26,8 @@ impl Budget {
         Self(Arc::new(Semaphore::new(bytes)))
     }
 
-    /// Grows a reservation until it covers so many bytes, of which the first [`FREE_BYTES`] are free.
+    /// Grows a reservation until it covers so many bytes, of which the first [`FREE_BYTES`] are
+    /// free.
     ///
     /// # Errors
     /// [`Exhausted`]; the reservation stays as it was.

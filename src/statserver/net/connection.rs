@@ -36,8 +36,8 @@ impl Transport {
     }
 }
 
-/// A connection with its permit, which returns to the listener on drop. It keeps the deadlines of its
-/// [`ConnectionGuard`], and ends when a client does not read.
+/// A connection with its permit, which returns to the listener on drop. It keeps the deadlines of
+/// its [`ConnectionGuard`], and ends when a client does not read.
 pub struct Connection {
     transport: Transport,
     peer: Peer,
@@ -129,8 +129,8 @@ impl AsyncRead for Connection {
         if connection.guard.is_closed() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
-        // Nothing is read of a client that does not read: its responses would have to be kept. The write
-        // wakes this task.
+        // Nothing is read of a client that does not read: its responses would have to be kept. The
+        // write wakes this task.
         if connection.is_grpc && connection.blocked {
             return Poll::Pending;
         }

@@ -1,6 +1,7 @@
 //! What one connection may hold, and how long it may take.
 //!
-//! The connection and what is made of its bytes (requests, frames, calls) share a [`ConnectionGuard`].
+//! The connection and what is made of its bytes (requests, frames, calls) share a
+//! [`ConnectionGuard`].
 
 use std::collections::HashMap;
 use std::io;
@@ -20,8 +21,8 @@ use crate::telemetry::metrics::Metrics;
 
 /// What every HTTP/2 client sends first.
 const PREFACE_BYTES: usize = 24;
-/// A websocket that once needed a large buffer keeps it. One that has not needed it for so long is asked to
-/// connect again.
+/// A websocket that once needed a large buffer keeps it. One that has not needed it for so long is
+/// asked to connect again.
 const MAX_BUFFER_AGE: Duration = Duration::from_secs(60);
 /// What a control frame of a client has before its payload.
 const CONTROL_HEADER_BYTES: usize = 6;
@@ -143,7 +144,8 @@ impl ConnectionGuard {
         self.close.is_cancelled()
     }
 
-    /// Resolves when the connection has to be closed: in favour of another one, or for what its client did.
+    /// Resolves when the connection has to be closed: in favour of another one, or for what its
+    /// client did.
     pub async fn closed(&self) {
         let eviction = lock(&self.unauthenticated).as_ref().map(UnauthenticatedConnection::eviction);
         let evicted = async {
@@ -279,8 +281,8 @@ impl ConnectionGuard {
         self.polled_bytes.store(0, Ordering::Relaxed);
     }
 
-    /// Returns how many more bytes may be read in this poll. HTTP/2 reads all that there is before it hands
-    /// over the first call, and a call's head may be ten bytes of that.
+    /// Returns how many more bytes may be read in this poll. HTTP/2 reads all that there is before
+    /// it hands over the first call, and a call's head may be ten bytes of that.
     pub fn readable_in_poll(&self) -> usize {
         MAX_BYTES_PER_POLL.saturating_sub(self.polled_bytes.load(Ordering::Relaxed))
     }

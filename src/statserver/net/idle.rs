@@ -7,9 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::os::lock::lock;
 
-/// The connections that are between two requests, in the order in which they became idle. If all permits
-/// are taken, the first of them is closed: every pod keeps a connection open, and more pods than permits
-/// must not keep each other out, nor a probe.
+/// The connections that are between two requests, in the order in which they became idle. If all
+/// permits are taken, the first of them is closed: every pod keeps a connection open, and more pods
+/// than permits must not keep each other out, nor a probe.
 #[derive(Debug, Default)]
 pub struct IdleConnections(Mutex<Idle>);
 

@@ -92,8 +92,8 @@ impl Listener {
         self.protocol
     }
 
-    /// Accepts the next connection within the limit, which may be that of an idle connection. Excess
-    /// connections are closed, after a 503 where plain HTTP allows one.
+    /// Accepts the next connection within the limit, which may be that of an idle connection.
+    /// Excess connections are closed, after a 503 where plain HTTP allows one.
     pub async fn accept(&self) -> Accepted {
         loop {
             let stream = match self.socket.accept().await {

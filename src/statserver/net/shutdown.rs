@@ -1,4 +1,5 @@
-//! The orderly shutdown: a signal starts it, the listeners close after a delay, and open connections finish.
+//! The orderly shutdown: a signal starts it, the listeners close after a delay, and open
+//! connections finish.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -37,8 +38,8 @@ pub fn new_drain() -> (DrainTrigger, DrainWatcher) {
 }
 
 impl DrainTrigger {
-    /// Has the server found not ready from now on, closes listeners and idle connections after `delay`, and
-    /// waits for the other connections for as long as `deadline`.
+    /// Has the server found not ready from now on, closes listeners and idle connections after
+    /// `delay`, and waits for the other connections for as long as `deadline`.
     ///
     /// # Errors
     /// [`DeadlineExceeded`].

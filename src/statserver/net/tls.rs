@@ -74,8 +74,8 @@ impl Tls {
         Ok(Some(Self { files, loaded: RwLock::new(loaded) }))
     }
 
-    /// Loads the files again, for connections to come. Files that are wrong, or do not belong together,
-    /// change nothing.
+    /// Loads the files again, for connections to come. Files that are wrong, or do not belong
+    /// together, change nothing.
     pub fn reload(&self) {
         let loaded = self.files.read().and_then(|contents| {
             let same = self.loaded.read().unwrap_or_else(PoisonError::into_inner).contents == contents;
@@ -91,8 +91,8 @@ impl Tls {
         }
     }
 
-    /// Shakes hands. A client with a certificate that the client CA did not sign is refused; one without a
-    /// certificate is not authenticated.
+    /// Shakes hands. A client with a certificate that the client CA did not sign is refused; one
+    /// without a certificate is not authenticated.
     ///
     /// # Errors
     /// Whatever ends a handshake.

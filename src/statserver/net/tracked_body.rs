@@ -10,8 +10,8 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::net::guard::ConnectionGuard;
 
-/// A body with the permit of its call. HTTP/2 polls it for more whenever the client's window has room; a
-/// client that does not open its window does not read.
+/// A body with the permit of its call. HTTP/2 polls it for more whenever the client's window has
+/// room; a client that does not open its window does not read.
 #[derive(Debug)]
 pub struct TrackedBody {
     body: Body,

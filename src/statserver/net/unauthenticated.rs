@@ -13,8 +13,8 @@ use crate::os::lock::lock;
 /// How old a connection must be to be evicted for another one.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// A limited number of unauthenticated connections. One too many waits, and then evicts the oldest: a
-/// client with a token shows it with its first request, in much less than [`GRACE`].
+/// A limited number of unauthenticated connections. One too many waits, and then evicts the oldest:
+/// a client with a token shows it with its first request, in much less than [`GRACE`].
 #[derive(Debug)]
 pub struct UnauthenticatedConnections {
     max: usize,
@@ -43,8 +43,8 @@ impl UnauthenticatedConnections {
         Self { max, open: Mutex::default(), left: Notify::new() }
     }
 
-    /// Admits a connection, if need be when another one can be evicted. Returns whether one was; the caller
-    /// counts these.
+    /// Admits a connection, if need be when another one can be evicted. Returns whether one was;
+    /// the caller counts these.
     pub async fn admit(self: &Arc<Self>) -> (UnauthenticatedConnection, bool) {
         loop {
             let left = self.left.notified();

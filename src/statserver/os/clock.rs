@@ -3,8 +3,8 @@
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Returns unix time in nanoseconds as of this process's first call, and from then on by the monotonic
-/// clock: a step of the wall clock must not move what is in the windows.
+/// Returns unix time in nanoseconds as of this process's first call, and from then on by the
+/// monotonic clock: a step of the wall clock must not move what is in the windows.
 pub fn now_ns() -> u64 {
     static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| (Instant::now(), wall_time()));
     let (started, wall_time) = *START;

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Returns a file's bytes, of which there may be at most `max`. A pipe or a device does not know its
-/// length beforehand, so no more is read than one byte beyond.
+/// Returns a file's bytes, of which there may be at most `max`. A pipe or a device does not know
+/// its length beforehand, so no more is read than one byte beyond.
 ///
 /// # Errors
 /// The system's, or how many bytes are allowed.

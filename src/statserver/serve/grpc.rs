@@ -34,8 +34,8 @@ use crate::net::tracked_body::TrackedBody;
 
 /// How often a silent client is pinged, and how long it may take to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-/// Calls that HTTP/2 allows beyond the limit, so that they can be refused with a reason: a client that keeps
-/// to HTTP/2's own limit would wait, and nobody would know for what.
+/// Calls that HTTP/2 allows beyond the limit, so that they can be refused with a reason: a client
+/// that keeps to HTTP/2's own limit would wait, and nobody would know for what.
 const SPARE_STREAMS: usize = 64;
 /// What a gRPC message has before it: whether it is compressed, and its length.
 const MESSAGE_HEADER_BYTES: usize = 5;

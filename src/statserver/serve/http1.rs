@@ -15,8 +15,8 @@ use crate::app::state::App;
 use crate::cli::limits::Limit;
 use crate::net::connection::Connection;
 
-/// Serves a connection. A client that closes its side after a request is still answered: an Envoy that ends
-/// sends its last report so.
+/// Serves a connection. A client that closes its side after a request is still answered: an Envoy
+/// that ends sends its last report so.
 pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
     let mut http = http1::Builder::new();
     // The head is timed by the connection.

@@ -117,7 +117,8 @@ fn app(
     }
 }
 
-/// Accepts connections until the shutdown. Handshakes run beside each other: one that hangs delays nobody.
+/// Accepts connections until the shutdown. Handshakes run beside each other: one that hangs delays
+/// nobody.
 async fn accept(listener: Arc<Listener>, router: Router, app: Arc<App>) {
     loop {
         tokio::select! {

@@ -12,8 +12,8 @@ pub struct LogLimiter {
 }
 
 impl LogLimiter {
-    /// Calls `log` with the number of lines suppressed since the last one, unless it was called within this
-    /// second.
+    /// Calls `log` with the number of lines suppressed since the last one, unless it was called
+    /// within this second.
     pub fn log(&self, log: impl FnOnce(u64)) {
         let second = now_ns() / 1_000_000_000;
         if self.last_second.swap(second, Ordering::Relaxed) == second {

@@ -1,5 +1,5 @@
-//! The demo: a stats server, an app with varying latency, an Envoy in front of it, a load, and a live table
-//! that compares what Envoy reported with what its access log says.
+//! The demo: a stats server, an app with varying latency, an Envoy in front of it, a load, and a
+//! live table that compares what Envoy reported with what its access log says.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -46,8 +46,9 @@ struct Table {
 impl Table {
     /// Prints the seconds that have been reported and whose requests have surely all been logged.
     fn show(&mut self, reports: &[Report], envoy: &Envoy, complete: bool) {
-        // A second's truth is known when the requests that were open in it have ended: those of this load
-        // take at most two hundred milliseconds, and the log is flushed every two hundred.
+        // A second's truth is known when the requests that were open in it have ended: those of
+        // this load take at most two hundred milliseconds, and the log is flushed every two
+        // hundred.
         let ready = if complete { reports.len() } else { reports.len().saturating_sub(1) };
         if ready <= self.shown {
             return;

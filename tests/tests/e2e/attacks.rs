@@ -1,4 +1,5 @@
-//! What whoever reaches the stats server can take from it: memory above all. SECURITY.md has the table.
+//! What whoever reaches the stats server can take from it: memory above all. SECURITY.md has the
+//! table.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -67,7 +68,8 @@ impl Drop for Peak {
     }
 }
 
-/// One attack: what it does, and what stays open of it. It may take at most so many MiB, and gives them back.
+/// One attack: what it does, and what stays open of it. It may take at most so many MiB, and gives
+/// them back.
 async fn attack<T>(server: &StatServer, what: &str, most: u64, attack: impl Future<Output = T>) {
     let before = server.process.resident_bytes() / MIB;
     let peak = Peak::watch(server);
@@ -224,7 +226,8 @@ fn websocket_head() -> Vec<u8> {
     .into_bytes()
 }
 
-/// A masked frame that announces so many bytes and has fewer of them. It may follow the head at once.
+/// A masked frame that announces so many bytes and has fewer of them. It may follow the head at
+/// once.
 fn websocket_frame(announced: u64, sent: usize) -> Vec<u8> {
     [&websocket_head()[..], &[0x82, 0xff], &announced.to_be_bytes(), &[0; 4], &vec![b'x'; sent]].concat()
 }

@@ -1,4 +1,5 @@
-//! What autoscalers and people ask the stats server: KEDA by gRPC, settings by HTTP, the live page in a browser.
+//! What autoscalers and people ask the stats server: KEDA by gRPC, settings by HTTP, the live page
+//! in a browser.
 
 use std::net::SocketAddr;
 use std::process::Command;

@@ -194,7 +194,8 @@ async fn slots_come_back_after(kind: &str) {
         open.push(stream);
     }
     wait::until_equal("in the app", SETTLED, 4, async || app.counts.now()).await;
-    // Faults until both workers' VMs have ended; which worker has a connection is the kernel's choice.
+    // Faults until both workers' VMs have ended; which worker has a connection is the kernel's
+    // choice.
     for _ in 0..12 {
         let request = Request::get("/local").header("host", "app").header("x-inflight-fault", kind);
         let _ = http::ask(envoy.address, request.body(Full::<Bytes>::default()).expect("a request")).await;
@@ -228,7 +229,8 @@ async fn the_slots_of_a_worker_that_traps_come_back() {
 async fn one_queue_for_all_workers_and_no_slot_lies_idle() {
     let (app, tap) = (App::start().await, Tap::start(None).await);
     let envoy = Arc::new(Envoy::start(Version::Newest, &limited(&app, &tap, 1, 1000), 4).await);
-    // The kernel spreads connections over the workers as chance has it: some get several times what others get.
+    // The kernel spreads connections over the workers as chance has it: some get several times what
+    // others get.
     let (requests, work) = (60, Duration::from_millis(30));
     let began = Instant::now();
     let mut clients = JoinSet::new();

@@ -40,8 +40,8 @@ async fn settles(server: &StatServer, sent: u64) {
     .await;
 }
 
-/// An Envoy under load that reports less often than its listeners drain, the load, and its configuration but for that, and
-/// with that.
+/// An Envoy under load that reports less often than its listeners drain, the load, and its
+/// configuration but for that, and with that.
 async fn slow(
     version: Version,
     concurrency: u32,
@@ -63,7 +63,8 @@ async fn a_listener_that_is_replaced_under_load_loses_no_count() {
     for (version, concurrency) in [(Version::Oldest, 2), (Version::Newest, 4)] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
         let (envoy, load, bootstrap, slow) = slow(version, concurrency, &app, &server).await;
-        // Another module: its VMs come up beside the old ones, with the same shared data, and these end before they report.
+        // Another module: its VMs come up beside the old ones, with the same shared data, and these
+        // end before they report.
         let mut other = slow.clone();
         other.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
         envoy.replace(&other, "access.log").await;
@@ -221,6 +222,7 @@ async fn a_killed_envoy_loses_what_it_had_not_reported_and_nothing_else() {
         counted_before = counted;
     }
     println!("lost with each SIGKILL, of one period at most: {lost:?} requests");
-    // The three senders that are gone count as in flight until they have been silent for ten of their periods.
+    // The three senders that are gone count as in flight until they have been silent for ten of
+    // their periods.
     wait::until_equal("in flight", SETTLED, 0, || in_flight(&server)).await;
 }

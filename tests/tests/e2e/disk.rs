@@ -16,7 +16,8 @@ use inflight_e2e::{http, statserver_program, wait};
 
 const SETTLED: Duration = Duration::from_secs(20);
 
-/// A server whose settings lie on a disk of 16 KiB that is its alone: in a mount namespace, which takes no privilege.
+/// A server whose settings lie on a disk of 16 KiB that is its alone: in a mount namespace, which
+/// takes no privilege.
 async fn on_a_small_disk(folder: &Path) -> StatServer {
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]);
@@ -35,7 +36,8 @@ async fn put(server: &StatServer, target: u32) -> (u16, String) {
     (status.as_u16(), String::from_utf8_lossy(&body).into_owned())
 }
 
-/// What the key is scaled by, and what the file on that disk says; nothing else lies beside it but `beside`.
+/// What the key is scaled by, and what the file on that disk says; nothing else lies beside it but
+/// `beside`.
 async fn holds(server: &StatServer, disk: &Path, target: u32, beside: usize) {
     let key = server.key("default", "hello-00001").await.expect("the key");
     assert_eq!(key["settings"]["target"].as_f64(), Some(target.into()));

@@ -1,7 +1,8 @@
 //! The documents: their commands run, their example works, what they name is there.
 //!
-//! The `sh` blocks of a document are one shell session, as a reader has it who copies them one after the other. A `text`
-//! block right after an `sh` block is what that block prints; `...` stands for anything.
+//! The `sh` blocks of a document are one shell session, as a reader has it who copies them one
+//! after the other. A `text` block right after an `sh` block is what that block prints; `...`
+//! stands for anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

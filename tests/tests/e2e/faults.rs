@@ -309,7 +309,8 @@ async fn what_was_counted_up_to_a_sigterm_is_reported() {
         let plan = Plan { requests: 200, ..STEADY };
         let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
         wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
-        // Envoy's main thread leads from the second report on, with a connection to the server open.
+        // Envoy's main thread leads from the second report on, with a connection to the server
+        // open.
         envoy.reports(2).await;
         let more = Load::start(plan, envoy.address, &app.counts).finish().await;
         envoy.process.signal(libc::SIGTERM);

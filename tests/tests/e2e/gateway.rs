@@ -1,4 +1,5 @@
-//! Role gateway on real Envoys: one figure per destination, nothing twice, the first request at once.
+//! Role gateway on real Envoys: one figure per destination, nothing twice, the first request at
+//! once.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -105,8 +106,8 @@ async fn the_servers_figure_is_the_true_concurrency_whichever_way_the_traffic_go
         let plan = Plan { requests: u64::MAX, average_ms: 50.0, ..Plan::default() };
         let load = |connections, address| Load::start(Plan { connections, ..plan }, address, &app.counts);
         let loads = [load(through, gateway.address), load(straight, sidecar.address)];
-        // Twelve clients with nearly always a request each. Counted twice it would be 24, or 18 with six through
-        // the gateway.
+        // Twelve clients with nearly always a request each. Counted twice it would be 24, or 18
+        // with six through the gateway.
         let concurrency = wait::until("the panic window is full of it", SETTLED, || async {
             let key = server.key("default", "hello-00001").await.ok_or("no key".to_owned())?;
             let figure = key["panic"]["concurrency"].as_f64().expect("a number");
@@ -155,7 +156,8 @@ async fn the_first_request_of_a_key_is_reported_at_once_and_once() {
         // Far less than a period: it did not wait for the tick.
         assert!(delays[10] < Duration::from_secs(1), "{delays:?}");
 
-        // Fifty at once, over all workers: one report before the tick, and the tick does not double it.
+        // Fifty at once, over all workers: one report before the tick, and the tick does not double
+        // it.
         let mut clients = JoinSet::new();
         for _ in 0..50 {
             clients.spawn(http::ask(envoy.address, request("/work?ms=1000", "many")));
@@ -221,7 +223,8 @@ async fn five_thousand_keys_and_every_sum_is_exact() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn beyond_max_keys_requests_flow_uncounted_until_other_keys_are_idle() {
     let (app, server) = (App::start().await, StatServer::start(None).await);
-    // A period that is longer than the requests below take: no key is idle for a whole one before they have come.
+    // A period that is longer than the requests below take: no key is idle for a whole one before
+    // they have come.
     let mut bootstrap = by_headers(&app, server.address, "4s");
     bootstrap.configure("gateway", json!({"key": {"from": "headers"}, "max_keys": 300}));
     let envoy = Arc::new(Envoy::start(Version::Newest, &bootstrap, 4).await);
@@ -420,8 +423,8 @@ async fn ask_on_and_on(envoy: SocketAddr, name: String, ms: u64, stop: Arc<Atomi
     }
 }
 
-/// What a receiver of these reports has counted of each key: requests and the integral of concurrency. No total of a key may be
-/// lower at a later instant.
+/// What a receiver of these reports has counted of each key: requests and the integral of
+/// concurrency. No total of a key may be lower at a later instant.
 fn received(reports: &[Report]) -> BTreeMap<String, (u64, u128)> {
     let mut known: BTreeMap<&str, (Snapshot, u64, u128)> = BTreeMap::new();
     let mut said: BTreeMap<&str, Vec<Snapshot>> = BTreeMap::new();
@@ -529,8 +532,8 @@ async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
             off * 100.0
         );
         assert!(off.abs() < 0.005, "{off}");
-        // Where the machine is busy, several reports come in one second, a sixth of the window; seven seconds of ten requests in
-        // one would be more than that.
+        // Where the machine is busy, several reports come in one second, a sixth of the window;
+        // seven seconds of ten requests in one would be more than that.
         assert!(most < 20.0 * 1.5, "what came late looked like a burst: {most}");
     }
 }

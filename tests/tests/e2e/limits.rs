@@ -1,4 +1,5 @@
-//! Every limit of the stats server: what goes beyond it is told so, and counted under the flag's name.
+//! Every limit of the stats server: what goes beyond it is told so, and counted under the flag's
+//! name.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

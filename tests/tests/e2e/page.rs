@@ -46,7 +46,8 @@ async fn the_page_shows_what_the_server_knows_each_second() {
 
     report(&server, "b", 30).await;
     report(&server, "<img src=x onerror=alert(1)>", 1).await;
-    // Stable, panic, in flight, requests a second, pods, desired: the server's own figures, by hand.
+    // Stable, panic, in flight, requests a second, pods, desired: the server's own figures, by
+    // hand.
     browser.until(&row("b"), json!("30 30 30 30 1 3")).await;
     browser.until("document.querySelectorAll('#keys tr').length", json!(2)).await;
     assert_eq!(browser.value("document.images.length").await, json!(0), "a name is text");

@@ -29,8 +29,8 @@ fn faulty(app: &App, tap: &Tap) -> Bootstrap {
     bootstrap
 }
 
-/// Another failure policy; without one it is Envoy's default, and that of Istio's WasmPlugin and TrafficExtension and of
-/// Envoy Gateway.
+/// Another failure policy; without one it is Envoy's default, and that of Istio's WasmPlugin and
+/// TrafficExtension and of Envoy Gateway.
 fn policy(bootstrap: &mut Bootstrap, policy: Option<&str>) {
     let config = bootstrap.filter()["typed_config"]["config"].as_object_mut().expect("a plugin");
     config.remove("failure_policy");
@@ -40,8 +40,8 @@ fn policy(bootstrap: &mut Bootstrap, policy: Option<&str>) {
     }
 }
 
-/// Envoy's older key, which lets also those requests go on that are open in the VM when it ends; the newer one,
-/// `failure_policy: FAIL_OPEN`, answers these 503.
+/// Envoy's older key, which lets also those requests go on that are open in the VM when it ends;
+/// the newer one, `failure_policy: FAIL_OPEN`, answers these 503.
 fn fail_open(bootstrap: &mut Bootstrap) {
     policy(bootstrap, None);
     bootstrap.filter()["typed_config"]["config"]["fail_open"] = true.into();
@@ -52,7 +52,8 @@ async fn fault(envoy: &Envoy, kind: &str) {
     let _ = http::ask(envoy.address, request.body(Full::<Bytes>::default()).expect("a request")).await;
 }
 
-/// The leader's VM ends by `kind`; nothing of a quiet pod is lost, and reports go on within three periods.
+/// The leader's VM ends by `kind`; nothing of a quiet pod is lost, and reports go on within three
+/// periods.
 async fn another_leads_after(kind: &str) {
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let tap = Tap::start(Some(server.address)).await;
@@ -132,7 +133,8 @@ async fn status(answer: JoinHandle<Result<(StatusCode, Bytes), String>>) -> u16 
     answer.expect("no panic").expect("an answer").0.as_u16()
 }
 
-/// One request is in the app, one waits for its slot, and the VM panics: what each of the two is answered.
+/// One request is in the app, one waits for its slot, and the VM panics: what each of the two is
+/// answered.
 async fn open_and_waiting(
     version: Version,
     change: impl FnOnce(&mut Bootstrap),
@@ -208,7 +210,8 @@ async fn with_the_policy_fail_open_the_open_ones_fail_and_later_ones_pass_uncoun
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_fail_reload_a_panic_answers_at_once_who_waited() {
     let (_envoy, app, _tap, answers) = open_and_waiting(Version::Newest, |_| ()).await;
-    // Envoy fails every stream of a VM that is gone, unless `fail_open` is set; but nobody is left hanging.
+    // Envoy fails every stream of a VM that is gone, unless `fail_open` is set; but nobody is left
+    // hanging.
     assert_eq!(answers, [503, 503]);
     assert_eq!(app.counts.requests(), 2);
 }
