@@ -29,8 +29,8 @@ const SESSION: Duration = Duration::from_secs(120);
 /// The packages that are tested, as the Makefile has them.
 macro_rules! tested {
     () => {
-        "--locked --profile e2e --package inflight-stats --package inflight-statserver --package inflight-budget \
-         --package inflight-e2e"
+        "--locked --profile e2e --package inflight-stats --package inflight-filter \
+         --package inflight-statserver --package inflight-budget --package inflight-e2e"
     };
 }
 
