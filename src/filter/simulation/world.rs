@@ -29,6 +29,8 @@ pub struct Vm {
     /// Root contexts whose `on_done` asked for more time.
     ending: Vec<u32>,
     stalled_until_ns: u64,
+    /// It has ticked since it stalled last: no two stalls become one that is longer than any.
+    has_ticked: bool,
     generation: usize,
 }
 
@@ -363,6 +365,7 @@ impl World {
             streams: Vec::new(),
             ending: Vec::new(),
             stalled_until_ns: 0,
+            has_ticked: false,
             generation: self.generation.get(),
         };
         self.configure(index, &mut vm);
@@ -400,7 +403,8 @@ impl World {
         if self.now_ns.get() < vm.stalled_until_ns {
             return;
         }
-        if self.fails(self.faults.stalls) {
+        if vm.has_ticked && self.fails(self.faults.stalls) {
+            vm.has_ticked = false;
             vm.stalled_until_ns = self.now_ns.get() + self.roll(self.faults.longest_stall_ns);
         } else if self.fails(self.faults.panics) {
             drop(guard);
@@ -543,6 +547,7 @@ impl World {
                 side.effective = *id;
                 drop(side);
                 root.on_tick();
+                vm.has_ticked = true;
             }
         }
     }
