@@ -10,7 +10,7 @@ WASM := $(WASM_BUILD) --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all module toolchain help build-tests envoys unit budget reproducible e2e test soak run bench build-bench fuzz screenshot lint deny clean
+.PHONY: all module toolchain help build-tests envoys unit budget reproducible e2e test soak run bench build-bench fuzz screenshot reference lint deny clean
 
 all: module ## The module and the stats server, in release builds
 	$(CARGO) build --locked --release --package inflight-statserver
@@ -95,6 +95,9 @@ screenshot: module ## The README's picture of the live page: two minutes of the 
 	$(CARGO) build $(TESTED) --bin inflight-demo --bin inflight-statserver
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	target/e2e/inflight-demo --duration 120 --screenshot docs/page.png
+
+reference: ## Write the tables of docs/ that the code makes: flags, keys, settings, metrics
+	UPDATE_REFERENCE=1 $(TESTS) --bin inflight-statserver reference
 
 lint: ## Format and clippy, for both targets
 	@tools/toolchain.sh rustfmt clippy

@@ -25,6 +25,8 @@ mod http;
 mod keys;
 mod net;
 mod os;
+#[cfg(test)]
+mod reference;
 mod serve;
 mod telemetry;
 

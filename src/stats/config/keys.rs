@@ -28,8 +28,8 @@ pub(super) const ROLE: ConfigKey = ConfigKey {
     name: "role",
     default: r#""sidecar""#,
     expected: r#""sidecar", "gateway" or "exporter""#,
-    help: "What the filter does: count for the pod it stands in front of, count per destination at a gateway, or \
-           serve the pod's figures at `/metrics`.",
+    help: "What the filter does: `sidecar` counts for the pod that it is in front of, `gateway` counts per destination, \
+           `exporter` shows the pod's figures at `/metrics`",
 };
 pub(super) const NAMESPACE: ConfigKey = ConfigKey {
     object: "",
@@ -37,133 +37,134 @@ pub(super) const NAMESPACE: ConfigKey = ConfigKey {
     default: "Istio's node metadata",
     expected: A_NAME,
     help: "Namespace of the workload. Required for the roles `sidecar` and `exporter`; at a gateway it completes \
-           clusters that name no namespace.",
+           clusters that name no namespace",
 };
 pub(super) const SERVICE: ConfigKey = ConfigKey {
     object: "",
     name: "service",
     default: "Istio's node metadata",
     expected: A_LABEL,
-    help: "Service of the workload.",
+    help: "Service of the workload",
 };
 pub(super) const CONFIGURATION: ConfigKey = ConfigKey {
     object: "",
     name: "configuration",
     default: "Istio's node metadata",
     expected: A_LABEL,
-    help: "Knative configuration of the workload, for labels.",
+    help: "Knative configuration of the workload, for labels",
 };
 pub(super) const REVISION: ConfigKey = ConfigKey {
     object: "",
     name: "revision",
     default: "Istio's node metadata",
     expected: A_NAME,
-    help: "Name under which the workload is scaled. Required for the roles `sidecar` and `exporter`.",
+    help: "Name under which the workload is scaled. Required for the roles `sidecar` and `exporter`",
 };
 pub(super) const POD: ConfigKey = ConfigKey {
     object: "",
     name: "pod",
     default: "Istio's node metadata",
     expected: A_NAME,
-    help: "Name of the pod that reports. Required.",
+    help: "Name of the pod that reports. Required",
 };
 pub(super) const REPORTING_PERIOD: ConfigKey = ConfigKey {
     object: "",
     name: "reporting_period",
     default: r#""1s""#,
     expected: "a duration from 100ms to 60s",
-    help: "Time between two reports.",
+    help: "Time between two reports",
 };
 pub(super) const PROXIED_HEADER: ConfigKey = ConfigKey {
     object: "",
     name: "proxied_header",
     default: r#""K-Proxy-Request""#,
     expected: A_HEADER,
-    help: "Header that marks a request as proxied, with the value `activator`.",
+    help: "Header that marks a request as proxied, with the value `activator`",
 };
 pub(super) const CONTAINER_CONCURRENCY: ConfigKey = ConfigKey {
     object: "",
     name: "container_concurrency",
     default: "0",
     expected: "a whole number from 0 to 100000",
-    help: "Most requests in the app at once, over all workers; 0: no limit.",
+    help: "Most requests in the app at once, over all workers; 0: no limit",
 };
 pub(super) const QUEUE_DEPTH: ConfigKey = ConfigKey {
     object: "",
     name: "queue_depth",
     default: "10 times `container_concurrency`",
     expected: "a whole number from 0 to 100000",
-    help: "Most requests that wait for the app; one more is answered with 503.",
+    help: "Most requests that wait for the app; one more is answered with 503 `pending request queue full`",
 };
 pub(super) const QUEUE_TIMEOUT: ConfigKey = ConfigKey {
     object: "",
     name: "queue_timeout",
     default: "none",
     expected: "a duration from 10ms to 60m",
-    help: "Longest wait for the app; then the request is answered with 503.",
+    help: "Longest wait for the app; then the request is answered with 503 `pending request queue timeout`",
 };
 pub(super) const PROBES_BYPASS_BREAKER: ConfigKey = ConfigKey {
     object: "",
     name: "probes_bypass_breaker",
     default: "false",
     expected: A_BOOLEAN,
-    help: "Whether probes go to the app without waiting for it.",
+    help: "Role `sidecar`: whether probes skip the breaker instead of taking permits",
 };
 pub(super) const STATSERVER: ConfigKey = ConfigKey {
     object: "",
     name: "statserver",
     default: "none",
     expected: AN_OBJECT,
-    help: "Where reports go; without it, only Envoy stats are kept.",
+    help: "Where reports go; without it, only Envoy stats are kept",
 };
 pub(super) const STATSERVER_CLUSTER: ConfigKey = ConfigKey {
     object: "statserver.",
     name: "cluster",
     default: "required",
     expected: A_NAME,
-    help: "Envoy cluster of the stats server.",
+    help: "Envoy cluster of the stats server",
 };
 pub(super) const STATSERVER_AUTHORITY: ConfigKey = ConfigKey {
     object: "statserver.",
     name: "authority",
     default: "the cluster's name",
     expected: A_NAME,
-    help: "`:authority` of the calls.",
+    help: "`:authority` of the calls",
 };
 pub(super) const STATSERVER_PATH: ConfigKey = ConfigKey {
     object: "statserver.",
     name: "path",
     default: r#""/v1/reports""#,
     expected: A_PATH,
-    help: "`:path` of the calls.",
+    help: "`:path` of the calls",
 };
 pub(super) const STATSERVER_TIMEOUT: ConfigKey = ConfigKey {
     object: "statserver.",
     name: "timeout",
     default: r#""1s""#,
     expected: "a duration from 10ms to 60s",
-    help: "How long to wait for an answer.",
+    help: "How long to wait for an answer",
 };
 pub(super) const STATSERVER_TOKEN_ENV: ConfigKey = ConfigKey {
     object: "statserver.",
     name: "token_env",
     default: "none",
     expected: "the name of a variable",
-    help: "Variable of the VM's environment (`vm_config.environment_variables`) that holds the bearer token.",
+    help: "Variable of the VM's environment (`vm_config.environment_variables`) that holds the bearer token, which \
+           is sent as `authorization: Bearer`",
 };
 pub(super) const GATEWAY: ConfigKey = ConfigKey {
     object: "",
     name: "gateway",
     default: "{}",
     expected: AN_OBJECT,
-    help: "Settings of the role `gateway`.",
+    help: "Settings of the role `gateway`",
 };
 pub(super) const GATEWAY_KEY: ConfigKey = ConfigKey {
     object: "gateway.",
     name: "key",
     default: r#"{"from": "cluster"}"#,
     expected: AN_OBJECT,
-    help: "Where the key of a request comes from.",
+    help: "Where the key of a request comes from",
 };
 pub(super) const GATEWAY_KEY_FROM: ConfigKey = ConfigKey {
     object: "gateway.key.",
@@ -171,35 +172,36 @@ pub(super) const GATEWAY_KEY_FROM: ConfigKey = ConfigKey {
     default: r#""cluster""#,
     expected: r#""cluster" or "headers""#,
     help: "`cluster`: the name of the Envoy cluster; Istio's names give namespace and service. `headers`: two request \
-           headers.",
+           headers",
 };
 pub(super) const GATEWAY_KEY_NAMESPACE: ConfigKey = ConfigKey {
     object: "gateway.key.",
     name: "namespace",
     default: r#""Knative-Serving-Namespace""#,
     expected: A_HEADER,
-    help: "Header with the key's namespace, if the key comes from headers.",
+    help: "Header with the key's namespace, if the key comes from headers",
 };
 pub(super) const GATEWAY_KEY_NAME: ConfigKey = ConfigKey {
     object: "gateway.key.",
     name: "name",
     default: r#""Knative-Serving-Revision""#,
     expected: A_HEADER,
-    help: "Header with the key's name, if the key comes from headers.",
+    help: "Header with the key's name, if the key comes from headers",
 };
 pub(super) const GATEWAY_MAX_KEYS: ConfigKey = ConfigKey {
     object: "gateway.",
     name: "max_keys",
     default: "10000",
     expected: "a whole number from 0 to 1000000",
-    help: "Most keys that are tracked at once; requests beyond it are not counted by key.",
+    help: "Most keys that are tracked at once; other requests are not counted by key. The first so many names in the life \
+           of an Envoy have stats of their own",
 };
 pub(super) const GATEWAY_MARK: ConfigKey = ConfigKey {
     object: "gateway.",
     name: "mark",
     default: "true",
     expected: A_BOOLEAN,
-    help: "Whether requests go on marked as proxied.",
+    help: "Whether requests go on with the proxied header",
 };
 
 /// All keys, in the order of the reference page.

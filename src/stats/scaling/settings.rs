@@ -72,21 +72,21 @@ pub const METRIC: Setting<Metric> = Setting {
     name: "metric",
     fits: |_| true,
     expected: r#""concurrency" or "rps""#,
-    help: "What to scale by: concurrency (requests in flight) or rps (requests per second).",
+    help: "What to scale by: concurrency (requests in flight) or rps (requests per second)",
 };
 /// `target`
 pub const TARGET: Setting<f64> = Setting {
     name: "target",
     fits: |n| n >= 0.01,
     expected: "a number from 0.01 on",
-    help: "Concurrency that one pod can handle; with the metric rps, requests per second.",
+    help: "Concurrency that one pod can handle; with the metric rps, requests per second",
 };
 /// `target_utilization_percentage`
 pub const TARGET_UTILIZATION_PERCENTAGE: Setting<f64> = Setting {
     name: "target_utilization_percentage",
     fits: |n| (1.0..=100.0).contains(&n),
     expected: A_PERCENTAGE,
-    help: "Percentage of the target at which each pod should run.",
+    help: "Percentage of the target at which each pod should run",
 };
 /// `stable_window`
 pub const STABLE_WINDOW: Setting<Duration> = Setting {
@@ -96,77 +96,77 @@ pub const STABLE_WINDOW: Setting<Duration> = Setting {
         (min..=max).contains(&window) && window.subsec_nanos() == 0
     },
     expected: "a duration from 6s to 60m, in whole seconds",
-    help: "Time over which the stable averages are taken.",
+    help: "Time over which the stable averages are taken",
 };
 /// `panic_window_percentage`
 pub const PANIC_WINDOW_PERCENTAGE: Setting<f64> = Setting {
     name: "panic_window_percentage",
     fits: |n| (1.0..=100.0).contains(&n),
     expected: A_PERCENTAGE,
-    help: "Length of the panic window, as a percentage of the stable window.",
+    help: "Length of the panic window, as a percentage of the stable window",
 };
 /// `panic_threshold_percentage` (Knative: 110 to 1000; less is allowed here).
 pub const PANIC_THRESHOLD_PERCENTAGE: Setting<f64> = Setting {
     name: "panic_threshold_percentage",
     fits: |n| n >= 1.0,
     expected: "a number from 1 on",
-    help: "Panic mode starts when the panic window wants this percentage of the ready pods.",
+    help: "Panic mode starts when the panic window wants this percentage of the ready pods",
 };
 /// `max_scale_up_rate`
 pub const MAX_SCALE_UP_RATE: Setting<f64> = Setting {
     name: "max_scale_up_rate",
     fits: |n| n > 1.0,
     expected: A_RATE,
-    help: "Largest factor by which one decision may scale up.",
+    help: "Largest factor by which one decision may scale up",
 };
 /// `max_scale_down_rate`
 pub const MAX_SCALE_DOWN_RATE: Setting<f64> = Setting {
     name: "max_scale_down_rate",
     fits: |n| n > 1.0,
     expected: A_RATE,
-    help: "Largest factor by which one decision may scale down.",
+    help: "Largest factor by which one decision may scale down",
 };
 /// `target_burst_capacity`
 pub const TARGET_BURST_CAPACITY: Setting<f64> = Setting {
     name: "target_burst_capacity",
     fits: |n| n >= 0.0 || n == -1.0,
     expected: "-1, or a number from 0 on",
-    help: "Capacity to keep free for bursts; 0: none, -1: unlimited.",
+    help: "Capacity to keep free for bursts; 0: none, -1: unlimited",
 };
 /// `scale_down_delay`
 pub const SCALE_DOWN_DELAY: Setting<Duration> = Setting {
     name: "scale_down_delay",
     fits: |delay| delay <= MAX_DELAY,
     expected: "a duration from 0s to 60m",
-    help: "How long a lower pod count must hold before scaling down.",
+    help: "How long a lower pod count must hold before scaling down",
 };
 /// `activation_scale`
 pub const ACTIVATION_SCALE: Setting<u32> = Setting {
     name: "activation_scale",
     fits: |pods| pods <= MAX_PODS,
     expected: A_POD_COUNT,
-    help: "Smallest non-zero pod count.",
+    help: "Smallest non-zero pod count",
 };
 /// `min_scale`
 pub const MIN_SCALE: Setting<u32> = Setting {
     name: "min_scale",
     fits: |pods| pods <= MAX_PODS,
     expected: A_POD_COUNT,
-    help: "Smallest pod count.",
+    help: "Smallest pod count",
 };
 /// `max_scale`
 pub const MAX_SCALE: Setting<u32> = Setting {
     name: "max_scale",
     fits: |pods| pods <= MAX_PODS,
     expected: A_POD_COUNT,
-    help: "Largest pod count, not below min_scale; 0: no limit.",
+    help: "Largest pod count, not below min_scale; 0: no limit",
 };
 /// `ready_pods`
 pub const READY_PODS: Setting<u32> = Setting {
     name: "ready_pods",
     fits: |pods| pods <= MAX_PODS,
     expected: A_POD_COUNT,
-    help: "Number of ready pods; by default the pods that report.",
+    help: "Number of ready pods; without it, the pods that report, or the last decision where none does",
 };
 
 /// All settings, in the order of the reference page.
