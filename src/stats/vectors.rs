@@ -122,7 +122,7 @@ fn settings(line: &str) -> KeySettings {
     panic!("no utilization gives {target_per_pod} of {}", settings.target);
 }
 
-/// How many decisions a file has; each comes out as there.
+/// Compares each decision of a file. Returns how many there are.
 fn decide(name: &str) -> usize {
     let (mut setting, mut decider, mut steps) = (KeySettings::DEFAULT, None, 0);
     for line in read(name).lines().skip(1) {

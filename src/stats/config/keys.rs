@@ -28,16 +28,16 @@ pub(super) const ROLE: ConfigKey = ConfigKey {
     name: "role",
     default: r#""sidecar""#,
     expected: r#""sidecar", "gateway" or "exporter""#,
-    help: "What the filter does: `sidecar` counts for the pod that it is in front of, `gateway` counts per destination, \
-           `exporter` shows the pod's figures at `/metrics`",
+    help: "What the filter does: `sidecar` counts for the pod that it is in front of, `gateway` counts \
+           per destination, `exporter` shows the pod's figures at `/metrics`",
 };
 pub(super) const NAMESPACE: ConfigKey = ConfigKey {
     object: "",
     name: "namespace",
     default: "Istio's node metadata",
     expected: A_NAME,
-    help: "Namespace of the workload. Required for the roles `sidecar` and `exporter`; at a gateway it completes \
-           clusters that name no namespace",
+    help: "Namespace of the workload. Required for the roles `sidecar` and `exporter`; at a gateway it \
+           completes clusters that name no namespace",
 };
 pub(super) const SERVICE: ConfigKey = ConfigKey {
     object: "",
@@ -93,14 +93,16 @@ pub(super) const QUEUE_DEPTH: ConfigKey = ConfigKey {
     name: "queue_depth",
     default: "10 times `container_concurrency`",
     expected: "a whole number from 0 to 100000",
-    help: "Most requests that wait for the app; one more is answered with 503 `pending request queue full`",
+    help: "Most requests that wait for the app; one more is answered with 503 `pending request queue \
+           full`",
 };
 pub(super) const QUEUE_TIMEOUT: ConfigKey = ConfigKey {
     object: "",
     name: "queue_timeout",
     default: "none",
     expected: "a duration from 10ms to 60m",
-    help: "Longest wait for the app; then the request is answered with 503 `pending request queue timeout`",
+    help: "Longest wait for the app; then the request is answered with 503 `pending request queue \
+           timeout`",
 };
 pub(super) const PROBES_BYPASS_BREAKER: ConfigKey = ConfigKey {
     object: "",
@@ -149,8 +151,8 @@ pub(super) const STATSERVER_TOKEN_ENV: ConfigKey = ConfigKey {
     name: "token_env",
     default: "none",
     expected: "the name of a variable",
-    help: "Variable of the VM's environment (`vm_config.environment_variables`) that holds the bearer token, which \
-           is sent as `authorization: Bearer`",
+    help: "Variable of the VM's environment (`vm_config.environment_variables`) that holds the bearer \
+           token, which is sent as `authorization: Bearer`",
 };
 pub(super) const GATEWAY: ConfigKey = ConfigKey {
     object: "",
@@ -171,8 +173,8 @@ pub(super) const GATEWAY_KEY_FROM: ConfigKey = ConfigKey {
     name: "from",
     default: r#""cluster""#,
     expected: r#""cluster" or "headers""#,
-    help: "`cluster`: the name of the Envoy cluster; Istio's names give namespace and service. `headers`: two request \
-           headers",
+    help: "`cluster`: the name of the Envoy cluster; Istio's names give namespace and service. `headers`: \
+           two request headers",
 };
 pub(super) const GATEWAY_KEY_NAMESPACE: ConfigKey = ConfigKey {
     object: "gateway.key.",
@@ -193,8 +195,8 @@ pub(super) const GATEWAY_MAX_KEYS: ConfigKey = ConfigKey {
     name: "max_keys",
     default: "10000",
     expected: "a whole number from 0 to 1000000",
-    help: "Most keys that are tracked at once; other requests are not counted by key. The first so many names in the life \
-           of an Envoy have stats of their own",
+    help: "Most keys that are tracked at once; other requests are not counted by key. The first so many \
+           names in the life of an Envoy have stats of their own",
 };
 pub(super) const GATEWAY_MARK: ConfigKey = ConfigKey {
     object: "gateway.",

@@ -371,9 +371,9 @@ mod tests {
         let error = |json| parse(json).unwrap_err().to_string();
         assert_eq!(
             error(r#"{"namespace": "ns", "revision": "r", "pod_name": "p"}"#),
-            "invalid configuration: unknown key `pod_name`; expected one of role, namespace, service, configuration, \
-             revision, pod, reporting_period, proxied_header, container_concurrency, queue_depth, queue_timeout, \
-             probes_bypass_breaker, statserver, gateway"
+            "invalid configuration: unknown key `pod_name`; expected one of role, namespace, service, \
+             configuration, revision, pod, reporting_period, proxied_header, container_concurrency, \
+             queue_depth, queue_timeout, probes_bypass_breaker, statserver, gateway"
         );
         assert_eq!(
             error(r#"{"statserver": {"clutser": "c"}}"#),

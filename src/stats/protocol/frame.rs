@@ -79,7 +79,7 @@ pub fn decode(frame: Bytes, limits: &FrameLimits) -> Result<Vec<WireStatMessage>
     if messages.iter().all(whole) { Ok(messages) } else { Err(FrameError::NotUtf8) }
 }
 
-/// How many fields a protobuf message has, without decoding any: of a frame, its stats.
+/// Returns how many fields a protobuf message has, without decoding any: of a frame, its stats.
 fn count(mut frame: &[u8]) -> Result<usize, prost::DecodeError> {
     let mut fields = 0;
     while !frame.is_empty() {

@@ -68,9 +68,9 @@ pub struct StatMessage {
     pub time: Time,
 }
 
-/// Whether the bytes begin as a gob stream does: a message that defines a type, being long enough
-/// for one with a name. No `WireStatMessages` of today begins so: its first byte is the tag of
-/// field 1, 10.
+/// Returns whether the bytes begin as a gob stream does: with a message that defines a type, being
+/// long enough for one with a name. No `WireStatMessages` of today begins so: its first byte is the
+/// tag of field 1, 10.
 pub fn begins_one(bytes: &[u8]) -> bool {
     let mut reader = Reader(bytes);
     let message = reader.length().and_then(|length| reader.take(length));

@@ -112,8 +112,8 @@ impl fmt::Display for ReportError {
             Self::Malformed(reason) => write!(f, "the report does not decode: {reason}"),
             Self::BadName(field, bytes) => write!(
                 f,
-                "`{field}` is not a name ({bytes} bytes); expected 1 to {MAX_NAME_BYTES} bytes without control \
-                 characters"
+                "`{field}` is not a name ({bytes} bytes); expected 1 to {MAX_NAME_BYTES} bytes without \
+                 control characters"
             ),
             Self::Implausible(key, reason) => write!(f, "key {key}: {reason}"),
             Self::Repeated(key) => {
@@ -121,7 +121,8 @@ impl fmt::Display for ReportError {
             }
             Self::Ahead(key, seconds) => write!(
                 f,
-                "key {key}: `until` is {seconds} s ahead of the receiver's clock; expected at most {MAX_AHEAD_SECONDS} s"
+                "key {key}: `until` is {seconds} s ahead of the receiver's clock; expected at most \
+                 {MAX_AHEAD_SECONDS} s"
             ),
         }
     }
@@ -238,7 +239,7 @@ fn check_name(field: &'static str, value: &str) -> Result<(), ReportError> {
     if is_name(value) { Ok(()) } else { Err(ReportError::BadName(field, value.len())) }
 }
 
-/// Whether a pod, a namespace or a key may be called so.
+/// Returns whether a pod, a namespace or a key may have this name.
 pub fn is_name(value: &str) -> bool {
     !value.is_empty() && value.len() <= MAX_NAME_BYTES && !value.chars().any(char::is_control)
 }

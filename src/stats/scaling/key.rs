@@ -123,7 +123,7 @@ impl Key {
         Self { started_ns: Some(started_ns), ..self }
     }
 
-    /// What the key is scaled by.
+    /// Returns what the key is scaled by.
     pub fn settings(&self) -> &Arc<KeySettings> {
         &self.settings
     }
@@ -174,7 +174,7 @@ impl Key {
         self.senders.by_name.len()
     }
 
-    /// The receiver's unix time at the last report, in nanoseconds; 0 before the first.
+    /// Returns the receiver's unix time at the last report, in nanoseconds; 0 before the first.
     pub fn last_report_ns(&self) -> u64 {
         self.last_report_ns
     }
@@ -871,7 +871,8 @@ mod tests {
         for n in 0..10 {
             key.record_stat("p", &stat("p", 4.0, 300.0), NOW + n * S).unwrap();
         }
-        let json = serde_json::json!({"metric": "rps", "stable_window": "30s", "min_scale": 3, "ready_pods": 1,
+        let json = serde_json::json!({"metric": "rps", "stable_window": "30s", "min_scale": 3,
+            "ready_pods": 1,
             "target": 100, "target_utilization_percentage": 100});
         key.apply(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
         assert_eq!(

@@ -417,8 +417,8 @@ mod tests {
     #[test]
     fn what_was_told_at_length_is_kept_short() {
         let zeros = "0".repeat(1_000);
-        let given = json!({"stable_window": format!("{zeros}60s"), "scale_down_delay": format!("1500.{zeros}ms"), "target": 7,
-            "metric": "rps"});
+        let (window, delay) = (format!("{zeros}60s"), format!("1500.{zeros}ms"));
+        let given = json!({"stable_window": window, "scale_down_delay": delay, "target": 7, "metric": "rps"});
         let settings = with(given.clone()).unwrap();
         let short = settings.shortened(given);
         assert_eq!(

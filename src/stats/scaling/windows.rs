@@ -30,7 +30,7 @@ impl<const N: usize> Window<N> {
         Self { buckets: vec![[0.0; N]; seconds.max(1)], first_second: None, last_second: 0 }
     }
 
-    /// Its size in seconds.
+    /// Returns its size in seconds.
     pub fn seconds(&self) -> usize {
         self.buckets.len()
     }
@@ -65,10 +65,10 @@ impl<const N: usize> Window<N> {
         }
     }
 
-    /// The average bucket as of a unix second, rounded to six digits. It is taken over the part of
-    /// the window that has been written: from the first record (or the window's beginning) to the
-    /// last one; seconds between without a record count as zero. 0 after a whole window without
-    /// records.
+    /// Returns the average bucket as of a unix second, rounded to six digits. It is taken over the
+    /// part of the window that has been written: from the first record (or the window's beginning)
+    /// to the last one; seconds between without a record count as zero. 0 after a whole window
+    /// without records.
     pub fn average(&self, second: u64) -> [f64; N] {
         let size = self.buckets.len() as u64;
         let Some(first) = self.first_second else {
@@ -88,7 +88,7 @@ impl<const N: usize> Window<N> {
         sums.map(|sum| round6(sum / seconds))
     }
 
-    /// The same window with another size: what was recorded stays, as far as both reach.
+    /// Returns the same window with another size: what was recorded stays, as far as both reach.
     #[must_use]
     pub fn resized(&self, seconds: usize) -> Self {
         let mut resized = Self::new(seconds);

@@ -161,7 +161,9 @@ impl Scaler {
         let end = async move {
             tokio::select! {
                 () = app.drain.closing() => Err(Status::unavailable("the stats server is restarting")),
-                () = app.access.revoked(&grant) => Err(Status::unauthenticated("the bearer token is no longer known")),
+                () = app.access.revoked(&grant) => {
+                    Err(Status::unauthenticated("the bearer token is no longer known"))
+                }
             }
         };
         // A call ends with its first error.

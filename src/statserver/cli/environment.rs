@@ -83,7 +83,8 @@ mod tests {
         );
         assert_eq!(
             unknown("INFLIGHT_SOMETHING_ELSE_ALTOGETHER"),
-            "unknown environment variable INFLIGHT_SOMETHING_ELSE_ALTOGETHER; --help lists those that are known"
+            "unknown environment variable INFLIGHT_SOMETHING_ELSE_ALTOGETHER; --help lists those that are \
+             known"
         );
     }
 

@@ -182,8 +182,8 @@ impl Flags {
         match addresses.into_iter().find(|(_, address)| !address.ip().is_loopback()) {
             None => Ok(()),
             Some((flag, address)) => Err(format!(
-                "{flag} is {address}, which other machines can reach; expected a loopback address, --token-file or \
-                 --tls-client-ca (--insecure allows access without either)"
+                "{flag} is {address}, which other machines can reach; expected a loopback address, \
+                 --token-file or --tls-client-ca (--insecure allows access without either)"
             )),
         }
     }

@@ -13,7 +13,7 @@ use inflight_stats::protocol::report::MAX_BYTES;
 /// beyond it is counted.
 macro_rules! limits {
     ($(
-        #[doc = $help:literal]
+        $(#[doc = $help:literal])+
         $field:ident $flag:literal: $type:ty = $default:expr, $range:expr $(=> $limit:ident)?;
     )*) => {
         /// The limits.
@@ -21,7 +21,7 @@ macro_rules! limits {
         #[command(next_help_heading = "Limits")]
         pub struct Limits {
             $(
-                #[doc = $help]
+                $(#[doc = $help])+
                 #[arg(
                     long = $flag,
                     default_value = <$type as Value>::text($default),
@@ -63,15 +63,16 @@ const fn seconds(seconds: u64) -> Duration {
 }
 
 limits! {
-    /// Most concurrent HTTP connections, websockets included; one more takes the place of the one
-    /// that has been idle for longest.
+    /// Most concurrent HTTP connections, websockets included; one more closes the one that has been
+    /// idle for longest.
     max_connections "max-connections": usize = 3_000, 1..=1_000_000 => Connections;
 
     /// Most concurrent gRPC connections; KEDA opens one for each address that it is given.
     max_grpc_connections "max-grpc-connections": usize = 32, 1..=1_000_000 => GrpcConnections;
 
     /// Most concurrent connections that have not authenticated yet; one more replaces the oldest.
-    max_unauthenticated_connections "max-unauthenticated-connections": usize = 500, 1..=1_000_000 => UnauthenticatedConnections;
+    max_unauthenticated_connections "max-unauthenticated-connections": usize = 500, 1..=1_000_000
+        => UnauthenticatedConnections;
 
     /// Most bytes of bodies, frames and messages being received at once, over all connections; the
     /// first 4 KiB of each are free.

@@ -96,7 +96,8 @@ impl Forwarder {
                     Ok(Err(error)) => error.to_string(),
                     Err(_) => format!("no connection within {TIMEOUT:?}"),
                 };
-                warn!(url = self.url, reason, retry_in = ?backoff, "no connection to the autoscaler; reconnecting");
+                let url = &self.url;
+                warn!(url, reason, retry_in = ?backoff, "no connection to the autoscaler; reconnecting");
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(MAX_BACKOFF);
             }

@@ -41,8 +41,8 @@ pub fn router(app: Arc<App>) -> Router {
 
 async fn unknown_path() -> (StatusCode, &'static str) {
     let reason = "unknown path; expected /, /healthz, /readyz, /metrics, /v1/reports, /v1/keys, \
-                  /v1/keys/NAMESPACE/NAME and below it /history and /settings, or /v1/key?namespace=NAMESPACE&name=NAME \
-                  likewise\n";
+                  /v1/keys/NAMESPACE/NAME and below it /history and /settings, or \
+                  /v1/key?namespace=NAMESPACE&name=NAME likewise\n";
     (StatusCode::NOT_FOUND, reason)
 }
 

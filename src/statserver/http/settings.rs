@@ -63,7 +63,8 @@ async fn read_json(app: &App, name: &KeyName, body: Body) -> Result<Value, (Stat
     for (what, value) in [("namespace", &name.namespace), ("name", &name.name)] {
         if !is_name(value) {
             let reason = format!(
-                "`{what}` is not a name ({} bytes); expected 1 to {MAX_NAME_BYTES} bytes without control characters\n",
+                "`{what}` is not a name ({} bytes); expected 1 to {MAX_NAME_BYTES} bytes \
+                 without control characters\n",
                 value.len()
             );
             return Err((StatusCode::BAD_REQUEST, reason));

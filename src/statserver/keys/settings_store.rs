@@ -100,8 +100,8 @@ impl SettingsStore {
                 if !is_name(&namespace) || !is_name(&name) {
                     let (namespace, name) = (namespace.len(), name.len());
                     return Err(invalid(format!(
-                        "a namespace of {namespace} bytes, and a name of {name} bytes; expected 1 to {MAX_NAME_BYTES} \
-                         bytes without control characters each"
+                        "a namespace of {namespace} bytes, and a name of {name} bytes; expected 1 to \
+                         {MAX_NAME_BYTES} bytes without control characters each"
                     )));
                 }
                 let name = KeyName { namespace, name };
@@ -216,8 +216,9 @@ fn read(path: &Path) -> io::Result<Vec<Record>> {
     serde_json::from_slice(&bytes).map_err(|error| {
         let (line, column) = (error.line(), error.column());
         let reason = format!(
-            "line {line}, column {column}: {error}; expected a list of {{\"namespace\": …, \"name\": …, \"settings\": {{…}}}} \
-             in JSON, as the server writes it: restore a copy of the file, or remove it and put the settings again"
+            "line {line}, column {column}: {error}; expected a list of {{\"namespace\": …, \"name\": …, \
+             \"settings\": {{…}}}} in JSON, as the server writes it: restore a copy of the file, or remove it and \
+             put the settings again"
         );
         io::Error::other(reason)
     })
@@ -351,7 +352,10 @@ mod tests {
         // More than can be put, and each as long as a PUT may be: by hand.
         let long = format!("{}60s", "0".repeat(4_000));
         let lines: Vec<Value> = (0..MAX_KEYS + 1)
-            .map(|n| json!({"namespace": "ns", "name": format!("rev-{n}"), "settings": {"stable_window": long}}))
+            .map(|n| {
+                let settings = json!({"stable_window": long});
+                json!({"namespace": "ns", "name": format!("rev-{n}"), "settings": settings})
+            })
             .collect();
         std::fs::write(&file, serde_json::to_vec(&lines).unwrap()).unwrap();
         let keys = capacity_for(MAX_KEYS + 2);

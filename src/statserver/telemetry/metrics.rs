@@ -99,7 +99,8 @@ impl Default for Metrics {
         let stats = counter("stream_stats", "Stats of the stream that were accepted");
         let stats_dropped = counter(
             "stream_stats_dropped",
-            "Stats of the stream that were dropped: no name, implausible numbers, a namespace that is not granted or a limit",
+            "Stats of the stream that were dropped: no name, implausible numbers, \
+             a namespace that is not granted, or beyond a limit",
         );
         let unauthorized = counter(
             "unauthorized",
