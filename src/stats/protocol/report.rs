@@ -1,5 +1,5 @@
 //! The report: what a sender POSTs to `/v1/reports`, as bincode 1.3 with fixed-width little-endian
-//! integers. The README documents it byte by byte; the golden bytes below hold it.
+//! integers. docs/report-format.md documents it byte by byte; the golden bytes below are its test.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -283,7 +283,8 @@ mod tests {
         }
     }
 
-    /// Written out by hand from the README's table, so that another encoder can be held to it.
+    /// Written out by hand from the table in docs/report-format.md, so that another encoder can be
+    /// held to it.
     fn golden() -> Vec<u8> {
         let mut bytes = vec![1];
         bytes.extend(b"\x03\0\0\0\0\0\0\0pod");

@@ -63,6 +63,7 @@ const ELSEWHERE: &[(&str, Elsewhere)] = &[
     ("make deny", Step(".ci/run", "make deny")),
     ("make unit", Step("Makefile", "\ntest: unit ")),
     ("make budget", Step("Makefile", "\ntest: unit budget ")),
+    ("make reference", Nowhere("`make unit` runs the same tests, which compare where this one writes")),
     ("make e2e", Step("Makefile", "\ntest: unit budget reproducible e2e ")),
     ("make", Step("Makefile", "\nsoak: all ")),
     ("make bench", Nowhere("it measures for many minutes, and fails on nothing that a test could mend")),
