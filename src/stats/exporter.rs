@@ -1,6 +1,6 @@
-//! The exporter's answers, as queue-proxy's metrics port gives them: Knative's `Stat` as protobuf,
-//! and Prometheus text (knative/serving, `pkg/queue/protobuf_stats_reporter.go`; the seed's
-//! Prometheus reporter).
+//! The exporter's answers, as queue-proxy's metrics port gives them: Knative's `Stat` as protobuf
+//! (knative/serving, `pkg/queue/protobuf_stats_reporter.go`), and Prometheus text (an older
+//! Knative's `pkg/queue/prometheus_stats_reporter.go`).
 
 use std::fmt::Write;
 
@@ -8,14 +8,14 @@ use crate::config::identity::Identity;
 use crate::pod::pod_state::PodState;
 use crate::protocol::stat::Stat;
 
-/// The content type that Knative's autoscaler insists on.
+/// The content type that Knative's autoscaler requires.
 pub const PROTOBUF: &str = "application/protobuf";
-/// The Prometheus text format's.
+/// The content type of the Prometheus text format.
 pub const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// A pod's figures of the last period, its uptime included: whoever tells periods apart by it sees
-/// each one once, however often it asks. All zero before the first period. The receiver sets the
-/// time.
+/// Returns a pod's figures of the last period. The uptime is as of the end of the period, too, so a
+/// scraper that tells periods apart by it sees each period once, however often it asks. All figures
+/// are zero before the first period. The receiver sets the time.
 pub fn stat_of(pod_name: &str, state: Option<&PodState>) -> Stat {
     let stat = Stat { pod_name: pod_name.as_bytes().to_vec().into(), ..Stat::default() };
     let Some(state) = state else { return stat };
@@ -34,7 +34,8 @@ pub fn stat_of(pod_name: &str, state: Option<&PodState>) -> Stat {
     }
 }
 
-/// The same as Prometheus text, with the gauges of the seed's reporter.
+/// Returns the same figures as Prometheus text, with the gauges of Knative's
+/// `prometheus_stats_reporter.go`.
 pub fn prometheus(stat: &Stat, identity: &Identity) -> String {
     let labels = format!(
         "destination_namespace=\"{}\",destination_configuration=\"{}\",destination_revision=\"{}\",\
@@ -74,7 +75,7 @@ fn escape(label: &str) -> String {
     label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// What a request to the exporter gets.
+/// The answer to a request to the exporter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// The figures as protobuf.
@@ -87,7 +88,7 @@ pub enum Route {
     MethodNotAllowed,
 }
 
-/// Decides by method, path (a query is ignored) and Accept header.
+/// Returns the answer by method, path (a query is ignored) and Accept header.
 pub fn route(method: &[u8], path: &[u8], accept: Option<&[u8]>) -> Route {
     let path = path.split(|b| *b == b'?').next().unwrap_or_default();
     if path != b"/metrics" {
@@ -96,7 +97,7 @@ pub fn route(method: &[u8], path: &[u8], accept: Option<&[u8]>) -> Route {
     if method != b"GET" && method != b"HEAD" {
         return Route::MethodNotAllowed;
     }
-    // As queue-proxy: the header contains the type, whatever else it lists.
+    // As in queue-proxy: the header contains the type, whatever else it lists.
     let accept = accept.unwrap_or_default();
     if accept.windows(PROTOBUF.len()).any(|part| part.eq_ignore_ascii_case(PROTOBUF.as_bytes())) {
         Route::Protobuf
@@ -111,7 +112,7 @@ mod tests {
 
     use super::*;
 
-    /// Knative reads no more of a scrape's answer.
+    /// Knative reads no more than this of the answer to a scrape.
     const READ_BYTES: usize = 336;
 
     #[test]

@@ -1,19 +1,20 @@
-//! What Inflight counts, merges, reports and decides, without any I/O: the same code runs inside
-//! Envoy's wasm VMs (the filter) and in the stats server, and every rule is tested natively here.
+//! The rules of Inflight, without any I/O: how it counts, merges, reports and decides. The same
+//! code runs inside Envoy's wasm VMs (the filter) and in the stats server, and every rule is tested
+//! natively here.
 //!
-//! The layers, from the lowest: a module imports only modules of its own or of lower layers, and no
-//! two import each other.
+//! The layers, lowest first. A module imports only modules of its own layer or of lower layers, and
+//! no two modules import each other.
 //!
-//! | layer | what it has |
+//! | layer | contents |
 //! |---|---|
 //! | [`counting`] | one worker: events in, cumulative snapshots out; the pod's clock |
 //! | [`protocol`] | what crosses the network: reports, Knative's stats |
 //! | [`pod`] | many workers, one figure: slots, the leader's lease, the ledger |
-//! | [`breaker`] | a limit on the requests in the app, and one queue over all workers |
-//! | [`gateway`] | a gateway's keys: which are tracked, and their totals |
-//! | [`config`] | the plugin's JSON configuration, and who an Envoy serves |
+//! | [`breaker`] | a limit on the requests in the app, with one queue for all workers |
+//! | [`gateway`] | a gateway's keys: which ones are tracked, and their totals |
+//! | [`config`] | the plugin's JSON configuration, and which workload an Envoy serves |
 //! | [`exporter`] | the role `exporter`: the answers to a scrape |
-//! | [`scaling`] | the receiver: windows, totals and decisions by key |
+//! | [`scaling`] | the receiver: windows, totals and decisions per key |
 //!
 //! The whole idea in a few lines:
 //!

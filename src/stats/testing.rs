@@ -1,4 +1,4 @@
-//! What tests of this crate and of the filter stand on: a store, and dice that can be rolled again.
+//! What the tests of this crate and of the filter are built on: a store, and reproducible dice.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -42,7 +42,7 @@ impl Store for Map {
     }
 }
 
-/// A small generator (splitmix64), so that a failing run can be repeated from its seed.
+/// A small random generator (splitmix64). A failing run can be repeated from its seed.
 pub struct Dice(pub u64);
 
 impl Dice {

@@ -1,4 +1,5 @@
-//! The answers of the real Knative code in `vectors/` at the crate's root, against ours.
+//! Tests against vectors: the recorded answers of the real Knative code, in `vectors/` at the
+//! crate's root.
 
 use std::time::Duration;
 
@@ -88,7 +89,7 @@ fn every_window_average_comes_out_as_knatives() {
     }
 }
 
-/// The settings in a scenario's line.
+/// Returns the settings in a scenario's line.
 fn settings(line: &str) -> KeySettings {
     let mut settings = KeySettings::DEFAULT;
     let mut target_per_pod = settings.target_per_pod();
@@ -109,7 +110,7 @@ fn settings(line: &str) -> KeySettings {
             other => panic!("unknown setting {other}"),
         }
     }
-    // The utilization that gives the target to the last bit.
+    // Finds the utilization that gives the target exactly, to the last bit.
     let mut percentage = target_per_pod / settings.target * 100.0;
     (0..8).for_each(|_| percentage = percentage.next_down());
     for _ in 0..16 {
@@ -122,7 +123,7 @@ fn settings(line: &str) -> KeySettings {
     panic!("no utilization gives {target_per_pod} of {}", settings.target);
 }
 
-/// Compares each decision of a file. Returns how many there are.
+/// Compares each decision of a file with the recorded one. Returns how many there are.
 fn decide(name: &str) -> usize {
     let (mut setting, mut decider, mut steps) = (KeySettings::DEFAULT, None, 0);
     for line in read(name).lines().skip(1) {
@@ -163,7 +164,7 @@ fn unhex(text: &str) -> Vec<u8> {
     text.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
 }
 
-/// The fields of a message in the JSON of the vectors; a field left out is zero.
+/// Returns a message from the JSON of the vectors. A missing field is zero.
 fn message(json: &serde_json::Value, names: [&str; 5]) -> WireStatMessage {
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned().into_bytes().into();
     let stat = &json["Stat"];
@@ -208,11 +209,11 @@ fn every_frame_of_stats_decodes_as_knatives() {
     }
 }
 
-/// The instant of an RFC 3339 text in UTC.
+/// Returns the instant of an RFC 3339 text in UTC.
 fn instant(text: &str) -> gob::Time {
     let field = |range: std::ops::Range<usize>| text[range].parse::<i64>().unwrap();
     let (year, month, day) = (field(0..4), field(5..7), field(8..10));
-    // Days since 1970-01-01, the year beginning in March so that the leap day is its last.
+    // Days since 1970-01-01. The year begins in March here, so that the leap day is its last day.
     let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
     let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
     let seconds = days * 86_400 + field(11..13) * 3600 + field(14..16) * 60 + field(17..19);

@@ -1,4 +1,4 @@
-//! The breaker: a limit on the requests in the app, over all workers of a pod.
+//! The breaker: a limit on the requests in the app, across all workers of a pod.
 
 pub mod rules;
 pub mod worker_side;

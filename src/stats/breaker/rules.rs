@@ -1,18 +1,19 @@
-//! The breaker: at most so many requests in the app at once, over all workers of a pod, and one
-//! queue for them all (knative/serving, `pkg/queue/breaker.go`).
+//! The breaker's rules: a limit on the requests in the app at once, across all workers of a pod,
+//! with one queue for all of them (knative/serving, `pkg/queue/breaker.go`).
 //!
-//! Its state lies in the shared store as one value, changed by compare-and-swap: who holds how many
-//! permits, and who waits, in the order of arrival. A permit that is given back goes straight to
-//! the one who has waited longest, whichever worker has it; nobody can slip in between. Probes have
-//! a short queue of their own, which is served first: they take permits as requests do, or anybody
-//! could pass the breaker by calling themselves a probe, but a full queue must not make a healthy
-//! pod look dead.
+//! The breaker's state is one value in the shared store, changed by compare-and-swap. It holds the
+//! number of permits of each worker, and the waiting requests in order of arrival. A released
+//! permit goes, in the same write, to the request that has waited longest, whichever worker has
+//! that request; no other request can take the permit in between. Probes wait in a short queue of
+//! their own, which is served first. They take permits like requests; otherwise any client could
+//! bypass the breaker by calling its requests probes. But a full queue must not make a healthy pod
+//! look dead.
 //!
-//! The worker that gave a permit back tells the other by a message ([`Grant`]). What a worker holds
-//! and who of it waits is known twice, here and in its
-//! [`WorkerSide`](crate::breaker::worker_side::WorkerSide). The worker settles the two at each tick
-//! ([`Breaker::settle`]), and so finds lost messages; if its entry is gone, it makes a new one with
-//! its next change, whatever that is.
+//! A worker whose release passes a permit to another worker's request informs that worker by a
+//! message ([`Grant`]). A worker's permits and waiting requests are recorded twice: here, and in
+//! its [`WorkerSide`](crate::breaker::worker_side::WorkerSide). The worker reconciles the two at
+//! each tick ([`Breaker::settle`]), and so recovers from lost messages. If its entry is gone, its
+//! next change of any kind makes a new entry.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -21,34 +22,35 @@ use serde::{Deserialize, Serialize};
 use crate::counting::time::MonotonicNs;
 use crate::pod::store::{self, Attempt, Store, StoreError};
 
-/// Attempts at a change. Each one that fails means that another worker's went through; to give up
-/// would turn a request away, or keep a permit until the next tick, so it hardly ever does.
+/// Attempts at a change. Each failed attempt means that another worker's change went through. To
+/// give up would turn a request away, or keep a permit until the next tick, so the number is high
+/// enough that this hardly ever happens.
 const ATTEMPTS: usize = 4096;
 
-/// The most probes that wait.
+/// The largest number of waiting probes.
 pub const MOST_WAITING_PROBES: usize = 4;
 
-/// For so long after its membership ended a worker keeps its permits: it may only be slow, with its
-/// requests in the app all the time. Longer than a membership, because one that comes back finds
-/// its counts, but its permits with others. Five seconds, and one for what a busy machine takes to
-/// let it tick.
+/// How long a worker keeps its permits after its membership has ended. The worker may only be slow,
+/// with its requests in the app all the time. The time is longer than for a membership: a worker
+/// that comes back finds its counts, but it would find its permits with others. Five seconds, plus
+/// one that a busy machine may need to let the worker tick.
 pub const PATIENCE_NS: u64 = 6_000_000_000;
 
-/// How much the breaker lets through.
+/// The limits of a breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The most requests in the app at once.
+    /// The largest number of requests in the app at once.
     pub concurrency: u32,
-    /// The most that wait, probes apart.
+    /// The largest number of waiting requests, probes not included.
     pub queue_depth: u32,
 }
 
-/// Where a request waits.
+/// The queue in which a request waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Queue {
-    /// The probes' own queue.
+    /// The queue of the probes.
     Probes,
-    /// The queue.
+    /// The queue of all other requests.
     Requests,
 }
 
@@ -57,66 +59,67 @@ pub enum Queue {
 pub struct Ticket {
     /// The worker's id ([`crate::pod::member::Member`]).
     pub worker: u64,
-    /// Counted by the worker.
+    /// A number that the worker assigns, counting up.
     pub number: u64,
 }
 
 /// A permit that was passed on to a waiting request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// To whom.
+    /// The request that received the permit.
     pub ticket: Ticket,
-    /// Under which of its worker's entries: with the entry the permit is gone, too.
+    /// The epoch of its worker's entry. When that entry is gone, so is the permit.
     pub epoch: u32,
-    /// The message queue of its worker, as that worker entered it.
+    /// The mailbox of its worker, as the worker's entry has it.
     pub mailbox: u32,
 }
 
-/// What a request is told when it comes.
+/// The answer to an arriving request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Go on; a permit is taken.
+    /// The request has a permit and goes on.
     Admitted,
-    /// Wait for a grant.
+    /// The request waits for a grant.
     Queued,
-    /// Too many wait already.
+    /// Too many requests are waiting already.
     Full,
 }
 
-/// A request that waits, as its worker knows it.
+/// A waiting request, as its worker knows it.
 #[derive(Clone, Debug)]
 pub struct Waiter<W> {
-    /// Where it waits.
+    /// The queue in which it waits.
     pub queue: Queue,
-    /// Since when.
+    /// When it began to wait.
     pub since: MonotonicNs,
-    /// What its worker keeps of it.
+    /// The worker's own data about it.
     pub data: W,
 }
 
-/// A worker as it knows itself.
+/// A worker's own view of its part in the breaker.
 #[derive(Clone, Copy, Debug)]
 pub struct LocalView<'a, W> {
     /// Its id.
     pub worker: u64,
-    /// Its message queue.
+    /// Its mailbox: the message queue on which it receives grants.
     pub mailbox: u32,
-    /// Its entry's number; a new entry has the next one.
+    /// The epoch of its entry. A new entry has the next one.
     pub epoch: u32,
-    /// The permits that its requests hold.
+    /// The number of permits that its requests hold.
     pub holding: u32,
-    /// Those of its requests that wait as far as it knows, by their numbers: in order of arrival.
+    /// Its waiting requests, as far as it knows, by their numbers: in order of arrival.
     pub waiting: &'a BTreeMap<u64, Waiter<W>>,
 }
 
-/// What came of a change.
+/// The outcome of a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Update<R> {
     /// The change's own result.
     pub result: R,
-    /// Who has permits now.
+    /// The permits that the change passed on to waiting requests.
     pub grants: Vec<Grant>,
-    /// Whether the worker's entry had to be made first: messages under an earlier one are void.
+    /// Whether the worker's entry had to be made first. Then messages under an earlier entry are
+    /// void.
     pub new_entry: bool,
 }
 
@@ -127,7 +130,7 @@ struct BreakerState {
     waiting: VecDeque<Ticket>,
 }
 
-/// One worker's part.
+/// An entry: one worker's part of the breaker's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     worker: u64,
@@ -139,7 +142,8 @@ struct Entry {
 }
 
 impl BreakerState {
-    /// What cannot be decoded cannot be waited for either: it begins anew.
+    /// Decodes the state. A value that does not decode will never become readable, so the state
+    /// then starts empty.
     fn decode(bytes: &[u8]) -> Self {
         bincode::deserialize(bytes).unwrap_or_default()
     }
@@ -152,8 +156,9 @@ impl BreakerState {
         self.entries.iter_mut().find(|entry| entry.worker == worker)
     }
 
-    /// The worker does something, so it lives. If it has no entry, the permits that its requests
-    /// hold are taken again, beyond the limit if need be, and those who wait stand at the end.
+    /// Finds or makes the entry of a worker. The worker is alive, since it is doing something. A
+    /// new entry takes the permits that the worker's requests hold, beyond the limit if need be,
+    /// and the worker's waiting requests go to the end of the queues.
     fn ensure_entry<W>(&mut self, local: &LocalView<'_, W>) -> EntryState {
         if let Some(entry) = self.entry(local.worker) {
             entry.mailbox = local.mailbox;
@@ -196,7 +201,7 @@ impl BreakerState {
         self.waiting.retain(&mut which);
     }
 
-    /// Free permits go to those who have waited longest, to probes first.
+    /// Gives free permits to the requests that have waited longest, probes first.
     fn grant(&mut self, concurrency: u32) -> Vec<Grant> {
         let mut grants = Vec::new();
         let mut running = self.running();
@@ -213,26 +218,26 @@ impl BreakerState {
     }
 }
 
-/// How a worker came by its entry.
+/// How the entry of a worker was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum EntryState {
     Present,
-    /// It was believed to be gone.
+    /// The worker had been believed to be gone.
     Returned,
     Created,
 }
 
-/// Whether a change left everything as it was.
+/// Whether a change altered the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Changed {
     Yes,
     No,
 }
 
-/// Which permits a change gives to those who wait.
+/// Which permits a change gives to waiting requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Grants {
-    /// All that are free afterwards.
+    /// All permits that are free after the change.
     Free,
     None,
 }
@@ -241,17 +246,17 @@ enum Grants {
 #[derive(Clone, Debug)]
 pub struct Breaker {
     key: String,
-    /// What it lets through.
+    /// Its limits.
     pub limits: Limits,
 }
 
 impl Breaker {
-    /// The breaker whose state lies under `key`.
+    /// Returns the breaker whose state is stored under `key`.
     pub fn new(key: String, limits: Limits) -> Self {
         Self { key, limits }
     }
 
-    /// A request comes; should it have to wait, it does so in `queue` as `number`.
+    /// Admits a request, or queues it in `queue` as `number`, or turns it away.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -264,9 +269,9 @@ impl Breaker {
     ) -> Result<Update<Answer>, StoreError> {
         let Limits { concurrency, queue_depth } = self.limits;
         let capacity = if queue == Queue::Probes { MOST_WAITING_PROBES } else { queue_depth as usize };
-        // Without grants: a place in the queue is no permit, not even where there is room for both.
+        // No grants: joining the queue gives no permit, even where there is capacity for both.
         self.update_local(store, local, Grants::None, |state| {
-            // Nobody overtakes those who wait, but for probes.
+            // Only probes overtake waiting requests.
             let first = state.probes.is_empty() && (queue == Queue::Probes || state.waiting.is_empty());
             if first && state.running() < concurrency {
                 if let Some(entry) = state.entry(local.worker) {
@@ -282,10 +287,10 @@ impl Breaker {
         })
     }
 
-    /// A request that held a permit is done: `true`, and the permit goes to others. Unless
-    /// `must_linger` says that the app may still be at work on the request: then the permit stays
-    /// taken, and `false` asks for another call later. It is asked only while more than half of the
-    /// permits are taken: otherwise it would be long until the app could see one too many.
+    /// Releases the permit of a finished request, for other requests, and returns `true`. If
+    /// `must_linger` says that the app may still be working on the request, the permit stays taken,
+    /// and the result is `false`: call again later. `must_linger` is called only while more than
+    /// half of the permits are taken; with fewer, the app is far from seeing one request too many.
     ///
     /// # Errors
     /// [`StoreError`]; the permit is still taken.
@@ -306,10 +311,11 @@ impl Breaker {
         })
     }
 
-    /// A waiting request gives up. If it had been given a permit meanwhile, that goes to others.
+    /// Ends the wait of a request. If the request has meanwhile received a permit, the permit goes
+    /// to other requests.
     ///
     /// # Errors
-    /// [`StoreError`]; it still waits.
+    /// [`StoreError`]; the request still waits.
     pub fn abandon<W>(
         &self,
         store: &impl Store,
@@ -327,8 +333,9 @@ impl Breaker {
         })
     }
 
-    /// Makes the worker's entry say what the worker knows: what it does not know of holds no permit
-    /// and does not wait. The numbers of those who wait, as it believes, and have permits.
+    /// Makes the worker's entry match the worker's own view: a request that the worker does not
+    /// know of holds no permit and does not wait. Returns the numbers of the requests that the
+    /// worker takes to be waiting but that have permits.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -363,10 +370,10 @@ impl Breaker {
         })
     }
 
-    /// A worker ends: its permits go to others, its tickets are void.
+    /// Removes a worker that ends: its permits go to others, its tickets are void.
     ///
     /// # Errors
-    /// [`StoreError`]; to be tried again.
+    /// [`StoreError`]; the caller has to try again.
     pub fn forget(&self, store: &impl Store, worker: u64) -> Result<Vec<Grant>, StoreError> {
         let (_, grants) = self.update(store, Grants::Free, |state| {
             state.remove(worker);
@@ -375,11 +382,12 @@ impl Breaker {
         Ok(grants)
     }
 
-    /// Another worker is believed to be gone, now by the monotonic clock. It is forgotten if it has
-    /// done nothing here for [`PATIENCE_NS`] since this was said first; `None`: not yet.
+    /// Removes the entry of another worker that is believed to be gone, if that worker has done
+    /// nothing here for [`PATIENCE_NS`] since the first such call. `now` is the monotonic time.
+    /// Returns `None` while it is too early.
     ///
     /// # Errors
-    /// [`StoreError`]; to be tried again.
+    /// [`StoreError`]; the caller has to try again.
     pub fn forget_late(
         &self,
         store: &impl Store,
@@ -403,13 +411,13 @@ impl Breaker {
         Ok(gone.then_some(grants))
     }
 
-    /// Whether a worker has an entry.
+    /// Returns whether a worker has an entry.
     #[cfg(test)]
     pub(crate) fn has_entry(&self, store: &impl Store, worker: u64) -> bool {
         self.read(store).entry(worker).is_some()
     }
 
-    /// Requests in the app and requests that wait, probes included.
+    /// Returns the numbers of requests in the app and of waiting requests, probes included.
     pub fn depth(&self, store: &impl Store) -> (u64, u64) {
         let state = self.read(store);
         (u64::from(state.running()), (state.probes.len() + state.waiting.len()) as u64)
@@ -435,7 +443,7 @@ impl Breaker {
         Ok(Update { result, grants, new_entry })
     }
 
-    /// Changes the state, and grants in the same write.
+    /// Changes the state, and grants permits in the same write.
     fn update<R>(
         &self,
         store: &impl Store,
@@ -473,8 +481,7 @@ mod tests {
         Breaker::new("b".into(), limits)
     }
 
-    /// A worker that has nothing but what its entry has; its queue's number is its id and a
-    /// hundred.
+    /// A worker that has nothing beyond its entry. Its mailbox is its id plus a hundred.
     fn local(worker: u64) -> LocalView<'static, ()> {
         static NOBODY: BTreeMap<u64, Waiter<()>> = BTreeMap::new();
         let mailbox = u32::try_from(worker).unwrap() + 100;
@@ -541,7 +548,7 @@ mod tests {
         let ticket = |number| Ticket { worker: 1, number };
         assert_eq!(abandon(&breaker, &store, ticket(1)), []);
         assert_eq!(breaker.depth(&store), (1, 1));
-        // Number 2 is granted, and gives up before it knows.
+        // Number 2 receives a permit, and gives up before it knows.
         assert_eq!(leave(&breaker, &store, 1).len(), 1);
         assert_eq!(abandon(&breaker, &store, ticket(2)), []);
         assert_eq!(breaker.depth(&store), (0, 0));
@@ -596,8 +603,8 @@ mod tests {
         assert_eq!(leave(&wider, &store, 1).len(), 2);
     }
 
-    /// Random requests on four workers against one queue in plain memory: the same requests get
-    /// in, in the same order, never one more than allowed.
+    /// Random requests on four workers, compared with one queue in plain memory: the same requests
+    /// are admitted in the same order, and never one more than the limit.
     #[test]
     fn it_does_what_one_queue_would_do() {
         for seed in 0..200 {

@@ -1,10 +1,10 @@
-//! One worker's side of the breaker: how many permits its requests hold, and which of them wait.
+//! One worker's side of the breaker: how many permits its requests hold, and which of its requests
+//! wait.
 //!
-//! Whatever the worker asks of the breaker, it says what it knows of itself. So a worker that was
-//! taken for dead and forgotten, because it was slow for longer than [`PATIENCE_NS`], needs no step
-//! of its own to come back: the first thing that it does makes a new entry with the permits that
-//! its requests do hold. Messages under the entry before are void: the permits that they speak of
-//! went to others.
+//! With every operation on the breaker, the worker passes its own view of itself. So a worker that
+//! was declared dead and forgotten, because it was slow for longer than [`PATIENCE_NS`], needs no
+//! special step to come back: its first operation makes a new entry with the permits that its
+//! requests do hold. Messages under the previous entry are void: their permits went to others.
 
 use std::collections::BTreeMap;
 
@@ -12,12 +12,12 @@ use crate::breaker::rules::{Answer, Breaker, Grant, LocalView, PATIENCE_NS, Queu
 use crate::counting::time::MonotonicNs;
 use crate::pod::store::{Store, StoreError};
 
-/// A worker's side; `W` is what its owner keeps of a request that waits.
+/// A worker's side of the breaker. `W` is the owner's data about a waiting request.
 #[derive(Debug)]
 pub struct WorkerSide<W> {
-    /// The breaker that it belongs to.
+    /// The breaker that this side belongs to.
     pub breaker: Breaker,
-    /// The worker's message queue.
+    /// The worker's mailbox: its message queue.
     pub mailbox: u32,
     worker: u64,
     epoch: u32,
@@ -27,14 +27,14 @@ pub struct WorkerSide<W> {
     settled: MonotonicNs,
 }
 
-/// What came of something: requests of this worker that go on, and permits of others that they are
-/// to be told of.
+/// The outcome of an operation: requests of this worker that go on, and permits of other workers'
+/// requests, of which those workers have to be informed.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Outcome<W> {
-    /// They hold permits now.
+    /// The requests that hold permits now.
     pub admitted: Vec<W>,
-    /// To be posted to their mailboxes ([`Grant::message`]). One that is lost is found at its
-    /// worker's next [`WorkerSide::settle`].
+    /// Grants to post to the mailboxes of their workers ([`Grant::message`]). If a message is lost,
+    /// its worker finds the permit at its next [`WorkerSide::settle`].
     pub grants: Vec<Grant>,
 }
 
@@ -45,7 +45,7 @@ impl<W> Default for Outcome<W> {
 }
 
 impl Grant {
-    /// What the worker is told.
+    /// Returns the message for the worker of the request.
     pub fn message(&self) -> [u8; 12] {
         let mut message = [0; 12];
         let (number, epoch) = message.split_at_mut(8);
@@ -56,7 +56,7 @@ impl Grant {
 }
 
 impl<W> WorkerSide<W> {
-    /// The side of `worker` ([`crate::pod::member::Member`]).
+    /// Returns the side of `worker` ([`crate::pod::member::Member`]).
     pub fn new(breaker: Breaker, worker: u64, mailbox: u32) -> Self {
         Self {
             breaker,
@@ -70,7 +70,8 @@ impl<W> WorkerSide<W> {
         }
     }
 
-    /// A request comes. If it has to wait, what `waiter` makes of its number is kept.
+    /// Admits a request, or queues it, or turns it away. If the request has to wait, the result of
+    /// `waiter` for its number is kept.
     pub fn enter(
         &mut self,
         store: &impl Store,
@@ -80,7 +81,7 @@ impl<W> WorkerSide<W> {
     ) -> Answer {
         let number = self.next_number;
         self.next_number += 1;
-        // Without an answer nobody can say that there is room.
+        // If the store does not answer, nobody knows whether there is capacity.
         let Ok(done) = self.breaker.enter(store, &self.local(), queue, number) else {
             return Answer::Full;
         };
@@ -96,11 +97,11 @@ impl<W> WorkerSide<W> {
         answer
     }
 
-    /// A request that held a permit is done. Returns what follows, and whether its permit stays
-    /// taken for now ([`Breaker::leave`]); other requests may be admitted also then.
+    /// Releases the permit of a finished request. Returns the outcome, and whether the permit stays
+    /// taken for now ([`Breaker::leave`]). Other requests may be admitted in that case, too.
     pub fn leave(&mut self, store: &impl Store, must_linger: impl FnMut() -> bool) -> (Outcome<W>, bool) {
         if self.holding == 0 {
-            // This worker has ended, and given everything back.
+            // This worker has ended and has released everything.
             return (Outcome::default(), false);
         }
         let left = self.breaker.leave(store, &self.local(), must_linger);
@@ -111,7 +112,7 @@ impl<W> WorkerSide<W> {
         (self.apply(left), lingers)
     }
 
-    /// A request stops waiting; what was kept of it, unless it had been admitted.
+    /// Ends the wait of a request. Returns its data, unless the request had already been admitted.
     pub fn abandon(&mut self, store: &impl Store, number: u64) -> Option<(W, Outcome<W>)> {
         if !self.waiting.contains_key(&number) {
             return None;
@@ -121,18 +122,18 @@ impl<W> WorkerSide<W> {
         Some((waiter.data, self.apply(abandoned)))
     }
 
-    /// A message has come: the request that it admits.
+    /// Handles a message. Returns the request that it admits.
     pub fn receive(&mut self, message: &[u8]) -> Option<W> {
         let (number, epoch) = message.split_first_chunk()?;
         let epoch = <[u8; 4]>::try_from(epoch).ok()?;
-        // Of a number that is not known here, the permit is back already, or comes back when the
-        // side is settled.
+        // If the number is unknown here, its permit has been released already, or is released when
+        // this side is settled.
         if u32::from_le_bytes(epoch) == self.epoch { self.admit(u64::from_le_bytes(*number)) } else { None }
     }
 
-    /// Compares notes with the breaker: to be called at each tick, and before messages are read if
-    /// [`WorkerSide::is_late`]. Finds permits whose messages were lost, and gives back those that
-    /// nobody here knows of.
+    /// Reconciles this side with the breaker. To be called at each tick, and before messages are
+    /// read if [`WorkerSide::is_late`]. Finds permits whose messages were lost, and releases those
+    /// that no request here holds.
     pub fn settle(&mut self, store: &impl Store, now: MonotonicNs) -> Outcome<W> {
         self.settled = now;
         if self.epoch == 0 {
@@ -145,22 +146,23 @@ impl<W> WorkerSide<W> {
         outcome
     }
 
-    /// Whether this worker may have been forgotten since it settled.
+    /// Returns whether this worker may have been forgotten since it settled.
     pub fn is_late(&self, now: MonotonicNs) -> bool {
         now.since(self.settled) >= PATIENCE_NS
     }
 
-    /// Another worker is believed to be gone ([`Breaker::forget_late`]). `None`: not forgotten yet.
+    /// Forgets another worker that is believed to be gone ([`Breaker::forget_late`]). Returns
+    /// `None` while it is too early.
     pub fn forget_late(&mut self, store: &impl Store, worker: u64, now: MonotonicNs) -> Option<Outcome<W>> {
         let grants = self.breaker.forget_late(store, worker, now).ok()??;
         Some(self.deliver(grants))
     }
 
-    /// This worker ends: what it holds goes to others at once. Those who waited.
+    /// Ends this worker: its permits go to others at once. Returns its waiting requests.
     pub fn close(&mut self, store: &impl Store) -> (Vec<W>, Vec<Grant>) {
         let grants = match self.epoch {
             0 => Vec::new(),
-            // Else the leader does it.
+            // If this fails, the leader does it later.
             _ => self.breaker.forget(store, self.worker).unwrap_or_default(),
         };
         self.holding = 0;
@@ -168,12 +170,12 @@ impl<W> WorkerSide<W> {
         (waiting.into_values().map(|waiter| waiter.data).collect(), grants)
     }
 
-    /// Since when the one waits that has waited longest.
+    /// Returns when the oldest waiting request began to wait.
     pub fn oldest(&self) -> Option<MonotonicNs> {
         self.waiting.values().next().map(|waiter| waiter.since)
     }
 
-    /// The numbers of those who have waited since `ns` or before.
+    /// Returns the numbers of the requests that began to wait at `latest` or before.
     pub fn waiting_since(&self, latest: MonotonicNs) -> Vec<u64> {
         self.waiting.iter().take_while(|(_, w)| w.since <= latest).map(|(number, _)| *number).collect()
     }
@@ -188,8 +190,8 @@ impl<W> WorkerSide<W> {
         }
     }
 
-    /// Takes over what came of a change. Should the store not have taken it, the breaker has a
-    /// permit or a place more for this worker than there should be, until the side is settled.
+    /// Applies the outcome of a change. If the store did not take the change, the breaker's value
+    /// has a permit or a waiting request too many for this worker until the side is settled.
     fn apply<R>(&mut self, change: Result<Update<R>, StoreError>) -> Outcome<W> {
         let Ok(done) = change else { return Outcome::default() };
         if done.new_entry {
@@ -232,14 +234,15 @@ mod tests {
         Breaker::new("b".into(), LIMITS)
     }
 
-    /// A worker whose side is right if it knows of as many permits as it has requests in the app.
+    /// A worker whose side is right if it knows of as many permits as the worker has requests in
+    /// the app.
     struct Worker {
         side: WorkerSide<u64>,
         mail: Vec<[u8; 12]>,
         in_app: u32,
         waiting: BTreeSet<u64>,
         stalled_ns: Option<u64>,
-        /// It is no member any more, and has not ticked since.
+        /// Whether it is no longer a member and has not ticked since.
         departed: bool,
     }
 
@@ -248,7 +251,7 @@ mod tests {
         store: Map,
         now_ns: u64,
         workers: Vec<Worker>,
-        /// Permits that were given away although their requests were in the app.
+        /// Permits that were given to others although their requests were in the app.
         beyond: u32,
         seed: u64,
     }
@@ -314,7 +317,7 @@ mod tests {
             self.take(at, outcome);
         }
 
-        /// Something that one worker does.
+        /// Lets one worker do something.
         fn act(&mut self, at: usize) {
             match self.dice.roll(8) {
                 0..3 => {
@@ -344,7 +347,7 @@ mod tests {
                 6 if !self.workers[at].mail.is_empty() => {
                     let which = self.dice.roll(self.workers[at].mail.len() as u64) as usize;
                     let message = self.workers[at].mail.remove(which);
-                    // Some are lost.
+                    // Some messages are lost.
                     if self.dice.roll(8) > 0 {
                         self.read_mail(at, message);
                     }
@@ -355,7 +358,7 @@ mod tests {
             self.check();
         }
 
-        /// Who leads clears up after the departed.
+        /// Lets the leader clean up after departed workers.
         fn lead(&mut self, leader: usize) {
             for at in 0..self.workers.len() {
                 let worker = &self.workers[at];
@@ -380,7 +383,8 @@ mod tests {
             assert!(self.beyond > 0 || running <= LIMITS.concurrency.into(), "seed {}", self.seed);
         }
 
-        /// Workers act, stall for at most so long, lose their membership, and come back.
+        /// Lets workers act, stall for at most `longest_stall_ns`, lose their membership, and come
+        /// back.
         fn run(&mut self, steps: u32, longest_stall_ns: u64) {
             for _ in 0..steps {
                 self.now_ns += self.dice.roll(SECOND / 20);
@@ -414,7 +418,8 @@ mod tests {
             }
         }
 
-        /// Its timer is overdue: it ticks after a few things that its sockets bring.
+        /// Wakes a stalled worker. Its timer is overdue, so it ticks only after a few events from
+        /// its sockets.
         fn wake(&mut self, at: usize) {
             if self.workers[at].stalled_ns.take().is_some() {
                 for _ in 0..self.dice.roll(4) {
@@ -424,7 +429,7 @@ mod tests {
             }
         }
 
-        /// Everything ends: nobody waits for ever, and no permit is left.
+        /// Lets everything end: no request waits for ever, and no permit is left.
         fn drain(&mut self) {
             for _ in 0..1_000 {
                 for at in 0..3 {
@@ -463,7 +468,7 @@ mod tests {
             world.run(1_500, 3 * PATIENCE_NS);
             forgotten += world.beyond;
             world.drain();
-            // As if nothing had been.
+            // From here on, as if nothing had happened.
             world.run(300, 0);
             world.drain();
         }
@@ -475,7 +480,7 @@ mod tests {
         for seed in 0..50 {
             let mut world = World::new(seed);
             world.run(300, 0);
-            // A trap: nobody is told anything.
+            // A trap: the worker informs nobody.
             world.workers[2].departed = true;
             world.workers[2].in_app = 0;
             world.workers[2].waiting.clear();
@@ -504,7 +509,8 @@ mod tests {
         }
         assert_eq!(second.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Queued);
         let granted = first.leave(&store, || false).0.grants;
-        // The message lies there; its worker is forgotten, and the permit goes to somebody else.
+        // The message has not been read; its worker is forgotten, and the permit goes to another
+        // request.
         assert_eq!(first.forget_late(&store, 2, MonotonicNs(SECOND)), None);
         assert!(first.forget_late(&store, 2, MonotonicNs(SECOND + PATIENCE_NS)).is_some());
         assert_eq!(first.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
@@ -526,8 +532,8 @@ mod tests {
             assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
         }
         assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Queued);
-        // Another configuration allows more; the first that notices is a request that was broken
-        // off.
+        // Another configuration allows more. The first operation that sees it is the end of a
+        // request that was broken off.
         side.breaker.limits.concurrency = 4;
         let (outcome, lingers) = side.leave(&store, || true);
         assert_eq!((outcome.admitted, lingers), (vec![3], true));
@@ -547,7 +553,7 @@ mod tests {
         }
         other.enter(&store, Queue::Requests, MonotonicNs(0), |n| n);
         assert_eq!(breaker().depth(&store), (3, 2));
-        // It forgets what it had, as after a change that the store did not take.
+        // This worker forgets what it had, as after a change that the store did not take.
         lost.holding = 1;
         lost.waiting.clear();
         let outcome = lost.settle(&store, MonotonicNs(1));

@@ -1,11 +1,11 @@
 //! The pod's time. All workers of one Envoy derive it from the process's monotonic clock plus one
-//! shared offset, so it starts out as the wall clock and then cannot be stepped by it: a step
-//! backwards counts as no time at all. Should the monotonic clock itself jump (a frozen process, a
-//! faked clock), only a few periods of the jump count.
+//! shared offset. It starts as the wall clock, but later steps of the wall clock do not affect it.
+//! A step of the underlying clock backwards counts as no time at all. If the monotonic clock itself
+//! jumps forwards (a frozen process, a faked clock), only a few periods of the jump count.
 
 use crate::counting::time::{MonotonicNs, PodNs};
 
-/// The pod's time by the readings of one thread: never going back, bounded forwards.
+/// The pod's time as one thread reads it: it never goes back, and its steps forwards are bounded.
 #[derive(Clone, Debug)]
 pub struct Clock {
     last: MonotonicNs,
@@ -14,13 +14,14 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// `offset_ns` is the pod's time minus the monotonic one, wrapping; `longest_step_ns` the most
-    /// that may pass between two readings (see [`longest_step_ns`]).
+    /// Returns a clock. `offset_ns` is the pod's time minus the monotonic time, wrapping.
+    /// `longest_step_ns` is the most time that counts between two readings (see
+    /// [`longest_step_ns`]).
     pub fn new(offset_ns: u64, reading: MonotonicNs, longest_step_ns: u64) -> Self {
         Self { last: reading, now: PodNs(reading.0.wrapping_add(offset_ns)), longest_step_ns }
     }
 
-    /// The pod's time at a reading.
+    /// Returns the pod's time at a reading.
     pub fn read(&mut self, reading: MonotonicNs) -> PodNs {
         let step = reading.since(self.last).min(self.longest_step_ns);
         self.last = reading;
@@ -28,19 +29,19 @@ impl Clock {
         self.now
     }
 
-    /// For another reporting period.
+    /// Sets the longest step, for another reporting period.
     pub fn set_longest_step_ns(&mut self, longest_step_ns: u64) {
         self.longest_step_ns = longest_step_ns;
     }
 
-    /// Whether of the time up to a reading only a part would count.
+    /// Returns whether only a part of the time up to a reading would count.
     pub fn cuts(&self, reading: MonotonicNs) -> bool {
         reading.since(self.last) > self.longest_step_ns
     }
 
-    /// Takes over an instant that others have reached, with the offset that they had then. So time
-    /// that only this worker slept through counts, and a jump of everybody's clock still does not.
-    /// Never goes back.
+    /// Adopts an instant that other workers have reached, with the offset that they had at that
+    /// instant. So time during which only this worker was stalled counts, and a jump of all clocks
+    /// still does not. The clock never goes back.
     pub fn catch_up(&mut self, reached: PodNs, offset_ns: u64) {
         if reached > self.now {
             self.now = reached;
@@ -48,20 +49,20 @@ impl Clock {
         }
     }
 
-    /// Takes over the time of workers that are ahead, by their offset. Never goes back.
+    /// Adopts the time of workers that are ahead, by their offset. The clock never goes back.
     pub fn follow(&mut self, offset_ns: u64) {
         self.now = self.now.max(PodNs(self.last.0.wrapping_add(offset_ns)));
     }
 
-    /// The pod's time minus the monotonic one, wrapping: what a worker that joins later starts
-    /// from.
+    /// Returns the pod's time minus the monotonic time, wrapping. A worker that joins later starts
+    /// from it.
     pub fn offset_ns(&self) -> u64 {
         self.now.0.wrapping_sub(self.last.0)
     }
 }
 
-/// The longest step that counts: five periods, and at least two seconds, because a starved worker
-/// may well be late by some hundred milliseconds.
+/// Returns the longest step that counts: five periods, and at least two seconds, because a starved
+/// worker may well be late by some hundred milliseconds.
 pub fn longest_step_ns(period_ns: u64) -> u64 {
     period_ns.saturating_mul(5).max(2_000_000_000)
 }
@@ -96,10 +97,10 @@ mod tests {
     fn what_only_this_worker_slept_through_counts_and_a_jump_of_all_clocks_does_not() {
         let mut clock = Clock::new(0, MonotonicNs(50), 100);
         assert!(!clock.cuts(MonotonicNs(150)) && clock.cuts(MonotonicNs(1_000)));
-        // The others reached 960 when their raw clock said so.
+        // The others reached 960 when their monotonic clock read 960.
         clock.catch_up(PodNs(960), 0);
         assert_eq!(clock.read(MonotonicNs(1_000)), PodNs(1_000));
-        // All clocks jump by 4,000, and a worker that was there before counts 100 of it.
+        // All clocks jump by 4,000. A worker that was running before the jump counts 100 of it.
         assert!(clock.cuts(MonotonicNs(5_000)));
         clock.catch_up(PodNs(990), 0);
         assert_eq!(clock.clone().read(MonotonicNs(5_000)), PodNs(1_100), "nobody has got further yet");

@@ -1,4 +1,4 @@
-//! The boundaries that all workers of a pod close at.
+//! The grid: the boundaries at which all workers of a pod take snapshots.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,13 +12,13 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// The last boundary at or before `now_ns`; the anchor if that lies ahead.
+    /// Returns the last boundary at or before `now_ns`, or the anchor if the anchor is later.
     pub fn at_or_before(&self, now_ns: u64) -> u64 {
         let since_anchor = now_ns.saturating_sub(self.anchor_ns);
         self.anchor_ns.saturating_add(since_anchor - since_anchor % self.period_ns.max(1))
     }
 
-    /// The first boundary after `now_ns`.
+    /// Returns the first boundary after `now_ns`.
     pub fn after(&self, now_ns: u64) -> u64 {
         if now_ns < self.anchor_ns {
             return self.anchor_ns;

@@ -1,10 +1,11 @@
-//! One worker's events become snapshots at instants that all workers of a pod agree on.
+//! One worker's recorder: it turns events into snapshots at instants that all workers of a pod
+//! agree on.
 //!
-//! Workers tick at slightly different times, and a busy one ticks late. Summing snapshots of
-//! different instants would make a second's average wrong by in-flight requests times the
-//! difference. So every recorder takes a snapshot at the same boundaries ([`Grid`]): between two
-//! events concurrency is constant, hence the integral at a boundary is exact, however late the
-//! worker comes to compute it.
+//! Workers tick at slightly different times, and a busy worker ticks late. A sum of snapshots of
+//! different instants would make a second's average wrong by the requests in flight times the
+//! difference. So every recorder takes its snapshots at the same boundaries ([`Grid`]). Between two
+//! events concurrency is constant, so the integral at a boundary is exact, however late the worker
+//! computes it.
 
 use std::collections::VecDeque;
 
@@ -14,7 +15,7 @@ use crate::counting::snapshot::Snapshot;
 use crate::counting::time::PodNs;
 
 /// How many closed boundaries a worker keeps. The leader sums at the newest boundary that every
-/// live worker has closed; one that is three periods behind no longer counts as alive, so the
+/// live worker has closed. A worker that is three periods behind no longer counts as alive, so the
 /// others are never further ahead than this.
 pub const KEPT: usize = 6;
 
@@ -28,7 +29,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts at zero.
+    /// Returns a recorder that starts at zero.
     pub fn new(now: PodNs, grid: Grid) -> Self {
         Self {
             now: Snapshot::starting_at(now.0),
@@ -38,25 +39,25 @@ impl Recorder {
         }
     }
 
-    /// A request came in.
+    /// Counts a request that came in.
     pub fn request_in(&mut self, now: PodNs, origin: Origin) {
         self.close_until(now.0);
         self.now.request_in(now.0, origin);
     }
 
-    /// A request that came in here left.
+    /// Counts the end of a request that came in here.
     pub fn request_out(&mut self, now: PodNs, origin: Origin) {
         self.close_until(now.0);
         self.now.request_out(now.0, origin);
     }
 
-    /// Lets time go on to `now`, closing the boundaries on the way.
+    /// Advances the time to `now` and closes the boundaries on the way.
     pub fn advance(&mut self, now: PodNs) {
         self.close_until(now.0);
         self.now.advance(now.0);
     }
 
-    /// Takes over other boundaries. Those already closed stay as they are.
+    /// Switches to other boundaries. Those already closed stay as they are.
     pub fn set_grid(&mut self, grid: Grid) {
         if grid != self.grid {
             self.grid = grid;
@@ -64,17 +65,17 @@ impl Recorder {
         }
     }
 
-    /// The counters up to the last event or [`Recorder::advance`].
+    /// Returns the counters up to the last event or [`Recorder::advance`].
     pub fn current(&self) -> &Snapshot {
         &self.now
     }
 
-    /// The boundaries in force.
+    /// Returns the grid in use.
     pub fn grid(&self) -> Grid {
         self.grid
     }
 
-    /// The snapshots at the last boundaries, oldest first, at most [`KEPT`].
+    /// Returns the snapshots at the last boundaries, oldest first, at most [`KEPT`].
     pub fn closed(&self) -> impl DoubleEndedIterator<Item = &Snapshot> {
         self.closed.iter()
     }
@@ -83,7 +84,7 @@ impl Recorder {
         if now_ns < self.next_boundary_ns {
             return;
         }
-        // After a long silence only the last few boundaries matter to anyone.
+        // After a long silence nobody reads any boundaries but the last few.
         let newest = self.grid.at_or_before(now_ns);
         let span = (KEPT as u64 - 1).saturating_mul(self.grid.period_ns.max(1));
         let mut boundary =

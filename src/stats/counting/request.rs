@@ -1,48 +1,48 @@
-//! What a single request counts as.
+//! How a single request counts: as a probe, as proxied, under which code.
 
-/// Header whose presence marks a kubelet probe (knative/pkg, `network`).
+/// The header whose presence marks a kubelet probe (knative/pkg, `network`).
 pub const KUBELET_PROBE_HEADER: &str = "k-kubelet-probe";
-/// Header whose presence marks a probe of Knative's own network layer.
+/// The header whose presence marks a probe of Knative's own network layer.
 pub const NETWORK_PROBE_HEADER: &str = "k-network-probe";
-/// Header of the probes by which Knative's ingress controller learns that a gateway has its latest
-/// routes.
+/// The header of the probes by which Knative's ingress controller finds out that a gateway has its
+/// latest routes.
 pub const NETWORK_HASH_HEADER: &str = "k-network-hash";
-/// How a kubelet's User-Agent begins.
+/// The beginning of a kubelet's User-Agent.
 pub const KUBE_PROBE_AGENT_PREFIX: &[u8] = b"kube-probe/";
 /// The value of the proxied header that makes a request a proxied one.
 pub const PROXIED_VALUE: &[u8] = b"activator";
 
-/// Whether the User-Agent is the kubelet's.
+/// Returns whether a User-Agent is the kubelet's.
 pub fn is_kubelet_agent(user_agent: &[u8]) -> bool {
     user_agent.starts_with(KUBE_PROBE_AGENT_PREFIX)
 }
 
-/// Whether a proxy in front of the pod has counted the request already.
+/// Whether a proxy in front of the pod has already counted the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Nobody has.
+    /// No proxy has.
     Direct,
     /// An activator or a gateway has.
     Proxied,
 }
 
 impl Origin {
-    /// By the value of the proxied header.
+    /// Returns the origin that the value of the proxied header says.
     pub fn of_header(value: Option<&[u8]>) -> Self {
         if value == Some(PROXIED_VALUE) { Self::Proxied } else { Self::Direct }
     }
 }
 
-/// Whether a gateway in front of Knative's revisions passes a network probe on: only that of the
-/// ingress controller, which asks whether its routes are in force. What else a client calls a probe
-/// is a request as any other.
+/// Returns whether a network probe is one that a gateway in front of Knative's revisions passes on.
+/// It passes on only the probes of the ingress controller, which check whether its routes are in
+/// force. Anything else that a client calls a probe is an ordinary request.
 pub fn is_routing_probe(network_probe: &[u8], has_hash: bool) -> bool {
     network_probe == b"probe" && has_hash
 }
 
-/// The end of a stat's name for a response code; `envoy/` ships the `stats_tags` that turn it into
-/// the labels `response_code` and `response_code_class`. Code 0: the stream ended before any
-/// response.
+/// Returns the suffix of a stat's name for a response code. `envoy/` ships the `stats_tags` that
+/// turn it into the labels `response_code` and `response_code_class`. Code 0 means that the stream
+/// ended before any response.
 pub fn code_suffix(code: u16) -> String {
     format!(".response_code.{code}.response_code_class.{}xx", code / 100)
 }

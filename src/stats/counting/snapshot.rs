@@ -1,19 +1,19 @@
-//! Cumulative counters. Everything that Inflight says of concurrency is a difference of two
-//! [`Snapshot`]s, in integers: nothing drifts, and a lost or repeated report changes no sum.
+//! Snapshots: cumulative counters. Every statement of Inflight about concurrency is a difference of
+//! two [`Snapshot`]s, in integers. So nothing drifts, and a lost or repeated report changes no sum.
 
 use serde::{Deserialize, Serialize};
 
 use crate::counting::request::Origin;
 
-/// All that was counted up to one instant. Also the wire type: the order and width of the fields
-/// are fixed (see [`crate::protocol::report`]).
+/// Everything that was counted up to one instant. Also the wire type: the order and the width of
+/// the fields are fixed (see [`crate::protocol::report`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// The instant, in nanoseconds of the sender's clock ([`crate::counting::clock`]).
     pub as_of_ns: u64,
     /// Requests that came in.
     pub requests: u64,
-    /// Of these, requests that a proxy (activator, gateway) had counted already.
+    /// Of these, requests that a proxy (activator, gateway) had already counted.
     pub proxied_requests: u64,
     /// The integral of concurrency over time: in-flight requests times nanoseconds.
     pub request_ns: u128,
@@ -21,17 +21,17 @@ pub struct Snapshot {
     pub proxied_request_ns: u128,
     /// Requests in flight at the instant.
     pub in_flight: u32,
-    /// Of these, proxied ones.
+    /// Of these, proxied requests.
     pub proxied_in_flight: u32,
 }
 
 impl Snapshot {
-    /// Nothing counted yet, at an instant in nanoseconds.
+    /// Returns a snapshot with nothing counted yet, at an instant in nanoseconds.
     pub fn starting_at(as_of_ns: u64) -> Self {
         Self { as_of_ns, ..Self::default() }
     }
 
-    /// Lets time go on to `now_ns`. An instant before the last change counts as no time at all
+    /// Advances the time to `now_ns`. An instant before the last change counts as no time at all
     /// (knative/serving, `pkg/queue/stats.go`: a late event moves the counts, not the time).
     pub fn advance(&mut self, now_ns: u64) {
         if let Some(elapsed) = now_ns.checked_sub(self.as_of_ns) {
@@ -43,7 +43,7 @@ impl Snapshot {
         }
     }
 
-    /// A request came in at `now_ns`. A proxied one counts in both columns.
+    /// Counts a request that came in at `now_ns`. A proxied request counts in both columns.
     pub fn request_in(&mut self, now_ns: u64, origin: Origin) {
         self.advance(now_ns);
         self.requests = self.requests.saturating_add(1);
@@ -54,7 +54,7 @@ impl Snapshot {
         }
     }
 
-    /// A request that came in earlier left at `now_ns`.
+    /// Counts the end, at `now_ns`, of a request that came in earlier.
     pub fn request_out(&mut self, now_ns: u64, origin: Origin) {
         self.advance(now_ns);
         self.in_flight = self.in_flight.saturating_sub(1);
@@ -63,7 +63,7 @@ impl Snapshot {
         }
     }
 
-    /// The sum of two parts of one pod, as of the later of both instants.
+    /// Returns the sum of two parts of one pod, as of the later of the two instants.
     #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
         Self {
@@ -77,8 +77,8 @@ impl Snapshot {
         }
     }
 
-    /// What is left of this snapshot when the totals of `base` were accounted for elsewhere. What
-    /// is in flight stays: it was never accounted for.
+    /// Returns what remains of this snapshot when the totals of `base` are accounted for elsewhere.
+    /// The requests in flight stay: they were never accounted for.
     #[must_use]
     pub fn less_totals_of(&self, base: &Self) -> Self {
         Self {
@@ -90,13 +90,14 @@ impl Snapshot {
         }
     }
 
-    /// The totals alone, with nothing in flight: what remains of a worker that is gone.
+    /// Returns the totals alone, with nothing in flight: what remains of a worker that is gone.
     #[must_use]
     pub fn finished(&self) -> Self {
         Self { in_flight: 0, proxied_in_flight: 0, ..*self }
     }
 
-    /// The larger of both totals, field by field, as of the later instant, with nothing in flight.
+    /// Returns the larger of both totals, field by field, as of the later instant, with nothing in
+    /// flight.
     #[must_use]
     pub fn ceiling(&self, other: &Self) -> Self {
         Self {
@@ -110,7 +111,7 @@ impl Snapshot {
         }
     }
 
-    /// Whether none of its totals is below one of `other`.
+    /// Returns whether each of its totals is at least that of `other`.
     pub fn holds_totals_of(&self, other: &Self) -> bool {
         self.requests >= other.requests
             && self.proxied_requests >= other.proxied_requests
@@ -118,7 +119,8 @@ impl Snapshot {
             && self.proxied_request_ns >= other.proxied_request_ns
     }
 
-    /// By how much each field is above that of `other`; those below count as equal.
+    /// Returns by how much each field exceeds that of `other`; a field that is smaller counts as
+    /// equal.
     pub fn more_than(&self, other: &Self) -> Period {
         let rest = self.less_totals_of(other);
         Period {
@@ -130,8 +132,8 @@ impl Snapshot {
         }
     }
 
-    /// What happened between `earlier` and this snapshot; `None` if any of it went backwards, so
-    /// that the two cannot be of one run of one sender.
+    /// Returns what happened between `earlier` and this snapshot. Returns `None` if any field went
+    /// backwards: then the two cannot belong to the same run of the same sender.
     pub fn since(&self, earlier: &Self) -> Option<Period> {
         Some(Period {
             elapsed_ns: self.as_of_ns.checked_sub(earlier.as_of_ns)?,
@@ -150,47 +152,47 @@ pub struct Period {
     pub elapsed_ns: u64,
     /// Requests that came in during it.
     pub requests: u64,
-    /// Of these, proxied ones.
+    /// Of these, proxied requests.
     pub proxied_requests: u64,
-    /// In-flight requests times nanoseconds.
+    /// The requests in flight times nanoseconds.
     pub request_ns: u128,
-    /// The same over proxied requests.
+    /// The same for proxied requests.
     pub proxied_request_ns: u128,
 }
 
 impl Period {
-    /// Whether nothing happened in it, however long it was.
+    /// Returns whether nothing happened in the period, however long it was.
     pub fn is_empty(&self) -> bool {
         Self { elapsed_ns: 0, ..*self } == Self::default()
     }
 
-    /// The time-weighted average concurrency; 0 for a period of no length, as in Knative.
+    /// Returns the time-weighted average concurrency; 0 for a period of no length, as in Knative.
     pub fn average(&self) -> f64 {
         ratio(self.request_ns, self.elapsed_ns)
     }
 
-    /// The time-weighted average concurrency of proxied requests.
+    /// Returns the time-weighted average concurrency of proxied requests.
     pub fn proxied_average(&self) -> f64 {
         ratio(self.proxied_request_ns, self.elapsed_ns)
     }
 
-    /// The average concurrency times 1000, rounded to the nearest integer: what an Envoy gauge can
-    /// hold.
+    /// Returns the average concurrency times 1000, rounded to the nearest integer, because Envoy's
+    /// gauges hold integers.
     pub fn average_milli(&self) -> u64 {
         milli(self.request_ns, self.elapsed_ns)
     }
 
-    /// [`Period::average_milli`] of proxied requests.
+    /// Returns [`Period::average_milli`] of proxied requests.
     pub fn proxied_average_milli(&self) -> u64 {
         milli(self.proxied_request_ns, self.elapsed_ns)
     }
 
-    /// Requests a second times 1000, rounded.
+    /// Returns the requests per second times 1000, rounded.
     pub fn requests_per_second_milli(&self) -> u64 {
         milli(u128::from(self.requests) * 1_000_000_000, self.elapsed_ns)
     }
 
-    /// [`Period::requests_per_second_milli`] of proxied requests.
+    /// Returns [`Period::requests_per_second_milli`] of proxied requests.
     pub fn proxied_per_second_milli(&self) -> u64 {
         milli(u128::from(self.proxied_requests) * 1_000_000_000, self.elapsed_ns)
     }

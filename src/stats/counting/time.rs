@@ -1,11 +1,11 @@
-//! Two kinds of time, as two types, so that neither can be passed for the other. The instants
-//! inside a [`Snapshot`](crate::counting::snapshot::Snapshot) are the pod's; being wire data they
-//! are plain numbers.
+//! Two kinds of time, as two types, so that neither can be passed for the other. The instants in a
+//! [`Snapshot`](crate::counting::snapshot::Snapshot) are the pod's time. As wire data they are
+//! plain numbers.
 
 use serde::{Deserialize, Serialize};
 
-/// A reading of the process's monotonic clock, in nanoseconds. The same for all threads of one
-/// Envoy; says nothing outside of it.
+/// A reading of the process's monotonic clock, in nanoseconds. It is the same for all threads of
+/// one Envoy, and means nothing outside that process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct MonotonicNs(pub u64);
 
@@ -14,12 +14,12 @@ pub struct MonotonicNs(pub u64);
 pub struct PodNs(pub u64);
 
 impl MonotonicNs {
-    /// Nanoseconds from `earlier` to here; 0 if `earlier` is later.
+    /// Returns the nanoseconds from `earlier` to this reading; 0 if `earlier` is later.
     pub fn since(self, earlier: Self) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
 
-    /// The reading so many nanoseconds later.
+    /// Returns the reading that is `nanoseconds` later.
     #[must_use]
     pub fn plus(self, nanoseconds: u64) -> Self {
         Self(self.0.saturating_add(nanoseconds))

@@ -1,17 +1,19 @@
-//! Which keys a gateway tracks. A worker asks here for each key that it does not track itself:
-//! whether it is the first of all workers to see it, so that one report leaves at once, and whether
-//! there is capacity for another key.
+//! Key admission: which keys a gateway tracks. A worker asks here about each key that it does not
+//! track itself. The answer says whether this worker is the first of all workers to see the key, so
+//! that one report is sent at once, and whether there is capacity for another key.
 //!
-//! The shared store cannot delete, so no name that a client chose is the name of a value: keys lie
-//! in a fixed number of *buckets*, by a hash that no client can predict. What is counted does not
-//! depend on them (that is the matter of [`crate::gateway::key_totals`]): only whether a first
-//! report leaves early, and whether a key is tracked at all.
+//! The shared store cannot delete values, so a name that a client chose is never the name of a
+//! value. Instead, keys are kept in a fixed number of *buckets*, by a hash that no client can
+//! predict. The counts do not depend on the buckets (they depend on
+//! [`crate::gateway::key_totals`]). The buckets only decide whether a first report is sent early,
+//! and whether a key is tracked at all.
 //!
-//! A bucket has a *floor*: what a key's first report says that it had before, as of the last time
-//! that a key left the bucket. No key that left had more, and none that comes begins with less: a
-//! first report fits between two lives of its key. For that, a leader that was replaced without
-//! knowing must take no key out any more. So a bucket says who leads, a new leader writes itself
-//! into all of them before it does anything else with them, and nobody else takes keys out.
+//! A bucket has a *floor*: the totals that a key's first report says the key had before, as of the
+//! last time that a key left the bucket. No key that left had more, and no key that comes begins
+//! with less, so a first report fits between two lives of its key. This requires that a leader that
+//! was replaced without knowing it removes no more keys. So each bucket says which worker leads, a
+//! new leader writes itself into all buckets before it does anything else with them, and no other
+//! worker removes keys.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,25 +26,25 @@ use crate::gateway::key_name::KeyName;
 use crate::pod::pod_state::PodStore;
 use crate::pod::store::{self, ATTEMPTS, Attempt, Expect, Store, StoreError, encode};
 
-/// With 10,000 keys a worker reads some 2 KB for each that it does not track.
+/// With 10,000 keys, a worker reads some 2 KB for each key that it does not track.
 const BUCKETS: u64 = 256;
 
-/// What a worker learns of a key that it does not track.
+/// The answer about a key that a worker does not track.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// Nobody tracked it: its first request is to be reported at once.
+    /// No worker tracked the key: its first request has to be reported at once.
     First {
-        /// The totals that the report begins with, and their instant, which lies before.
+        /// The totals that the report begins with, and their instant, which is in the past.
         floor: Snapshot,
-        /// Whether it has Envoy stats of its own.
+        /// Whether the key has Envoy stats of its own.
         has_stats: bool,
     },
-    /// Another worker tracks it.
+    /// Another worker tracks the key.
     Known {
-        /// Whether it has Envoy stats of its own.
+        /// Whether the key has Envoy stats of its own.
         has_stats: bool,
     },
-    /// As many keys are tracked as may be; it goes uncounted.
+    /// The largest number of keys is tracked already; the key is not counted.
     Full,
 }
 
@@ -55,7 +57,7 @@ pub struct KeyAdmission {
     capacity: u32,
 }
 
-/// How many keys are tracked now, and how many have got Envoy stats: the host never forgets a stat.
+/// How many keys are tracked now, and how many have Envoy stats. The host never forgets a stat.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Usage {
     tracked: u32,
@@ -65,7 +67,8 @@ struct Usage {
 #[derive(Serialize, Deserialize)]
 struct Bucket<'a> {
     leader: u64,
-    /// The instant of the totals with which it began to lead, or looked through the buckets last.
+    /// The instant of the totals with which the leader began to lead, or last went through the
+    /// buckets.
     led_since_ns: u64,
     floor: Snapshot,
     #[serde(borrow)]
@@ -110,7 +113,7 @@ impl<'a> Bucket<'a> {
         }
     }
 
-    /// Stops tracking keys; returns how many.
+    /// Stops tracking keys. Returns how many were tracked.
     fn remove<'k>(&mut self, keys: impl IntoIterator<Item = &'k KeyName>) -> u32 {
         let mut removed = 0;
         for key in keys {
@@ -125,18 +128,19 @@ impl<'a> Bucket<'a> {
 }
 
 impl KeyAdmission {
-    /// For at most `capacity` keys at once, and as many in this Envoy's life with stats of their
-    /// own. `secret` and `started_ns` are the same for all workers.
+    /// Returns the admission for at most `capacity` keys at once. As many keys, over the life of
+    /// this Envoy, can have stats of their own. `secret` and `started_ns` are the same for all
+    /// workers.
     pub fn new(pod: PodStore, secret: u64, started_ns: u64, capacity: u32) -> Self {
         Self { pod, secret, started_ns, capacity }
     }
 
-    /// Takes over another capacity.
+    /// Sets another capacity.
     pub fn set_capacity(&mut self, capacity: u32) {
         self.capacity = capacity;
     }
 
-    /// A key's first request at a worker that does not track it.
+    /// Admits a key at its first request at a worker that does not track it.
     pub fn enter(&self, store: &impl Store, key: &KeyName) -> Admission {
         self.enter_within(store, key, self.capacity)
     }
@@ -157,8 +161,8 @@ impl KeyAdmission {
             bucket.track(key, has_stats);
             Attempt::Write((), Admission::First { floor: bucket.floor, has_stats })
         });
-        // A key that stays contended for is counted like any other; the leader finds it in the
-        // totals.
+        // If a bucket stays contended, the key is counted like any other, and the leader finds it
+        // in the totals.
         let admission = entered.unwrap_or(Admission::Known { has_stats: false });
         if let (Admission::Known { .. }, Some(usage)) = (admission, reserved) {
             // Another worker was faster with this key.
@@ -167,7 +171,7 @@ impl KeyAdmission {
         admission
     }
 
-    /// The leader has counted these keys: they are tracked, whoever may have taken them out
+    /// Tracks keys that the leader has counted, even if they were removed from their buckets
     /// meanwhile. Returns which of them have stats.
     pub fn admit(&self, store: &impl Store, keys: &[KeyName]) -> Vec<KeyName> {
         let has_stats = |key: &&KeyName| match self.enter_within(store, key, u32::MAX) {
@@ -177,9 +181,9 @@ impl KeyAdmission {
         keys.iter().filter(has_stats).cloned().collect()
     }
 
-    /// Stops tracking keys that left the totals, which were nowhere above `floor`. Only for the
-    /// worker that leads by [`KeyAdmission::reconcile`]; where another does so by now, nothing
-    /// happens.
+    /// Stops tracking keys that left the totals, none of which was above `floor` in any field. Only
+    /// the worker that leads by [`KeyAdmission::reconcile`] may call this. If another worker leads
+    /// by now, nothing happens.
     pub fn leave(&self, store: &impl Store, leader: u64, keys: &[KeyName], floor: &Snapshot) {
         for (number, keys) in self.by_bucket(keys) {
             let removed = self.change_bucket(store, number, |bucket| {
@@ -196,13 +200,13 @@ impl KeyAdmission {
         }
     }
 
-    /// From now on `leader` takes keys out. Makes `keys` tracked, which are all that are in the
-    /// totals, stops tracking those that are `orphans` and not among them (with a floor as for
-    /// [`KeyAdmission::leave`]), and counts anew how much capacity is used. Returns which keys have
-    /// stats, and the orphans: keys that are tracked without being in the totals. Their first
-    /// requests are still to be collected, unless they stay so. Returns `None` if another worker
-    /// leads by now, or others wrote each time in between; then it is to be done again before any
-    /// key leaves.
+    /// Makes `leader` the worker that removes keys from now on. Tracks `keys`, which are all keys
+    /// in the totals; stops tracking the `orphans` that are not among them (with a floor as for
+    /// [`KeyAdmission::leave`]); and counts anew how much capacity is used. Returns which keys have
+    /// stats, and the orphans: keys that are tracked without being in the totals. The first
+    /// requests of these keys are still to be collected, unless they remain orphans. Returns `None`
+    /// if another worker leads by now, or if others wrote in between at every attempt. Then this
+    /// has to be repeated before any key leaves.
     pub fn reconcile<'k>(
         &self,
         store: &impl Store,
@@ -246,13 +250,13 @@ impl KeyAdmission {
                 }
             }
         }
-        // If a key came meanwhile, the next time.
+        // If a key came meanwhile, this write fails, and the next call counts anew.
         let expect = before.map_or(Expect::Absent, |(_, version)| Expect::Version(version));
         let _ = encode(&usage).is_some_and(|bytes| store.set(&self.usage_key(), &bytes, expect));
         Some((with_stats, orphans))
     }
 
-    /// Changes a bucket, or an empty one where there is none that decodes.
+    /// Changes a bucket. If there is no bucket that decodes, changes an empty one.
     fn change_bucket<R>(
         &self,
         store: &impl Store,
@@ -300,7 +304,8 @@ impl KeyAdmission {
         self.pod.key("taken")
     }
 
-    /// Reserves capacity for a key to track, and for its stats where that is needed and to be had.
+    /// Reserves capacity for a key to track, and for its stats if it needs them and there is
+    /// capacity.
     fn reserve(&self, store: &impl Store, needs_stats: bool, capacity: u32) -> Option<Usage> {
         let reserved = store::update(store, &self.usage_key(), ATTEMPTS, |found: Option<Usage>| {
             let used = found.unwrap_or_default();
@@ -319,7 +324,7 @@ impl KeyAdmission {
     }
 
     fn give_back(&self, store: &impl Store, less: Usage) {
-        // Where that fails the leader counts anew, at its next look through the buckets.
+        // If this fails, the leader counts anew when it next goes through the buckets.
         let _ = store::update(store, &self.usage_key(), ATTEMPTS, |found: Option<Usage>| {
             let used = found.unwrap_or_default();
             let rest = Usage {
@@ -410,14 +415,14 @@ mod tests {
         assert_eq!(orphan, BTreeSet::from([key("dead worker's")]));
         assert_eq!(admission.enter(&store, &key("a")), Admission::Known { has_stats: false });
         assert_eq!(admission.enter(&store, &key("b")), Admission::Full);
-        // It did not come until the next time.
+        // The key did not come by the next call.
         let (_, orphan) = admission.reconcile(&store, LEADER, &[key("a")], &orphan, &FLOOR).unwrap();
         assert_eq!(orphan, BTreeSet::new());
         let later = admission.enter(&store, &key("dead worker's"));
         assert_eq!(later, Admission::First { floor: FLOOR, has_stats: true });
         admission.leave(&store, LEADER, &[key("dead worker's")], &FLOOR);
         assert!(matches!(admission.enter(&store, &key("b")), Admission::First { has_stats: true, .. }));
-        // One that came belongs to nobody's orphans.
+        // A key that came is an orphan no longer.
         let orphans = BTreeSet::from([key("a"), key("b")]);
         let (with_stats, orphan) =
             admission.reconcile(&store, LEADER, &[key("a"), key("b")], &orphans, &FLOOR).unwrap();

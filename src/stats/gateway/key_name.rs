@@ -1,27 +1,27 @@
-//! What a gateway tells apart: a namespace and a name, by the cluster that a request goes to or by
-//! two of its headers.
+//! The name of a key at a gateway: a namespace and a name. It comes from the cluster that a request
+//! goes to, or from two of the request's headers.
 
 use std::rc::Rc;
 
 use crate::protocol::key_name;
 
-/// Namespace and name; a clone shares them.
+/// A namespace and a name. Clones share the text.
 pub type KeyName = key_name::KeyName<Rc<str>>;
 
-/// The last word of Istio's service host names.
+/// The part of Istio's service host names that follows the namespace.
 const SVC: &str = ".svc.";
 
 impl KeyName {
-    /// The key of a request that goes to an Envoy cluster. Istio's
-    /// `outbound|80|subset|svc.ns.svc.cluster.local` (the subset may be empty) gives namespace and
-    /// service; any other cluster is the name itself, in `namespace`. `None` for names that no
-    /// report could carry.
+    /// Returns the key of a request that goes to an Envoy cluster. Istio's
+    /// `outbound|80|subset|svc.ns.svc.cluster.local` (the subset may be empty) gives the namespace
+    /// and the service. Any other cluster name is the key's name, in `namespace`. Returns `None`
+    /// for names that no report could carry.
     pub fn of_cluster(cluster: &str, namespace: &str) -> Option<Self> {
         let (namespace, name) = of_istio(cluster).unwrap_or((namespace, cluster));
         Self::checked(namespace, name)
     }
 
-    /// A key out of two headers.
+    /// Returns a key from two headers.
     pub fn checked(namespace: &str, name: &str) -> Option<Self> {
         let fits = crate::protocol::report::is_name;
         (fits(namespace) && fits(name)).then(|| Self { namespace: namespace.into(), name: name.into() })

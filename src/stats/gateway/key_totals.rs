@@ -1,14 +1,16 @@
-//! The totals of all keys of a gateway: what its leader adds the workers' batches to, in one value
-//! of the shared store.
+//! The key totals of a gateway, in one value of the shared store. The leader adds the workers'
+//! batches to them.
 //!
-//! The leader adds batches together with the note up to which boundary it collected from whom: one
-//! write, so a batch counts exactly once, whoever dies in between. A key that was idle for a whole
-//! period, and of which the stats server knows all, leaves; it costs nothing until it comes back.
+//! The leader adds batches and records, in the same write, up to which boundary it has collected
+//! from each worker. So a batch counts exactly once, whichever worker dies in between. A key that
+//! was idle for a whole period, and of which the stats server knows everything, leaves the totals.
+//! It costs nothing until it comes back.
 //!
-//! **Within an incarnation the totals of a key never begin again and never go down.** The keys that
-//! leave raise the *floor*: their highest totals, field by field. Whatever key comes then, new or
-//! again, begins at the floor. Only differences count, so it does not matter that a key begins with
-//! more than it ever had; it matters that it never begins with less.
+//! **Within an incarnation the totals of a key never start again at zero and never go down.** The
+//! keys that leave raise the *floor*: the highest totals of any of them, field by field. Any key
+//! that comes later, new or again, begins at the floor. Only differences count, so it does not
+//! matter that a key begins with more than it ever had. It matters that a key never begins with
+//! less.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,21 +22,21 @@ use crate::gateway::keyed_recorder::Batch;
 use crate::protocol::report::{KeyReport, Report};
 use crate::protocol::report::{MAX_BYTES, VERSION};
 
-/// One key's totals.
+/// The totals of one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyTotal {
     /// The last snapshot that the stats server acknowledged.
     pub since: Snapshot,
-    /// Now.
+    /// The current snapshot.
     pub until: Snapshot,
-    /// At the boundary before.
+    /// The snapshot at the previous boundary.
     pub before: Snapshot,
-    /// Nothing happened in the last whole period.
+    /// Whether nothing happened in the last whole period.
     pub idle: bool,
     late: Option<Late>,
 }
 
-/// What a worker handed over later than the others.
+/// Marks a total with a worker's batch that came later than those of the other workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Late {
     from_ns: u64,
@@ -42,8 +44,9 @@ struct Late {
 }
 
 impl KeyTotal {
-    /// What a report of this key begins with: what is acknowledged, as of the instant at which
-    /// began what is new. That lies before the last report where a worker was late.
+    /// Returns the snapshot that a report of this key begins with: the acknowledged totals, as of
+    /// the instant at which the new counts began. If a worker was late, that instant is before the
+    /// last report.
     pub fn reported_since(&self) -> Snapshot {
         let late_ns = self.late.map_or(u64::MAX, |late| late.from_ns);
         Snapshot { as_of_ns: self.since.as_of_ns.min(late_ns), ..self.since }
@@ -54,23 +57,23 @@ impl KeyTotal {
     }
 }
 
-/// What one worker had in flight: all, and proxied.
+/// The requests that one worker had in flight, per key: all of them, and the proxied ones.
 type InFlightByKey = Vec<(KeyName, (u32, u32))>;
 
-/// All keys that are not idle, and what is to be known of the others.
+/// All keys that have not left, and what has to be kept of those that have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyTotals {
     keys: BTreeMap<KeyName, KeyTotal>,
     floor: Snapshot,
-    /// Up to which boundary each worker's batches are in.
+    /// The boundary up to which each worker's batches are included.
     collected: Vec<(u64, u64)>,
-    /// What each worker had in flight there.
+    /// The requests that each worker had in flight at that boundary.
     in_flight: Vec<(u64, InFlightByKey)>,
     as_of_ns: u64,
 }
 
 impl KeyTotals {
-    /// Nothing yet, at the instant at which the counters began.
+    /// Returns empty totals, as of the instant at which the counters began.
     pub fn starting_at(started_ns: u64) -> Self {
         Self {
             keys: BTreeMap::new(),
@@ -81,34 +84,34 @@ impl KeyTotals {
         }
     }
 
-    /// Up to which boundary each worker's batches are in.
+    /// Returns the boundary up to which each worker's batches are included.
     pub fn collected(&self) -> &[(u64, u64)] {
         &self.collected
     }
 
-    /// Up to which boundary the batches of one worker are in.
+    /// Returns the boundary up to which one worker's batches are included.
     pub fn collected_until(&self, worker: u64) -> u64 {
         self.collected.iter().find(|(id, _)| *id == worker).map_or(0, |(_, until_ns)| *until_ns)
     }
 
-    /// No key that has left had more than this, as of now.
+    /// Returns the floor, as of the newest boundary: no key that has left had more than this.
     pub fn floor(&self) -> Snapshot {
         Snapshot { as_of_ns: self.as_of_ns, ..self.floor }
     }
 
-    /// Whether a key is here.
+    /// Returns whether a key is in the totals.
     pub fn has(&self, key: &KeyName) -> bool {
         self.keys.contains_key(key)
     }
 
-    /// Every key that is here.
+    /// Returns every key in the totals.
     pub fn keys(&self) -> impl Iterator<Item = (&KeyName, &KeyTotal)> {
         self.keys.iter()
     }
 
-    /// Takes in the batches of all workers, each with its id, as of the newest boundary that all
-    /// have closed; those that are in already are passed over. Workers that are `gone` hold nothing
-    /// in flight any more. Returns the keys that came.
+    /// Adds the batches of all workers, each with its id, as of the newest boundary that all have
+    /// closed. Skips batches that are already included. Workers that are `gone` have nothing in
+    /// flight any more. Returns the keys that came.
     pub fn collect(&mut self, outboxes: &[(u64, Vec<Batch>)], gone: &[u64], as_of_ns: u64) -> Vec<KeyName> {
         let mut came = Vec::new();
         if as_of_ns <= self.as_of_ns {
@@ -129,7 +132,7 @@ impl KeyTotals {
                         came.push(key.clone());
                         KeyTotal { since: begins, until: begins, before: begins, idle: false, late: None }
                     });
-                    // What is in flight is summed over workers below.
+                    // The requests in flight are summed over the workers below.
                     total.until = total.until.plus(delta);
                     if batch.until_ns <= before_ns {
                         total.before = total.before.plus(delta);
@@ -165,7 +168,7 @@ impl KeyTotals {
         came
     }
 
-    /// The stats server knows these keys up to these snapshots.
+    /// Records that the stats server knows these keys up to these snapshots.
     pub fn acknowledge(&mut self, known: &[(KeyName, Snapshot)]) {
         for (key, until) in known {
             if let Some(total) = self.keys.get_mut(key)
@@ -177,8 +180,8 @@ impl KeyTotals {
         }
     }
 
-    /// Takes out the keys that were idle for a whole period and of which the stats server knows
-    /// all; returns which these are.
+    /// Removes the keys that were idle for a whole period, have nothing in flight, and are fully
+    /// known to the stats server. Returns them.
     pub fn take_out_idle(&mut self) -> Vec<KeyName> {
         let (mut left, mut floor) = (Vec::new(), self.floor);
         self.keys.retain(|key, total| {
@@ -193,7 +196,8 @@ impl KeyTotals {
         left
     }
 
-    /// All keys as reports of at most [`MAX_BYTES`], each with what it says of its keys.
+    /// Returns all keys as reports of at most [`MAX_BYTES`]. Each report comes with the snapshots
+    /// that it reports of its keys.
     pub fn reports(&self, pod: &str, incarnation: u64) -> Vec<(Report, Vec<(KeyName, Snapshot)>)> {
         const SNAPSHOTS_AND_LENGTHS: usize = 2 * 64 + 2 * 8 + 1;
         let head = pod.len() + 32;
@@ -217,7 +221,7 @@ impl KeyTotals {
     }
 }
 
-/// What a gateway reports of one key.
+/// Returns a gateway's report of one key.
 pub fn message(key: &KeyName, since: Snapshot, until: Snapshot) -> KeyReport {
     let KeyName { namespace, name } = key;
     KeyReport { namespace: namespace.to_string(), name: name.to_string(), from_gateway: true, since, until }
@@ -273,7 +277,7 @@ mod tests {
         }
         a.collected(totals.collected_until(1));
         assert_eq!(a.outbox().len(), 0);
-        // b's batch lies there still, and is passed over.
+        // b's batch is still in its outbox, and is skipped.
         a.request_out(&key("x"), PodNs(1_160), Origin::Direct);
         a.advance(PodNs(1_200));
         b.advance(PodNs(1_200));
@@ -365,7 +369,7 @@ mod tests {
         );
         assert_eq!((late.since.as_of_ns, late.reported_since().as_of_ns), (1_400, 1_100));
         assert_eq!(late.reported_since().requests, late.since.requests);
-        // Until it is acknowledged.
+        // This holds until the report is acknowledged.
         acknowledge_all(&mut totals);
         let known = total(&totals, "x").unwrap();
         assert_eq!(known.reported_since(), late.until);

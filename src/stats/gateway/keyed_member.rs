@@ -1,6 +1,6 @@
-//! A gateway worker's part in counting by key, over the store that all workers share: it hands over
-//! what it counted, and brings it together if it leads. Who leads, who lives and who is gone is
-//! decided by [`crate::pod`], over all that the gateway counted.
+//! A gateway worker as a member that counts per key, over the store that all workers share. It puts
+//! its counts into its outbox and, if it leads, collects all outboxes. Which worker leads, which
+//! ones are alive and which are gone is decided by [`crate::pod`], over the gateway's total.
 
 use std::collections::BTreeSet;
 
@@ -15,50 +15,53 @@ use crate::gateway::keyed_recorder::{Batch, KeyedRecorder};
 use crate::pod::pod_state::{PodState, PodStore};
 use crate::pod::store::{self, Attempt, Store, encode};
 
-/// Attempts at a write of the totals; only the leader writes them, and whoever reads an answer.
+/// Attempts at a write of the totals. Only the leader, a worker that read an answer, and a worker
+/// at its end write them.
 const ATTEMPTS: usize = 16;
-/// After so many periods the leader looks for keys that are tracked and never came.
+/// The number of periods after which the leader looks for keys that are tracked but never came.
 const SWEEP_PERIODS: u64 = 20;
 
-/// Who wrote the totals, and for which time: in front of them in the store.
+/// Which worker wrote the totals, and the number of that write. It precedes the totals in the
+/// store.
 type Stamp = (u64, u64);
 
-/// A worker's counters by key, and what it knows of the others'.
+/// A worker's counters per key, and what it knows of the other workers' counters.
 pub struct KeyedMember {
     pod: PodStore,
-    /// This worker's id among those of the pod.
+    /// This worker's id in the pod.
     id: u64,
     started_ns: u64,
     admission: KeyAdmission,
     recorder: KeyedRecorder,
     outbox_key: String,
-    /// Boundary of the newest batch in the outbox that was written.
+    /// The boundary of the newest batch that was written to the outbox.
     written_ns: u64,
-    /// The totals as this worker wrote them last, and their stamp: as long as they lie in the store
-    /// under this stamp, they need not be decoded, and no other worker has led meanwhile.
+    /// The totals as this worker last wrote them, and their stamp. As long as the value in the
+    /// store has this stamp, it need not be decoded, and no other worker has led meanwhile.
     totals: Option<(Stamp, KeyTotals)>,
     stamps: u64,
     /// What the stats server has acknowledged since the totals were written.
     acknowledged: Vec<(KeyName, Snapshot)>,
-    /// Whether this worker has written itself into the buckets since it leads.
+    /// Whether this worker has written itself into the buckets since it began to lead.
     reconciled: bool,
     swept_ns: u64,
     orphans: BTreeSet<KeyName>,
 }
 
-/// What the leader did at a boundary.
+/// The result of the leader's work at a boundary.
 #[derive(Debug, Default)]
 pub struct Led {
     /// Keys that came, or were found, and have stats.
     pub with_stats: Vec<KeyName>,
     /// Keys that left.
     pub left: Vec<KeyName>,
-    /// Which of the departed have nothing left to collect.
+    /// The departed workers that have nothing left to collect.
     pub settled: Vec<u64>,
 }
 
 impl KeyedMember {
-    /// The worker `id` of a pod in `state`, from `now` on; `capacity` as in [`KeyAdmission::new`].
+    /// Returns the worker `id` of a pod in `state`, from `now` on. For `capacity` see
+    /// [`KeyAdmission::new`].
     pub fn new(pod: &PodStore, state: &PodState, id: u64, now: PodNs, capacity: u32) -> Self {
         Self {
             pod: pod.clone(),
@@ -77,17 +80,17 @@ impl KeyedMember {
         }
     }
 
-    /// Takes over another capacity.
+    /// Sets another capacity.
     pub fn set_capacity(&mut self, capacity: u32) {
         self.admission.set_capacity(capacity);
     }
 
-    /// Takes over other boundaries.
+    /// Switches to other boundaries.
     pub fn set_grid(&mut self, grid: Grid) {
         self.recorder.set_grid(grid);
     }
 
-    /// A request came in. It counts unless the key is [`Admission::Full`].
+    /// Counts a request that came in, unless the key is [`Admission::Full`].
     pub fn request_in(&mut self, store: &impl Store, key: &KeyName, now: PodNs) -> Option<Admission> {
         self.recorder.advance(now);
         let admission = (!self.recorder.tracks(key)).then(|| self.admission.enter(store, key));
@@ -97,12 +100,12 @@ impl KeyedMember {
         admission
     }
 
-    /// A request that counted left.
+    /// Counts the end of a request that was counted.
     pub fn request_out(&mut self, key: &KeyName, now: PodNs) {
         self.recorder.request_out(key, now, Origin::Direct);
     }
 
-    /// Closes the boundaries up to now and puts what is new where the leader finds it.
+    /// Closes the boundaries up to now, and writes new batches to the outbox for the leader.
     pub fn post(&mut self, store: &impl Store, now: PodNs) {
         self.recorder.advance(now);
         let collected: Vec<(u64, u64)> = store::read(store, &self.collected_key()).unwrap_or_default();
@@ -111,7 +114,7 @@ impl KeyedMember {
         self.write_outbox(store);
     }
 
-    /// The end of this worker: everything it counted is left to the others.
+    /// Ends this worker: everything that it counted is left to the other workers.
     pub fn end(&mut self, store: &impl Store, now: PodNs) {
         self.recorder.end(now);
         self.written_ns = 0;
@@ -125,9 +128,9 @@ impl KeyedMember {
         }
     }
 
-    /// At the leader, when all `workers` have closed `as_of_ns`: collects from them and from those
-    /// that `departed`, and lets idle keys go. `None` if the totals could not be written; then the
-    /// next boundary brings it all.
+    /// At the leader, when all `workers` have closed `as_of_ns`: collects the batches of these
+    /// workers and of those that `departed`, and removes idle keys. Returns `None` if the totals
+    /// could not be written; then the next boundary includes everything.
     pub fn lead(
         &mut self,
         store: &impl Store,
@@ -152,7 +155,7 @@ impl KeyedMember {
             >= self.recorder.grid().period_ns.saturating_mul(SWEEP_PERIODS);
         if !self.reconciled || sweeps {
             let keys = totals.keys().map(|(key, _)| key);
-            // Those that were found when this worker began to lead may come yet.
+            // The keys that were found when this worker began to lead may still come.
             let orphans = std::mem::take(&mut self.orphans);
             let orphans = if sweeps { orphans } else { BTreeSet::new() };
             let reconciled = self.admission.reconcile(store, self.id, keys, &orphans, &totals.floor());
@@ -169,27 +172,27 @@ impl KeyedMember {
         Some(led)
     }
 
-    /// At the end of a worker: collects what all have handed over, so that it can be reported. No
-    /// key leaves.
+    /// At the end of a worker: collects all outboxes, so that the totals can be reported. No key
+    /// leaves.
     pub fn collect_last(&mut self, store: &impl Store, all: &[u64], as_of_ns: u64) -> Option<&KeyTotals> {
         let (outboxes, gone) = self.outboxes(store, &[], all);
         self.update_totals(store, |totals| totals.collect(&outboxes, &gone, as_of_ns))?;
         self.totals()
     }
 
-    /// The totals as this worker wrote them last, while it leads.
+    /// Returns the totals as this worker last wrote them, while it leads.
     pub fn totals(&self) -> Option<&KeyTotals> {
         self.totals.as_ref().map(|(_, totals)| totals)
     }
 
-    /// The stats server knows these keys so far. The leader writes that into the totals at its next
-    /// boundary, together with what it collects then.
+    /// Notes that the stats server knows these keys up to these snapshots. The leader writes this
+    /// into the totals at its next boundary, together with what it collects then.
     pub fn acknowledged(&mut self, known: Vec<(KeyName, Snapshot)>) {
         self.acknowledged.extend(known);
     }
 
-    /// On a worker that does not lead: notes the acknowledgements that it got when it still did.
-    /// Returns whether it led until now.
+    /// On a worker that does not lead: writes the acknowledgements that it received while it still
+    /// led. Returns whether it led until now.
     pub fn follow(&mut self, store: &impl Store) -> bool {
         if !self.acknowledged.is_empty() {
             self.update_totals(store, |_| ());
@@ -210,7 +213,7 @@ impl KeyedMember {
         (ids.map(outbox).collect(), gone)
     }
 
-    /// Writes the totals with what is acknowledged and a change.
+    /// Writes the totals with the acknowledgements and a change.
     fn update_totals<R>(&mut self, store: &impl Store, change: impl Fn(&mut KeyTotals) -> R) -> Option<R> {
         let key = self.pod.key("totals");
         let updated = store::update_bytes(store, &key, ATTEMPTS, |found| {
@@ -231,8 +234,8 @@ impl KeyedMember {
         result
     }
 
-    /// Returns the totals in the store: decoded, unless this worker wrote them. `None` if they do
-    /// not decode.
+    /// Returns the totals in the store, decoded unless this worker wrote them. Returns `None` if
+    /// they do not decode.
     fn totals_in(&mut self, found: Option<&[u8]>) -> Option<KeyTotals> {
         let own = self.totals.take();
         let Some(bytes) = found else { return Some(KeyTotals::starting_at(self.started_ns)) };
@@ -240,7 +243,7 @@ impl KeyedMember {
         if let Some((_, totals)) = own.filter(|(own, _)| *own == stamp) {
             return Some(totals);
         }
-        // Another worker wrote them: it may have led.
+        // Another worker wrote them, so it may have led.
         self.reconciled = false;
         let (_, totals): (Stamp, KeyTotals) = bincode::deserialize(bytes).ok()?;
         Some(totals)
@@ -291,7 +294,7 @@ mod tests {
         keyed: KeyedMember,
         open: Vec<(KeyName, u64)>,
         stalled_until: u64,
-        /// The report that was not answered yet, and until when it is waited for.
+        /// The report that is not answered yet, and how long its answer is waited for.
         sending: Option<(u64, u64)>,
     }
 
@@ -312,7 +315,7 @@ mod tests {
         }
     }
 
-    /// What is on its way to the server.
+    /// A report on its way to the server.
     struct Sent {
         worker: usize,
         number: u64,
@@ -339,8 +342,8 @@ mod tests {
         }
     }
 
-    /// A gateway in which, between any two steps of one worker, others act, stall, end and come
-    /// back, while reports and answers are lost, repeated and overtake each other.
+    /// A gateway in which, between any two steps of one worker, other workers act, stall, end and
+    /// come back, while reports and answers are lost, are repeated and overtake each other.
     struct World {
         map: Map,
         dice: RefCell<Dice>,
@@ -400,7 +403,7 @@ mod tests {
 
         fn act(&self) {
             let index = self.roll(self.workers.len() as u64) as usize;
-            // Busy: this happens in the middle of one of its steps.
+            // This worker is busy: this call is in the middle of one of its steps.
             let Ok(mut worker) = self.workers[index].try_borrow_mut() else { return };
             let now = self.now.get();
             if now < worker.stalled_until {
@@ -421,7 +424,7 @@ mod tests {
 
         fn request_in(&self, worker: &mut Worker) {
             let now = self.now.get();
-            // Two keys are busy at a time, so that the others become idle.
+            // Two keys are active at a time, so that the others become idle.
             let key = key(2 * (now / (5 * PERIOD) % (KEYS / 2)) + self.roll(2));
             let admission = worker.keyed.request_in(&self, &key, PodNs(now));
             if admission == Some(Admission::Full) {
@@ -489,10 +492,10 @@ mod tests {
             number
         }
 
-        /// A worker ends, as by a panic, and another takes its place.
+        /// Ends a worker, as by a panic. Another worker replaces it.
         fn end(&self, index: usize, worker: &mut Worker) {
             for (key, since) in std::mem::take(&mut worker.open) {
-                // Nobody counts a request that its worker leaves behind.
+                // No worker counts the end of a request that its worker leaves behind.
                 let now = self.now.get();
                 self.truth.borrow_mut().entry(key).or_default().1 += u128::from(now - since);
             }
@@ -535,7 +538,7 @@ mod tests {
             }
         }
 
-        /// Everybody is there again, all requests end, and nothing is lost any more.
+        /// Lets all workers run again, all requests end, and nothing get lost any more.
         fn settle(&self) {
             self.calm.set(true);
             for worker in &self.workers {

@@ -1,7 +1,7 @@
-//! One worker's counters per key, for a gateway: many keys come and go.
+//! One worker's counters per key, for a gateway, where many keys come and go.
 //!
-//! A worker hands over what happened between two boundaries as a [`Batch`], a few bytes for each
-//! key that was active and none for the others. Its *outbox* keeps batches until the leader has
+//! What happened between two boundaries goes into a [`Batch`]: a few bytes for each key that was
+//! active, and none for the others. The worker's *outbox* keeps batches until the leader has
 //! collected them.
 
 use std::collections::BTreeMap;
@@ -14,17 +14,17 @@ use crate::counting::snapshot::Snapshot;
 use crate::counting::time::PodNs;
 use crate::gateway::key_name::KeyName;
 
-/// What happened to all keys of one worker between two boundaries.
+/// A batch: what happened to all keys of one worker between two boundaries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Batch {
     pub(crate) from_ns: u64,
     pub(crate) until_ns: u64,
-    /// The totals of this batch alone, and what is in flight at its end.
+    /// The totals of this batch alone, and the requests in flight at its end.
     pub(crate) keys: Vec<(KeyName, Snapshot)>,
 }
 
 impl Batch {
-    /// The boundary at its end.
+    /// Returns the boundary at its end.
     pub fn until_ns(&self) -> u64 {
         self.until_ns
     }
@@ -36,24 +36,24 @@ pub struct KeyedRecorder {
     grid: Grid,
     closed_ns: u64,
     next_boundary_ns: u64,
-    /// Since the last closed boundary.
+    /// The counts since the last closed boundary.
     keys: BTreeMap<KeyName, Snapshot>,
     outbox: Vec<Batch>,
 }
 
 impl KeyedRecorder {
-    /// Nothing yet.
+    /// Returns a recorder that has counted nothing yet.
     pub fn new(now: PodNs, grid: Grid) -> Self {
         let next_boundary_ns = grid.after(now.0);
         Self { grid, closed_ns: now.0, next_boundary_ns, keys: BTreeMap::new(), outbox: Vec::new() }
     }
 
-    /// Whether a key is being tracked here.
+    /// Returns whether a key is being tracked here.
     pub fn tracks(&self, key: &KeyName) -> bool {
         self.keys.contains_key(key)
     }
 
-    /// A request came in.
+    /// Counts a request that came in.
     pub fn request_in(&mut self, key: &KeyName, now: PodNs, origin: Origin) {
         self.advance(now);
         match self.keys.get_mut(key) {
@@ -66,7 +66,7 @@ impl KeyedRecorder {
         }
     }
 
-    /// A request that came in here left.
+    /// Counts the end of a request that came in here.
     pub fn request_out(&mut self, key: &KeyName, now: PodNs, origin: Origin) {
         self.advance(now);
         if let Some(snapshot) = self.keys.get_mut(key) {
@@ -74,9 +74,9 @@ impl KeyedRecorder {
         }
     }
 
-    /// Lets time go on; past a boundary, what happened before it goes into the outbox. A worker
-    /// that is late by several periods hands over the last of them apart: that one is as new as
-    /// what the others have.
+    /// Advances the time. At a boundary, the counts before it go into the outbox. A worker that is
+    /// late by several periods puts the last of them into a batch of its own: that batch is as new
+    /// as those of the other workers.
     pub fn advance(&mut self, now: PodNs) {
         if now.0 >= self.next_boundary_ns {
             let newest_ns = self.grid.at_or_before(now.0);
@@ -88,7 +88,7 @@ impl KeyedRecorder {
         }
     }
 
-    /// Takes over other boundaries.
+    /// Switches to other boundaries.
     pub fn set_grid(&mut self, grid: Grid) {
         if grid != self.grid {
             self.grid = grid;
@@ -96,7 +96,7 @@ impl KeyedRecorder {
         }
     }
 
-    /// The end of this worker: everything up to now goes into the outbox, with nothing in flight.
+    /// Ends this worker: everything up to now goes into the outbox, with nothing in flight.
     pub fn end(&mut self, now: PodNs) {
         self.close(now.0.max(self.closed_ns));
         if let Some(batch) = self.outbox.last_mut() {
@@ -107,22 +107,22 @@ impl KeyedRecorder {
         self.keys.clear();
     }
 
-    /// Drops what the leader has collected.
+    /// Drops the batches that the leader has collected.
     pub fn collected(&mut self, until_ns: u64) {
         self.outbox.retain(|batch| batch.until_ns > until_ns);
     }
 
-    /// Returns the boundaries in force.
+    /// Returns the grid in use.
     pub fn grid(&self) -> Grid {
         self.grid
     }
 
-    /// Returns the last closed boundary, or the beginning.
+    /// Returns the last closed boundary, or the time at which this recorder began.
     pub fn closed_ns(&self) -> u64 {
         self.closed_ns
     }
 
-    /// The batches that are still to be collected, oldest first.
+    /// Returns the batches that are still to be collected, oldest first.
     pub fn outbox(&self) -> &[Batch] {
         &self.outbox
     }
@@ -132,7 +132,7 @@ impl KeyedRecorder {
         self.keys.retain(|key, snapshot| {
             snapshot.advance(boundary_ns);
             keys.push((key.clone(), *snapshot));
-            // What is in flight stays; the totals begin anew.
+            // The requests in flight stay; the totals start again at zero.
             *snapshot = snapshot.less_totals_of(snapshot);
             snapshot.in_flight > 0
         });

@@ -1,4 +1,4 @@
-//! A gateway: many keys come and go.
+//! The gateway: many keys that come and go, their admission and their totals.
 
 pub mod key_admission;
 pub mod key_name;

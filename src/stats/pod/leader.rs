@@ -1,4 +1,4 @@
-//! The leader: one member, by a lease, sums the pod's figure at each boundary.
+//! The leader: the one member that holds the lease. It sums the pod's figure at each boundary.
 
 use crate::counting::grid::Grid;
 use crate::counting::snapshot::Snapshot;
@@ -7,28 +7,29 @@ use crate::pod::member::Member;
 use crate::pod::pod_state::{Lease, PodState, Slot};
 use crate::pod::store::{ATTEMPTS, Attempt, Store, StoreError, update};
 
-/// A worker that closed no boundary for five half periods is declared dead: early enough for
-/// another to report within three periods of the death.
+/// A worker that has closed no boundary for this many half periods is declared dead: early enough
+/// for another worker to report within three periods of the death.
 pub const SILENT_PERIODS_X2: u64 = 5;
-/// The lease runs out a little before the second boundary without a sign of the leader.
+/// The lease, in tenths of a period. It expires a little before the second boundary at which the
+/// leader has not renewed it.
 const LEASE_PERIODS_X10: u64 = 19;
 
-/// What a worker found when it tried to lead.
+/// The outcome of a worker's attempt to lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaderStep {
     /// Another worker leads.
     Follow,
-    /// This worker leads, and a live worker is still to close the newest boundary.
+    /// This worker leads, and a live worker has not closed the newest boundary yet.
     Wait,
-    /// This worker leads, and the newest boundary is published already.
+    /// This worker leads, and the newest boundary is already published.
     UpToDate,
     /// This worker leads and has published a new figure.
     Published {
-        /// The figure before.
+        /// The previous figure.
         previous: Snapshot,
-        /// The new one.
+        /// The new figure.
         latest: Snapshot,
-        /// What a report begins with ([`PodState::reported_since`]).
+        /// The snapshot that a report begins with ([`PodState::reported_since`]).
         since: Snapshot,
         /// The incarnation of the counters.
         incarnation: u64,
@@ -36,10 +37,11 @@ pub enum LeaderStep {
 }
 
 impl Member {
-    /// Leads if no other worker does and this one has posted: sums the pod at the newest boundary
-    /// that every live worker has closed, folds sealed slots, and publishes. `clock_offset_ns` is
-    /// this worker's ([`crate::counting::clock::Clock::offset_ns`]); while it leads, its time is
-    /// the pod's. A leader that serves requests hands over to a worker that does not.
+    /// Leads the pod if no other worker does and this one has posted: sums the pod at the newest
+    /// boundary that every live worker has closed, adds sealed slots to the ledger, and publishes
+    /// the figure. `clock_offset_ns` is this worker's offset
+    /// ([`crate::counting::clock::Clock::offset_ns`]); while this worker leads, its time is the
+    /// pod's. A leader that serves requests passes the lease to a worker that does not.
     ///
     /// # Errors
     /// [`StoreError`]; nothing was changed.
@@ -57,7 +59,7 @@ impl Member {
                 return Attempt::Keep(Ok(LeaderStep::Follow));
             }
             let (live, missing_slot) = self.remove_dead_members(store, &mut state, now);
-            // A member without its slot: this state is out of date. If it stays so, the slot is
+            // A member has no slot, so this state is out of date. If that persists, the slot is
             // corrupt.
             if missing_slot && attempt <= ATTEMPTS / 2 {
                 return Attempt::Retry;
@@ -74,7 +76,7 @@ impl Member {
         })?
     }
 
-    /// Whether this worker holds the lease, or nobody does.
+    /// Returns whether this worker holds the lease, or no worker does.
     fn may_lead(&self, state: &PodState, now: PodNs) -> bool {
         let lease_ns = state.grid.period_ns.max(1).saturating_mul(LEASE_PERIODS_X10) / 10;
         let expired = now.0 >= state.lease.renewed_ns.saturating_add(lease_ns);
@@ -82,9 +84,10 @@ impl Member {
         worker != 0 && (state.lease.holder == worker || expired)
     }
 
-    /// Moves every sealed slot into the ledger of `state`, sealing those of silent workers first.
-    /// Returns the others, and whether a member had no slot. Takes effect only when the caller's
-    /// write of `state` succeeds; until then a sealed slot is just found sealed again.
+    /// Seals the slots of silent workers, then moves every sealed slot into the ledger of `state`.
+    /// Returns the remaining slots, and whether a member had no slot. All of this takes effect only
+    /// when the caller's write of `state` succeeds; until then, a sealed slot is merely found
+    /// sealed again.
     fn remove_dead_members(&self, store: &impl Store, state: &mut PodState, now: PodNs) -> (Vec<Slot>, bool) {
         let patience_ns = state.grid.period_ns.max(1).saturating_mul(SILENT_PERIODS_X2) / 2;
         let mut live = Vec::with_capacity(state.members.len());
@@ -99,8 +102,8 @@ impl Member {
             };
             if !slot.sealed && slot.latest().as_of_ns.saturating_add(patience_ns) <= now.0 {
                 let sealed = Slot { sealed: true, closed: vec![slot.latest()], ..slot.clone() };
-                // If the write fails, it wrote just now: it lives, and what it wrote is read the
-                // next time.
+                // If this write fails, the worker has just written its slot: it is alive, and the
+                // next round reads what it wrote.
                 if self.pod.write_slot(store, &sealed, expect) {
                     slot = sealed;
                 }
@@ -117,8 +120,9 @@ impl Member {
         (live, missing_slot)
     }
 
-    /// Returns who leads from now on: this worker, or rather one without requests of its own. That
-    /// is Envoy's main thread, which is the last to end and so can report what all others left.
+    /// Returns the worker that leads from now on: preferably one without requests of its own,
+    /// otherwise this worker. A worker without requests is Envoy's main thread. It is the last to
+    /// end, and so can report what all the others left.
     fn next_leader(&self, live: &[Slot], newest_ns: u64) -> u64 {
         let worker = self.membership.worker;
         let serves = live.iter().any(|slot| slot.member == self.membership && slot.serves);
@@ -135,15 +139,15 @@ fn publish(state: &mut PodState, live: &[Slot], now: PodNs) -> LeaderStep {
     let newest_ns = live.iter().map(|slot| slot.latest().as_of_ns).min().unwrap_or(0);
     let step =
         if newest_ns < state.grid.at_or_before(now.0) { LeaderStep::Wait } else { LeaderStep::UpToDate };
-    // A worker that has just come has closed no boundary yet; its beginning is none.
-    // Nor has what a worker took at its end a later instant and less than this.
+    // A worker that has just joined has closed no boundary yet, and its start is not a boundary.
+    // And after a worker took a figure at its end, no figure of an earlier instant may follow.
     let last_ns = state.published[1].as_of_ns.max(state.last_figure_ns);
     if newest_ns <= last_ns || newest_ns != state.grid.at_or_before(newest_ns) {
         return step;
     }
     let sum = live.iter().try_fold(state.ledger, |sum, slot| Some(sum.plus(&slot.at(newest_ns)?)));
     let Some(sum) = sum else { return step };
-    // The ledger may hold counts from after the boundary; the figure is still as of it.
+    // The ledger may hold counts from after the boundary. The figure is still as of the boundary.
     let latest = Snapshot { as_of_ns: newest_ns, ..sum };
     LeaderStep::Published {
         previous: state.publish(latest, live),
@@ -153,8 +157,8 @@ fn publish(state: &mut PodState, live: &[Slot], now: PodNs) -> LeaderStep {
     }
 }
 
-/// Takes over the shortest period that a live worker asks for. A worker that has just shortened it
-/// has not said so in its slot yet: a new grid stays for as long as that may take.
+/// Adopts the shortest period that a live worker asks for. A worker that has just shortened its
+/// period has not written that into its slot yet, so a new grid stays for as long as that may take.
 fn agree_on_a_period(state: &mut PodState, live: &[Slot], now: PodNs) {
     let Grid { anchor_ns, period_ns } = state.grid;
     let settled_ns = anchor_ns.saturating_add(period_ns.saturating_mul(SILENT_PERIODS_X2) / 2);

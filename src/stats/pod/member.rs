@@ -1,4 +1,4 @@
-//! One worker as a member of its pod: it writes its slot, and leaves it sealed when it ends.
+//! A worker as a member of its pod: it writes its slot, and seals the slot when it ends.
 
 use crate::counting::recorder::Recorder;
 use crate::counting::snapshot::Snapshot;
@@ -6,38 +6,39 @@ use crate::counting::time::PodNs;
 use crate::pod::pod_state::{Lease, Membership, PodState, PodStore, Slot};
 use crate::pod::store::{ATTEMPTS, Attempt, Store, StoreError, update};
 
-/// One worker's part in the pod's figure. How it leads is in [`crate::pod::leader`].
+/// One worker's part in the pod's figure. How a member leads is in [`crate::pod::leader`].
 #[derive(Debug)]
 pub struct Member {
     pub(super) pod: PodStore,
     pub(super) membership: Membership,
     period_ns: u64,
     born: PodNs,
-    /// What of the recorder's totals was sealed under earlier memberships.
+    /// The part of the recorder's totals that was sealed under earlier memberships.
     base: Snapshot,
     /// The newest boundary written during this membership.
     posted_ns: Option<u64>,
 }
 
 impl Member {
-    /// A worker of `pod` whose recorder starts at `born`, and that is to report every `period_ns`.
+    /// Returns the member for a worker of `pod` whose recorder starts at `born` and that is to
+    /// report every `period_ns`.
     pub fn new(pod: PodStore, born: PodNs, period_ns: u64) -> Self {
         let (membership, base) = (Membership::default(), Snapshot::default());
         Self { pod, membership, period_ns, born, base, posted_ns: None }
     }
 
-    /// Returns the pod that this worker is of.
+    /// Returns the pod that this worker belongs to.
     pub fn pod(&self) -> &PodStore {
         &self.pod
     }
 
-    /// This worker is to report every `period_ns` from now on. The pod does so as often as any of
-    /// its live workers is to.
+    /// Sets the period at which this worker is to report from now on. The pod reports at the
+    /// shortest period of its live workers.
     pub fn set_period_ns(&mut self, period_ns: u64) {
         self.period_ns = period_ns;
     }
 
-    /// Returns this worker's id, drawn the first time.
+    /// Returns this worker's id, which the first call assigns.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -51,12 +52,12 @@ impl Member {
         Ok(self.membership.worker)
     }
 
-    /// Writes the closed boundaries to this worker's slot, and joins the pod if it is no member.
-    /// Returns `true` if it had been sealed as silent meanwhile: then its clock may be behind
-    /// ([`crate::counting::clock::Clock::follow`]).
+    /// Writes the closed boundaries to this worker's slot, and joins the pod if this worker is not
+    /// a member. Returns `true` if the slot had been sealed because the worker was silent. Then its
+    /// clock may be behind ([`crate::counting::clock::Clock::follow`]).
     ///
     /// # Errors
-    /// [`StoreError`]; the next post brings everything.
+    /// [`StoreError`]; the next post includes everything.
     pub fn post(&mut self, store: &impl Store, recorder: &Recorder) -> Result<bool, StoreError> {
         let newest = recorder.closed().next_back().map(|s| s.as_of_ns);
         if self.posted_ns.is_some() && newest <= self.posted_ns {
@@ -65,11 +66,12 @@ impl Member {
         self.write_slot(store, recorder, false)
     }
 
-    /// The end of this worker: everything it counted up to now goes into its slot, sealed, with
-    /// nothing in flight. Also called from a panic. Should it count on, that goes into a new slot.
+    /// Ends this worker: everything that it has counted goes into its slot, sealed, with nothing in
+    /// flight. A panic calls this, too. If the worker goes on counting, the rest goes into its slot
+    /// under a new membership.
     ///
     /// # Errors
-    /// [`StoreError`]; what was not posted before is then lost with the worker.
+    /// [`StoreError`]; whatever was not posted before is then lost with the worker.
     pub fn seal(&mut self, store: &impl Store, recorder: &Recorder) -> Result<(), StoreError> {
         self.write_slot(store, recorder, true)?;
         self.end_membership(&self.rest_of(recorder.current()));
@@ -81,10 +83,10 @@ impl Member {
         })
     }
 
-    /// Returns the figure as of right now, from what every worker posted last, and the state: for
-    /// the report that leaves when this worker ends. Workers end together, by clocks that do not
-    /// quite agree, and a receiver goes by the instant: one write of the state after the other
-    /// makes a figure that holds more the later one.
+    /// Returns the figure as of now, summed over the last posts of all workers, and the state. The
+    /// report that a worker sends at its end has this figure. Workers end together, their clocks
+    /// differ slightly, and a receiver goes by the instant. Each figure is taken in one write of
+    /// the state, so the figure that holds more also has the later instant.
     ///
     /// # Errors
     /// [`StoreError`]; nothing was changed.
@@ -114,7 +116,7 @@ impl Member {
         let key = self.pod.slot_key(self.membership.worker);
         update(store, &key, ATTEMPTS, |found: Option<Slot>| {
             if let Some(found) = found.filter(|slot| slot.sealed) {
-                // Only what is in the ledger may be overwritten.
+                // Only a slot that is in the ledger may be overwritten.
                 if let Err(error) = self.pod.fold(store, &found) {
                     return Attempt::Keep(Err(error));
                 }
@@ -125,7 +127,7 @@ impl Member {
             }
             Attempt::Write(self.slot(recorder, sealed), Ok(()))
         })??;
-        // The slot is there before the membership, so a member always has a slot.
+        // The slot is written before the membership, so a member always has a slot.
         if self.posted_ns.is_none() {
             let member = self.membership;
             self.pod.update(store, |state| {
@@ -146,7 +148,7 @@ impl Member {
         self.posted_ns = None;
     }
 
-    /// Returns what of the recorder's totals is not sealed under an earlier membership.
+    /// Returns the part of the recorder's totals that is not sealed under an earlier membership.
     fn rest_of(&self, snapshot: &Snapshot) -> Snapshot {
         snapshot.less_totals_of(&self.base)
     }

@@ -1,4 +1,4 @@
-//! What all workers of a pod agree on, as one value in the store.
+//! The pod's state: one value in the store that all workers of a pod agree on.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,33 +7,33 @@ use crate::counting::snapshot::Snapshot;
 use crate::counting::time::{MonotonicNs, PodNs};
 use crate::pod::store::{ATTEMPTS, Attempt, Expect, Store, StoreError, encode, read, update};
 
-/// What all workers of a pod agree on.
+/// The state that all workers of a pod agree on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodState {
     /// Changes whenever the counters restart at zero.
     pub incarnation: u64,
-    /// The pod's time minus the monotonic clock, wrapping.
+    /// The pod's time minus the monotonic time, wrapping.
     pub clock_offset_ns: u64,
-    /// The boundaries that all workers close at.
+    /// The boundaries at which all workers take snapshots.
     pub grid: Grid,
-    /// The last published figure, and the one before it (`PodState::publish`): the gauges are their
-    /// difference.
+    /// The two last published figures, the newer one last (`PodState::publish`). The gauges show
+    /// their difference.
     pub published: [Snapshot; 2],
     /// The last figure that the stats server acknowledged.
     pub acknowledged: Snapshot,
     /// When the counters began.
     pub started_ns: u64,
-    /// Workers that are no longer members, and whose other values are still to be cleared up by the
-    /// leader ([`PodStore::forget_departed`]).
+    /// Workers that are no longer members, and whose other values the leader still has to clean up
+    /// ([`PodStore::forget_departed`]).
     pub departed: Vec<u64>,
-    /// The instant of the newest figure that a worker took at its end.
+    /// The instant of the newest figure that a worker has taken at its end.
     pub(super) last_figure_ns: u64,
     /// The sum over the workers that are gone.
     pub(super) ledger: Snapshot,
     pub(super) lease: Lease,
-    /// Whose slots count.
+    /// The workers whose slots count.
     pub(super) members: Vec<Membership>,
-    /// Whose slots are in the last published figure.
+    /// The workers whose slots are in the last published figure.
     pub(super) summed: Vec<Membership>,
     late: Option<Late>,
     pub(super) last_worker: u64,
@@ -45,30 +45,30 @@ pub(super) struct Lease {
     pub renewed_ns: u64,
 }
 
-/// What a figure has of a worker that was not in the one before, although it had counted already:
-/// one that had been declared dead, or has just come.
+/// Marks a figure that includes a worker that was not in the previous figure although it had
+/// already counted: the worker had been declared dead, or has just joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Late {
     from_ns: u64,
     published_ns: u64,
 }
 
-/// A worker during one membership: after a seal the same worker joins again under the next epoch.
-/// Worker 0 is nobody.
+/// A worker during one membership. After a seal, the same worker joins again under the next epoch.
+/// No worker has the id 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Membership {
     pub worker: u64,
     pub epoch: u32,
 }
 
-/// A worker's snapshots, written by itself and sealed by itself or by the leader.
+/// A worker's snapshots: written by the worker, sealed by the worker or by the leader.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Slot {
     pub member: Membership,
     pub sealed: bool,
-    /// Whether requests have come to this worker: not so on Envoy's main thread.
+    /// Whether this worker has received requests. Envoy's main thread receives none.
     pub serves: bool,
-    /// How often this worker is to report, by its configurations.
+    /// The period at which this worker is to report, by its configurations.
     pub period_ns: u64,
     pub born_ns: u64,
     /// Oldest first.
@@ -80,8 +80,8 @@ impl Slot {
         self.closed.last().copied().unwrap_or(Snapshot::starting_at(self.born_ns))
     }
 
-    /// Returns the slot at a boundary; `None` if its worker has not come so far, or is much
-    /// further.
+    /// Returns the snapshot at a boundary. Returns `None` if the worker has not closed it yet, or
+    /// no longer keeps it.
     pub fn at(&self, boundary_ns: u64) -> Option<Snapshot> {
         if boundary_ns <= self.born_ns {
             return Some(Snapshot::starting_at(boundary_ns));
@@ -116,21 +116,22 @@ impl PodState {
         self.members.iter().map(|member| member.worker)
     }
 
-    /// Returns the instant up to which a leader has lived, by its clock.
+    /// Returns the last instant at which a leader renewed its lease, by the leader's clock.
     pub fn led_until(&self) -> PodNs {
         PodNs(self.lease.renewed_ns)
     }
 
-    /// Returns what a report begins with: what is acknowledged, as of the instant at which began
-    /// what is new. That lies before the last report where a worker was late.
+    /// Returns the snapshot that a report begins with: the acknowledged totals, as of the instant
+    /// at which the new counts began. If a worker was late, that instant is before the last report.
     pub fn reported_since(&self) -> Snapshot {
         let late_ns = self.late.map_or(u64::MAX, |late| late.from_ns);
         Snapshot { as_of_ns: self.acknowledged.as_of_ns.min(late_ns), ..self.acknowledged }
     }
 
-    /// Takes over a new figure. Returns the one before, with the time that requests took until then
-    /// in workers that were not in it: so the difference is the average between both. Their counts
-    /// stay out of it: each is in one difference.
+    /// Publishes a new figure and returns the previous one. The previous figure gets, in addition,
+    /// the request time until then of workers that were not in it; so the difference of the two
+    /// figures is the average between them. The counts of these workers are not added to it, so
+    /// that each count is in one difference.
     pub(super) fn publish(&mut self, latest: Snapshot, live: &[Slot]) -> Snapshot {
         let [_, mut previous] = self.published;
         for slot in live.iter().filter(|slot| !self.summed.contains(&slot.member)) {
@@ -153,7 +154,7 @@ impl PodState {
     }
 }
 
-/// One pod's values in the store, under a prefix of its own.
+/// The values of one pod in the store, under the pod's own prefix.
 #[derive(Clone, Debug)]
 pub struct PodStore {
     prefix: String,
@@ -161,18 +162,18 @@ pub struct PodStore {
 }
 
 impl PodStore {
-    /// The pod that `domain` names; equal names share their figures. The prefix holds the version
-    /// of the stored format, so that an old and a new module in one Envoy do not misread each
-    /// other.
+    /// Returns the store of the pod that `domain` names; equal names share their figures. The
+    /// prefix includes the version of the stored format, so that an old and a new module in one
+    /// Envoy do not misread each other's values.
     pub fn new(domain: &str) -> Self {
         let prefix = format!("inflight/3/{domain}");
         Self { state_key: format!("{prefix}/state"), prefix }
     }
 
-    /// Reads the state, or creates it as of `wall_ns` by the wall clock and `now` by the monotonic
-    /// one. An existing state with a longer period gets a new grid, which every worker takes over
-    /// at its next tick. One with a shorter period keeps it: that is the leader's to change, when
-    /// no worker asks for it any more.
+    /// Reads the state, or creates it as of `wall_ns` on the wall clock and `now` on the monotonic
+    /// clock. An existing state with a longer period gets a new grid, which every worker adopts at
+    /// its next tick. An existing state with a shorter period keeps its grid: the leader changes it
+    /// when no worker asks for that period any more.
     ///
     /// # Errors
     /// [`StoreError::Contended`].
@@ -191,7 +192,7 @@ impl PodStore {
                 state.grid = Grid { anchor_ns, period_ns };
                 Attempt::Write(state.clone(), state)
             }
-            // An unreadable value under our own key cannot be waited for; it is replaced.
+            // An unreadable value under our own key will not become readable, so it is replaced.
             None => {
                 let offset_ns = wall_ns.wrapping_sub(now.0);
                 let state = PodState::starting_at(PodNs(wall_ns), offset_ns, period_ns, incarnation);
@@ -200,7 +201,7 @@ impl PodStore {
         })
     }
 
-    /// Returns the state as it is now.
+    /// Returns the current state.
     ///
     /// # Errors
     /// [`StoreError::NoState`].
@@ -208,11 +209,11 @@ impl PodStore {
         read(store, &self.state_key).ok_or(StoreError::NoState)
     }
 
-    /// Notes that the stats server acknowledged everything up to `until`. Whoever sent the report:
-    /// an acknowledgement never goes back.
+    /// Records that the stats server acknowledged everything up to `until`. It does not matter
+    /// which worker sent the report: an acknowledgement never goes back.
     ///
     /// # Errors
-    /// [`StoreError`], after which the same figures are reported again; the receiver knows them.
+    /// [`StoreError`]; then the same figures are reported again, which the receiver already knows.
     pub fn acknowledge(
         &self,
         store: &impl Store,
@@ -227,10 +228,10 @@ impl PodStore {
         })
     }
 
-    /// Takes workers off the list of the departed, when everything of theirs is cleared up.
+    /// Removes workers from the list of the departed, once all their values are cleaned up.
     ///
     /// # Errors
-    /// [`StoreError`]; they are then cleared up again, which changes nothing.
+    /// [`StoreError`]; then they are cleaned up again, which changes nothing.
     pub fn forget_departed(&self, store: &impl Store, workers: &[u64]) -> Result<(), StoreError> {
         self.update(store, |state| state.departed.retain(|worker| !workers.contains(worker)))
     }
@@ -253,7 +254,7 @@ impl PodStore {
         self.key(&format!("slot/{worker:016x}"))
     }
 
-    /// Changes the state, if the change changes anything.
+    /// Changes the state. Nothing is written if the change leaves the state as it was.
     pub(super) fn update<R>(
         &self,
         store: &impl Store,
@@ -267,7 +268,7 @@ impl PodStore {
         })?
     }
 
-    /// Returns a worker's slot, if it has written one, and what a write there must expect.
+    /// Returns a worker's slot, if it has written one, and what a write to it must expect.
     pub(super) fn read_slot(&self, store: &impl Store, worker: u64) -> (Option<Slot>, Expect) {
         let Some((bytes, version)) = store.get(&self.slot_key(worker)) else {
             return (None, Expect::Absent);
@@ -279,7 +280,7 @@ impl PodStore {
         encode(slot).is_some_and(|bytes| store.set(&self.slot_key(slot.member.worker), &bytes, expect))
     }
 
-    /// Brings a sealed slot into the ledger, if that has not been done.
+    /// Adds a sealed slot to the ledger, unless that was already done.
     pub(super) fn fold(&self, store: &impl Store, slot: &Slot) -> Result<(), StoreError> {
         self.update(store, |state| {
             let members = state.members.len();

@@ -1,24 +1,24 @@
 //! The store that all workers of an Envoy share: a key-value map whose writes can be conditional on
-//! a version (compare-and-swap, CAS). Every read-modify-write of Inflight is [`update`].
+//! a version (compare-and-swap, CAS). Every read-modify-write in Inflight goes through [`update`].
 
 use std::fmt;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Attempts at a change before giving up until the next tick. Each one that fails means that
+/// Attempts at a change before it is put off to the next tick. Each failed attempt means that
 /// another worker's change went through, and an Envoy seldom has more workers than this.
 pub const ATTEMPTS: usize = 64;
 
-/// What a small value takes encoded; a larger one grows the buffer.
+/// The encoded size of a small value. A larger value grows the buffer.
 const ENCODED_BYTES: usize = 256;
 
 /// What a conditional write expects to find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
-    /// No such key.
+    /// The key does not exist.
     Absent,
-    /// The value that was read with this version.
+    /// The value is the one that was read with this version.
     Version(u32),
 }
 
@@ -26,16 +26,17 @@ pub enum Expect {
 pub trait Store {
     /// Returns the value and its version, if there is one and it can be read.
     fn get(&self, key: &str) -> Option<(Vec<u8>, u32)>;
-    /// Writes if the expectation holds; returns whether it did.
+    /// Writes the value if the expectation holds. Returns whether it did.
     fn set(&self, key: &str, value: &[u8], expect: Expect) -> bool;
 }
 
-/// Why a change of the shared state was not made. Nothing was changed; the next tick tries again.
+/// Why a change of the shared state was not made. The state did not change; the next tick tries
+/// again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreError {
     /// There is no state of this pod, or it cannot be decoded.
     NoState,
-    /// Other workers wrote between each read and its write.
+    /// At every attempt, another worker wrote between the read and the write.
     Contended,
 }
 
@@ -50,21 +51,21 @@ impl fmt::Display for StoreError {
 
 impl std::error::Error for StoreError {}
 
-/// What one attempt at a change comes to.
+/// The result of one attempt at a change.
 pub enum Attempt<T, R> {
-    /// Write the new value; if nobody else wrote in between, the change returns the result.
+    /// Write the new value. If nobody else wrote in between, the change returns the result.
     Write(T, R),
     /// Leave the value as it is and return the result.
     Keep(R),
-    /// Begin again with a fresh read.
+    /// Start again with a fresh read.
     Retry,
 }
 
-/// Changes a value by compare-and-swap. `change` gets what is there (`None` if nothing is, or
-/// nothing that decodes) and is called again whenever another worker was faster.
+/// Changes a value by compare-and-swap. `change` gets the current value (`None` if there is none,
+/// or none that decodes) and is called again whenever another worker wrote first.
 ///
 /// # Errors
-/// [`StoreError::Contended`] after so many attempts.
+/// [`StoreError::Contended`] after `attempts` attempts.
 pub fn update<T: Serialize + DeserializeOwned, R>(
     store: &impl Store,
     key: &str,
@@ -83,10 +84,10 @@ pub fn update<T: Serialize + DeserializeOwned, R>(
     })
 }
 
-/// As [`update`], for values that borrow from their bytes or are encoded together with others.
+/// Like [`update`], for values that borrow from their bytes or are encoded together with others.
 ///
 /// # Errors
-/// [`StoreError::Contended`] after so many attempts.
+/// [`StoreError::Contended`] after `attempts` attempts.
 pub fn update_bytes<R>(
     store: &impl Store,
     key: &str,
@@ -108,19 +109,20 @@ pub fn update_bytes<R>(
     Err(StoreError::Contended)
 }
 
-/// Returns a value's bytes. Not measured first: the breaker encodes twice a request.
+/// Returns a value's bytes. The size is not measured first, because the breaker encodes twice per
+/// request.
 pub fn encode<T: Serialize + ?Sized>(value: &T) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(ENCODED_BYTES);
     bincode::serialize_into(&mut bytes, value).ok().map(|()| bytes)
 }
 
-/// Returns a value, if it is there and decodes.
+/// Returns a value, if it exists and decodes.
 pub fn read<T: DeserializeOwned>(store: &impl Store, key: &str) -> Option<T> {
     let (bytes, _) = store.get(key)?;
     bincode::deserialize(&bytes).ok()
 }
 
-/// Writes a value that no other worker writes. Returns whether it was written.
+/// Writes a value that only this worker writes. Returns whether the write succeeded.
 pub fn write<T: Serialize + ?Sized>(store: &impl Store, key: &str, value: &T) -> bool {
     let expect = store.get(key).map_or(Expect::Absent, |(_, version)| Expect::Version(version));
     encode(value).is_some_and(|bytes| store.set(key, &bytes, expect))

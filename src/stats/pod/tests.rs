@@ -18,7 +18,7 @@ const START: u64 = 1_000_000;
 struct Worker {
     recorder: Recorder,
     member: Member,
-    /// What of it can still be known if it dies without a word.
+    /// The part of its counts that is known if it dies without sealing its slot.
     posted: Snapshot,
 }
 
@@ -109,7 +109,7 @@ fn a_leader_that_serves_hands_over_to_one_that_does_not() {
     busy.tick(&store, START + 3 * PERIOD);
     assert_eq!(published(idle.tick(&store, START + 3 * PERIOD)).requests, 1);
     assert_eq!(busy.tick(&store, START + 3 * PERIOD + 1), LeaderStep::Follow);
-    // It stays so, and there is nobody to hand over to when the idle one is gone.
+    // This stays so. When the idle worker is gone, there is no worker to pass the lease to.
     drop(idle);
     for tenth in 31..60 {
         if let LeaderStep::Published { latest, .. } = busy.tick(&store, START + tenth * PERIOD / 10) {
@@ -174,7 +174,7 @@ fn what_a_slow_worker_counted_is_said_to_be_of_the_time_that_it_covers_and_the_g
     assert_eq!(latest.since(&previous).unwrap().average_milli(), 4_000);
     assert_eq!((since.as_of_ns, since.request_ns), (START + 2 * PERIOD, 0));
     assert_eq!(latest.since(&since).unwrap().average_milli(), 4_000);
-    // The same until it is acknowledged, then no more.
+    // The report begins there until it is acknowledged.
     assert_eq!(pod.state(&store).unwrap().reported_since(), since);
     pod.acknowledge(&store, 7, &latest).unwrap();
     assert_eq!(pod.state(&store).unwrap().reported_since(), latest);
@@ -210,7 +210,7 @@ fn a_worker_that_ends_leaves_its_counts_and_the_lease() {
     assert_eq!((last.requests, last.in_flight, last.as_of_ns), (2, 0, START + PERIOD + 30));
     let figure = published(other.tick(&store, START + 2 * PERIOD));
     assert_eq!((figure.requests, figure.in_flight), (2, 0));
-    // Should it go on counting after all (the same VM gets the filter again), nothing doubles.
+    // If it does go on counting (the same VM gets the filter again), nothing is counted twice.
     leader.recorder.request_in(PodNs(START + 2 * PERIOD + 1), Origin::Direct);
     leader.tick(&store, START + 3 * PERIOD);
     let figure = published(other.tick(&store, START + 3 * PERIOD));
@@ -247,7 +247,8 @@ fn the_period_is_the_shortest_that_a_live_worker_asks_for() {
     let store = Map::default();
     let (mut stays, mut changes) = (Worker::new(&store, START), Worker::new(&store, START));
     let mut now = START;
-    // The period in force after so many periods of ticks, and how old the last figure is then.
+    // Returns the period in effect after `periods` periods of ticks, and the age of the last figure
+    // then.
     let mut pass = |workers: &mut [&mut Worker], periods: u64| {
         for tenth in 1..=periods * 10 {
             for worker in workers.iter_mut() {
@@ -265,20 +266,20 @@ fn the_period_is_the_shortest_that_a_live_worker_asks_for() {
     assert_eq!(pass(&mut [&mut stays, &mut changes], 5).0, PERIOD, "one of them asks for it still");
     stays.member.set_period_ns(4 * PERIOD);
     assert_eq!(pass(&mut [&mut stays, &mut changes], 10).0, 4 * PERIOD);
-    // A worker that opens the pod with a shorter one is heard at once, and not overruled before it
-    // has posted.
+    // A worker that opens the pod with a shorter period takes effect at once, and is not overruled
+    // before it has posted.
     let opened = changes.member.pod.open(&store, MonotonicNs(START + 20 * PERIOD), 0, PERIOD, 8).unwrap();
     changes.member.set_period_ns(PERIOD);
     assert_eq!(opened.grid, Grid { anchor_ns: START + 20 * PERIOD, period_ns: PERIOD });
     let (period_ns, age_ns) = pass(&mut [&mut stays, &mut changes], 3);
     assert_eq!(period_ns, PERIOD);
     assert!(age_ns <= PERIOD, "{age_ns}");
-    // Its end ends that.
+    // When that worker ends, its period ends, too.
     changes.member.seal(&store, &changes.recorder).unwrap();
     assert_eq!(pass(&mut [&mut stays], 10).0, 4 * PERIOD);
 }
 
-/// A store in which other workers act between any two steps of one.
+/// A store in which other workers act between any two steps of one worker.
 struct Interleaved<'a> {
     map: &'a Map,
     dice: RefCell<Dice>,
@@ -291,7 +292,8 @@ impl Store for Interleaved<'_> {
     }
 
     fn set(&self, key: &str, value: &[u8], expect: Expect) -> bool {
-        // As if another worker had written in between: the version moves, the value stays.
+        // Acts as if another worker had written in between: the version changes, the value does
+        // not.
         if self.dice.borrow_mut().roll(self.fail) == 0
             && let Some((value, version)) = self.map.get(key)
         {
@@ -323,12 +325,12 @@ fn whatever_dies_or_hangs_every_posted_count_is_in_the_sum_exactly_once() {
                 }
             }
             match dice.roll(12) {
-                // Dies in the middle of anything: what it posted stays.
+                // A worker dies at any moment: what it posted stays.
                 0 if workers.len() > 1 => {
                     let dead = workers.swap_remove(dice.roll(workers.len() as u64) as usize);
                     gone = gone.plus(&dead.posted.finished());
                 }
-                // Ends, or panics: everything stays.
+                // A worker ends, or panics: all its counts stay.
                 1 if workers.len() > 1 => {
                     let mut ending = workers.swap_remove(dice.roll(workers.len() as u64) as usize);
                     ending.member.seal(&store, &ending.recorder).unwrap();
@@ -339,13 +341,14 @@ fn whatever_dies_or_hangs_every_posted_count_is_in_the_sum_exactly_once() {
                 }
                 _ => {}
             }
-            // Some ticks do not come, so that now and then a live worker is sealed as silent.
+            // Some ticks are skipped, so that now and then a live worker is sealed as silent.
             for worker in &mut workers {
                 if dice.roll(3) > 0
                     && let LeaderStep::Published { previous, latest, .. } =
                         worker.tick(&store, boundary + dice.roll(300))
                 {
-                    // But for the time in workers that were not in the last figure.
+                    // Equal except for the request time of workers that were not in the last
+                    // figure.
                     let Snapshot { request_ns, proxied_request_ns, .. } = previous;
                     assert_eq!(
                         previous,
@@ -358,7 +361,7 @@ fn whatever_dies_or_hangs_every_posted_count_is_in_the_sum_exactly_once() {
                 }
             }
         }
-        // Quiet: everybody ticks until all is published.
+        // Quiet phase: all workers tick until everything is published.
         for step in 61..=70u64 {
             for worker in &mut workers {
                 worker.tick(&store, START + step * PERIOD);
@@ -384,7 +387,7 @@ fn workers_on_threads_agree() {
                     for step in 1..=200u64 {
                         worker.recorder.request_in(PodNs(START + step * PERIOD - 1), Origin::Direct);
                         worker.recorder.request_out(PodNs(START + step * PERIOD - 1), Origin::Direct);
-                        // Contention is allowed to postpone, never to lose.
+                        // Contention may postpone counts, but never lose them.
                         worker.recorder.advance(PodNs(START + step * PERIOD));
                         let _ = worker.member.post(map, &worker.recorder);
                         let _ = worker.member.lead(map, PodNs(START + step * PERIOD), 0);
@@ -415,8 +418,8 @@ fn in_whatever_order_workers_end_their_last_reports_together_hold_everything() {
                 truth += 1;
             }
         }
-        // Each seals its slot, then takes the figure; others act in between, by clocks that do not
-        // quite agree.
+        // Each worker seals its slot and then takes the figure. Others act in between, and their
+        // clocks differ slightly.
         let mut ending: Vec<(usize, Option<u64>)> = (0..3).map(|worker| (worker, None)).collect();
         let mut sent: Vec<(Snapshot, Snapshot)> = Vec::new();
         let (mut known, mut counted) = (None, 0);
