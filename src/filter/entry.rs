@@ -1,4 +1,5 @@
-//! What Envoy calls: proxy-wasm's contexts, each handed on to the type that does the work.
+//! The entry: proxy-wasm's contexts as Envoy calls them. Each passes its callbacks on to the type
+//! that does the work.
 
 use std::rc::Rc;
 
@@ -18,7 +19,7 @@ thread_local! {
 }
 
 proxy_wasm::main! {{
-    // Envoy filters its component `wasm` too; this only keeps traces from being formatted.
+    // Envoy filters its component `wasm`, too. This level only avoids formatting traces.
     proxy_wasm::set_log_level(LogLevel::Info);
     panic_hook::install(|| WORKERS.with(|workers| workers.seal_all()));
     proxy_wasm::set_root_context(|id| Box::new(Root::new(Envoy, id, WORKERS.with(Rc::clone))));
@@ -56,7 +57,7 @@ impl RootContext for Root<Envoy> {
             Role::Sidecar(sidecar) => Box::new(SidecarStream::new(id, sidecar)),
             Role::Gateway(gateway) => Box::new(GatewayStream::new(id, Rc::clone(gateway))),
             Role::Exporter(exporter) => Box::new(ExporterStream(Rc::clone(exporter))),
-            // A stream before any configuration: the SDK would panic on None.
+            // A stream that begins before any configuration. For `None` the SDK would panic.
             Role::Unconfigured => Box::new(Uncounted),
         })
     }

@@ -1,4 +1,4 @@
-//! Faults on request, for tests of what happens after. Not part of a shipped module.
+//! Faults on request, for tests of their consequences. Not part of a shipped module.
 
 use inflight_stats::pod::store::Expect;
 
@@ -6,8 +6,8 @@ use crate::host::{HeaderMap, Host};
 
 const KEY: &str = "inflight/fault";
 
-/// `x-inflight-fault: panic` and `trap` end this worker's VM; `panic-leader` and `trap-leader`
-/// leave a note that ends the leader's.
+/// Handles the header `x-inflight-fault`: `panic` and `trap` end this worker's VM; `panic-leader`
+/// and `trap-leader` leave a note that ends the leader's VM.
 pub fn of_request(host: impl Host) {
     match host.header(HeaderMap::Request, "x-inflight-fault").as_deref() {
         Some(b"panic") => boom(),
@@ -20,7 +20,7 @@ pub fn of_request(host: impl Host) {
     }
 }
 
-/// Called by the leader after its report.
+/// Handles such a note. The leader calls this after its report.
 pub fn of_leader(host: impl Host) {
     let Some((note, version)) = host.get(KEY) else { return };
     if note.is_empty() || !host.set(KEY, b"", Expect::Version(version)) {

@@ -13,18 +13,18 @@ use crate::roles::sidecar::Sidecar;
 use crate::vm::report_sender::{EncodedReport, post_report};
 use crate::vm::workers::{SharedWorker, Workers};
 
-/// A configured plugin. Without a configuration (before `on_configure`) it counts nothing.
+/// A configured plugin. Before `on_configure` it has no configuration and counts nothing.
 pub struct Root<H: Host> {
     host: H,
     id: u32,
     workers: Rc<Workers<H>>,
     role: Role<H>,
-    /// Calls carrying the final reports. While any is unanswered, `on_done` has returned false and
-    /// this context is kept alive.
+    /// Calls that carry the final reports. While any of them is unanswered, `on_done` has returned
+    /// false and this context is kept alive.
     last_calls: Vec<u32>,
 }
 
-/// What a root context is configured to do.
+/// The role for which a root context is configured.
 pub enum Role<H: Host> {
     Unconfigured,
     Sidecar(Box<Sidecar<H>>),
@@ -32,7 +32,7 @@ pub enum Role<H: Host> {
     Exporter(Rc<Exporter<H>>),
 }
 
-/// What the roles that count have in common.
+/// The data that the counting roles have in common.
 struct Counting<'a, H: Host> {
     config: &'a Config,
     token: Option<&'a str>,
@@ -56,22 +56,22 @@ impl<H: Host> Role<H> {
 }
 
 impl<H: Host> Root<H> {
-    /// A root context of the VM that has these workers.
+    /// Returns a root context of the VM that has these workers.
     pub fn new(host: H, id: u32, workers: Rc<Workers<H>>) -> Self {
         Self { host, id, workers, role: Role::Unconfigured, last_calls: Vec::new() }
     }
 
-    /// Returns what this root context does, and so what becomes of its streams.
+    /// Returns the role of this root context, which is also the role of its streams.
     pub fn role(&self) -> &Role<H> {
         &self.role
     }
 
-    /// Takes over the plugin's configuration. Returns `false` if it is refused.
+    /// Applies the plugin's configuration. Returns `false` if it is refused.
     pub fn on_configure(&mut self) -> bool {
         match self.configure() {
             Ok(role) => {
                 if role.counting().is_some() {
-                    // The first tick sets the pace.
+                    // The first tick sets the interval.
                     self.host.tick_in(1);
                 }
                 self.role = role;
@@ -103,7 +103,7 @@ impl<H: Host> Root<H> {
         Ok(Role::Sidecar(Box::new(Sidecar { host, config, token, proxied_header, worker })))
     }
 
-    /// Returns the bearer token for the stats server, if there is to be one.
+    /// Returns the bearer token for the stats server, if one is configured.
     fn token(&self, config: &Config) -> Result<Option<String>, String> {
         let name = config.statserver.as_ref().and_then(|server| server.token_env.as_ref());
         let Some(name) = name else { return Ok(None) };
@@ -116,13 +116,13 @@ impl<H: Host> Root<H> {
         Ok(Some(token))
     }
 
-    /// Returns a string of the node's metadata; empty if it is not there.
+    /// Returns a string of the node's metadata; empty if there is none.
     fn node_metadata(&self, path: &[&str]) -> String {
         let value = self.host.property(&format!("xds\0node\0metadata\0{}", path.join("\0")));
         value.and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default()
     }
 
-    /// The timer is due.
+    /// Runs the worker's tick, when the timer is due.
     pub fn on_tick(&mut self) {
         if !self.last_calls.is_empty() {
             return;
@@ -140,7 +140,7 @@ impl<H: Host> Root<H> {
         }
     }
 
-    /// Messages from other workers have come.
+    /// Reads the messages that have come from other workers.
     pub fn on_queue_ready(&mut self) {
         let Role::Sidecar(sidecar) = &self.role else { return };
         let Ok(mut worker) = sidecar.worker.try_borrow_mut() else { return };
@@ -152,7 +152,7 @@ impl<H: Host> Root<H> {
         }
     }
 
-    /// The stats server answered a call, or Envoy did in its place.
+    /// Handles the answer to a call, from the stats server or from Envoy in its place.
     pub fn on_http_call_response(&mut self, call: u32, body_bytes: usize) {
         let host = self.host;
         let Some(Counting { worker, .. }) = self.role.counting() else { return };
@@ -174,9 +174,10 @@ impl<H: Host> Root<H> {
         }
     }
 
-    /// This context is to end. A call ends with the context that made it. So where a configuration
-    /// goes and Envoy stays, the context asks for time (`false`) until its last report is answered,
-    /// or given up by Envoy after the call's timeout. Where Envoy itself ends, nobody waits.
+    /// Ends this context. A call ends with the context that made it. So when a configuration ends
+    /// and Envoy stays, the context asks for more time (`false`) until its last report is answered,
+    /// or until Envoy gives it up after the call's timeout. When Envoy itself ends, nothing waits
+    /// for the answer.
     pub fn on_done(&mut self) -> bool {
         let Some(counting) = self.role.counting() else { return true };
         let worker = counting.worker.try_borrow_mut();

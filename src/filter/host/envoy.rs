@@ -1,5 +1,5 @@
-//! Envoy as the [`Host`]. The SDK's wrappers panic on any status they did not expect (and on a
-//! header that is not UTF-8); here every failure is a value.
+//! Envoy as the [`Host`]. The SDK's wrappers panic on any status that they do not expect (and on a
+//! header that is not UTF-8). Here every failure is a value.
 
 use std::ptr::null_mut;
 
@@ -89,7 +89,7 @@ unsafe extern "C" {
 #[derive(Clone, Copy, Debug)]
 pub struct Envoy;
 
-/// Bytes that the host allocated in this module's memory and gave away.
+/// Takes ownership of bytes that the host allocated in this module's memory.
 ///
 /// # Safety
 /// `data` is null, or was allocated by this module's allocator with exactly `size` bytes.
@@ -103,7 +103,7 @@ unsafe fn owned(data: *mut u8, size: usize) -> Vec<u8> {
 
 fn buffer(buffer: u32, max_bytes: usize) -> Vec<u8> {
     let (mut data, mut size) = (null_mut(), 0);
-    // SAFETY: the host writes an allocation of its own making through valid pointers.
+    // SAFETY: the host writes its own allocation through valid pointers.
     unsafe {
         match proxy_get_buffer_bytes(buffer, 0, max_bytes, &mut data, &mut size) {
             OK => owned(data, size),
@@ -112,8 +112,8 @@ fn buffer(buffer: u32, max_bytes: usize) -> Vec<u8> {
     }
 }
 
-/// A header map as proxy-wasm writes it: the count, all lengths, then names and values, each with a
-/// zero byte.
+/// Serializes a header map as proxy-wasm does: the count, all lengths, then names and values, each
+/// followed by a zero byte.
 fn serialized(headers: &[(&str, &str)]) -> Vec<u8> {
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
     let mut bytes = number(headers.len()).to_vec();
@@ -128,8 +128,8 @@ fn serialized(headers: &[(&str, &str)]) -> Vec<u8> {
 }
 
 impl Host for Envoy {
-    /// proxy-wasm itself has only the wall clock. A host without WASI's clock gets that, and then
-    /// its steps are cut by the pod's clock.
+    /// proxy-wasm itself offers only the wall clock. On a host without WASI's clock this returns
+    /// the wall clock; the pod's clock then limits its steps.
     fn monotonic(self) -> MonotonicNs {
         const MONOTONIC: u32 = 1;
         let mut time = 0;
@@ -148,9 +148,9 @@ impl Host for Envoy {
     }
 
     fn tick_in(self, milliseconds: u64) {
-        // 0 would mean never.
+        // 0 would disable the timer.
         let period = u32::try_from(milliseconds).unwrap_or(u32::MAX).max(1);
-        // SAFETY: no memory changes hands.
+        // SAFETY: the call passes no pointers.
         if unsafe { proxy_set_tick_period_milliseconds(period) } != OK {
             log::error!("inflight: the host refused a tick period of {period} ms");
         }
@@ -165,20 +165,19 @@ impl Host for Envoy {
     }
 
     fn set_effective_context(self, context: u32) -> bool {
-        // SAFETY: no memory changes hands.
+        // SAFETY: the call passes no pointers.
         unsafe { proxy_set_effective_context(context) == OK }
     }
 
     fn complete_done(self) {
-        // SAFETY: no memory changes hands. A context that is not about to end is NotFound, which is
-        // as good.
+        // SAFETY: the call passes no pointers. For a context that is not about to end it returns
+        // NotFound, which does no harm.
         unsafe { proxy_done() };
     }
 
     fn header(self, map: HeaderMap, name: &str) -> Option<Vec<u8>> {
         let (mut data, mut size) = (null_mut(), 0);
-        // SAFETY: the host reads the name and writes an allocation of its own making through valid
-        // pointers.
+        // SAFETY: the host reads the name and writes its own allocation through valid pointers.
         unsafe {
             let status =
                 proxy_get_header_map_value(map as u32, name.as_ptr(), name.len(), &mut data, &mut size);
@@ -187,7 +186,7 @@ impl Host for Envoy {
     }
 
     fn set_header(self, map: HeaderMap, name: &str, value: &[u8]) {
-        // SAFETY: the host reads name and value.
+        // SAFETY: the host reads the name and the value.
         unsafe {
             proxy_replace_header_map_value(
                 map as u32,
@@ -217,7 +216,7 @@ impl Host for Envoy {
 
     fn continue_request(self) {
         const REQUEST: u32 = 0;
-        // SAFETY: no memory changes hands.
+        // SAFETY: the call passes no pointers.
         unsafe {
             proxy_continue_stream(REQUEST);
         }
@@ -242,7 +241,7 @@ impl Host for Envoy {
         }
     }
 
-    /// Through the SDK, which hands the answer to the context that called.
+    /// Goes through the SDK, which passes the answer to the context that made the call.
     fn http_call(self, call: HttpCall) -> Result<u32, String> {
         let HttpCall { cluster, headers, body, timeout } = call;
         proxy_wasm::hostcalls::dispatch_http_call(cluster, headers, Some(body), vec![], timeout)
@@ -286,8 +285,8 @@ impl Host for Envoy {
     }
 
     fn record_metric(self, metric: u32, value: u64) {
-        // SAFETY: no memory changes hands. An unknown number is answered by a status, and there is
-        // nothing to do.
+        // SAFETY: the call passes no pointers. For an unknown number it returns an error status,
+        // about which there is nothing to do.
         unsafe { proxy_record_metric(metric, value) };
     }
 
@@ -313,13 +312,13 @@ impl Store for Envoy {
     }
 
     fn set(&self, key: &str, value: &[u8], expect: Expect) -> bool {
-        // To the host 0 means "whatever is there". It counts versions up from 1 and compares only
-        // if the key exists, so the largest number stands for "must not exist".
+        // To the host, version 0 means "whatever is there". It counts versions up from 1 and
+        // compares only if the key exists, so the largest number means "must not exist".
         let cas = match expect {
             Expect::Absent => u32::MAX,
             Expect::Version(version) => version.max(1),
         };
-        // SAFETY: the host reads key and value.
+        // SAFETY: the host reads the key and the value.
         unsafe { proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), cas) == OK }
     }
 }

@@ -1,16 +1,16 @@
-//! Handles of Envoy's stats. One that the host refused to define records nothing.
+//! Handles of Envoy's stats. A handle that the host refused to define records nothing.
 
 use crate::host::{Host, MetricKind};
 
-/// A stat that only grows, added to by every VM.
+/// A stat that only grows. Every VM adds to it.
 #[derive(Clone, Copy, Debug)]
 pub struct Counter(Option<u32>);
 
-/// A stat that is set, by the leader, or that every VM has a part of.
+/// A stat that the leader sets, or to which every VM contributes its part.
 #[derive(Clone, Copy, Debug)]
 pub struct Gauge(Option<u32>);
 
-/// A stat of values, added to by every VM.
+/// A stat of single values. Every VM adds values to it.
 #[derive(Clone, Copy, Debug)]
 pub struct Histogram(Option<u32>);
 
@@ -19,7 +19,7 @@ impl Counter {
         Self(host.define_metric(MetricKind::Counter, name))
     }
 
-    /// A handle that records nothing.
+    /// Returns a handle that records nothing.
     pub const fn none() -> Self {
         Self(None)
     }
@@ -36,7 +36,7 @@ impl Gauge {
         Self(host.define_metric(MetricKind::Gauge, name))
     }
 
-    /// A handle that records nothing.
+    /// Returns a handle that records nothing.
     pub const fn none() -> Self {
         Self(None)
     }
@@ -47,7 +47,7 @@ impl Gauge {
         }
     }
 
-    /// Changes this VM's part of a gauge that all VMs add to.
+    /// Changes this VM's part of a gauge that all VMs contribute to.
     pub fn adjust(self, host: impl Host, to: u64, from: u64) {
         if let Some(metric) = self.0
             && to != from

@@ -1,5 +1,5 @@
-//! The boundary to the host: every call that the plugin makes of it, as one trait. [`Host`] is
-//! Envoy in the shipped module (`envoy`) and a simulated one in this crate's tests.
+//! The boundary to the host: every host call that the plugin makes, as one trait. [`Host`] is Envoy
+//! in the shipped module (`envoy`), and a simulated host in this crate's tests.
 
 #[cfg(target_arch = "wasm32")]
 pub mod envoy;
@@ -28,17 +28,17 @@ pub enum MetricKind {
     Histogram = 2,
 }
 
-/// A message queue between workers.
+/// A mailbox: a message queue of one worker, to which other workers post.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mailbox(pub u32);
 
 impl Mailbox {
-    /// What stands for a mailbox where the host gave none. Nothing arrives in it: grants are then
+    /// Stands for a mailbox where the host gave none. No message arrives in it; grants are then
     /// found at the tick.
     pub const NONE: Self = Self(u32::MAX);
 }
 
-/// An HTTP call to make.
+/// An HTTP call to be made.
 pub struct HttpCall<'a> {
     /// The Envoy cluster to call.
     pub cluster: &'a str,
@@ -47,10 +47,10 @@ pub struct HttpCall<'a> {
     pub timeout: Duration,
 }
 
-/// The host. No call panics; what fails is a value, or has no effect.
+/// The host. No call panics. A call that fails returns a value that says so, or has no effect.
 ///
-/// Contexts, streams among them, go by the numbers that the host gave them. A call concerns the
-/// context in effect: the one that was called back, or the one that was set last.
+/// Contexts, including streams, are identified by the numbers that the host gave them. A call
+/// concerns the context in effect: the one that the host called, or the one that was set last.
 pub trait Host: Store + Copy + 'static {
     /// Returns the process's monotonic clock, the same for all its threads.
     fn monotonic(self) -> MonotonicNs;
@@ -58,8 +58,8 @@ pub trait Host: Store + Copy + 'static {
     /// Returns nanoseconds since 1970 by the wall clock; 0 if the host has none.
     fn wall_ns(self) -> u64;
 
-    /// Sets the next tick of this root context to so many milliseconds from now (at least one), and
-    /// those after it to that distance. Called from a tick, it re-arms the timer.
+    /// Sets the next tick of this root context to `milliseconds` from now (at least one), and
+    /// further ticks to that interval. Called from a tick, it re-arms the timer.
     fn tick_in(self, milliseconds: u64);
 
     /// Returns the configuration of the plugin whose root context is in effect.
@@ -68,32 +68,32 @@ pub trait Host: Store + Copy + 'static {
     /// Returns a variable of the VM's environment.
     fn environment(self, name: &str) -> Option<String>;
 
-    /// Puts another context into effect. Returns `false` if there is no such context (any more).
+    /// Puts another context into effect. Returns `false` if there is no such context, or no longer.
     fn set_effective_context(self, context: u32) -> bool;
 
     /// Completes a deferred `on_done` of the root context in effect.
     fn complete_done(self);
 
-    /// Returns the value of a header, if it is there. `name` is in lower case.
+    /// Returns the value of a header, if the header exists. `name` is in lower case.
     fn header(self, map: HeaderMap, name: &str) -> Option<Vec<u8>>;
 
-    /// Sets a header to one value, whatever it was.
+    /// Sets a header to one value, whatever its value was.
     fn set_header(self, map: HeaderMap, name: &str, value: &[u8]);
 
-    /// Takes a header away, if it is there.
+    /// Removes a header, if it exists.
     fn remove_header(self, map: HeaderMap, name: &str);
 
     /// Returns a property; `path` has a zero byte between its parts.
     fn property(self, path: &str) -> Option<Vec<u8>>;
 
-    /// Lets the paused request in effect go on, after this callback has returned.
+    /// Resumes the paused request in effect, after this callback has returned.
     fn continue_request(self);
 
     /// Answers the request in effect.
     fn respond(self, status: u32, body: &[u8], headers: &[(&str, &str)]);
 
-    /// Makes an HTTP call from the context in effect. Returns its number; the answer comes to the
-    /// context that made the call, and only while that exists.
+    /// Makes an HTTP call from the context in effect. Returns the call's number. The answer comes
+    /// to the context that made the call, and only while that context exists.
     ///
     /// # Errors
     /// Why the host refused the call.
@@ -102,17 +102,17 @@ pub trait Host: Store + Copy + 'static {
     /// Returns the beginning of the body of the answer to an HTTP call.
     fn call_response_body(self, max_bytes: usize) -> Vec<u8>;
 
-    /// Returns the mailbox of a name, made or taken over: the host calls this VM's root context
-    /// when there is something in it.
+    /// Returns the mailbox with a name, which is created if need be. The host calls this VM's root
+    /// context when there is a message in it.
     fn mailbox(self, name: &str) -> Option<Mailbox>;
 
-    /// Puts a message into another worker's mailbox. Returns whether that worked.
+    /// Posts a message to another worker's mailbox. Returns whether that succeeded.
     fn post(self, mailbox: Mailbox, message: &[u8]) -> bool;
 
-    /// Takes the next message, if there is one.
+    /// Takes the next message out of a mailbox, if there is one.
     fn next_message(self, mailbox: Mailbox) -> Option<Vec<u8>>;
 
-    /// Returns the number of a stat, if the host defines it.
+    /// Returns the number of a stat, if the host accepts its definition.
     fn define_metric(self, kind: MetricKind, name: &str) -> Option<u32>;
 
     /// Sets a gauge, or adds a value to a histogram.
@@ -124,8 +124,9 @@ pub trait Host: Store + Copy + 'static {
     /// Returns the size of this VM's memory in bytes; it never shrinks.
     fn memory_bytes(self) -> u64;
 
-    /// Does something in the context of each of several streams, then goes back to `home`. A stream
-    /// that is gone is left out: what is done would happen to whichever context is in effect.
+    /// Performs an action in the context of each of several streams, then goes back to `home`. A
+    /// stream that no longer exists is skipped; otherwise the action would concern whichever
+    /// context is in effect.
     fn for_each_stream(self, streams: &[u32], home: u32, mut action: impl FnMut()) {
         for &stream in streams {
             if self.set_effective_context(stream) {
@@ -137,12 +138,12 @@ pub trait Host: Store + Copy + 'static {
         }
     }
 
-    /// Does something in another context than the present one, `home`.
+    /// Performs an action in another context than the present one, `home`.
     fn in_context(self, context: u32, home: u32, action: impl FnMut()) {
         self.for_each_stream(&[context], home, action);
     }
 
-    /// Lets paused requests go on. Called in the context `home`.
+    /// Resumes paused requests. Called in the context `home`.
     fn resume(self, streams: &[u32], home: u32) {
         self.for_each_stream(streams, home, || self.continue_request());
     }
@@ -152,20 +153,20 @@ pub trait Host: Store + Copy + 'static {
         self.for_each_stream(streams, home, || self.respond(status, body, headers));
     }
 
-    /// Returns the code that the client was sent; 0 if the stream ended before any response. At a
-    /// stream's end the response's headers are those that were sent, local replies included; a
-    /// header costs a tenth of the property `response.code`.
+    /// Returns the code that the client was sent; 0 if the stream ended before any response. At the
+    /// end of a stream, the response's headers are those that were sent, including local replies.
+    /// Reading a header costs a tenth of the property `response.code`.
     fn response_code(self) -> u16 {
         let status = self.header(HeaderMap::Response, ":status");
         status.and_then(|text| std::str::from_utf8(&text).ok()?.parse().ok()).unwrap_or(0)
     }
 
-    /// Whether Envoy or the client ended the stream while the app may still have been at work on
-    /// it, by Envoy's response flags.
+    /// Returns whether Envoy or the client ended the stream while the app may still have been
+    /// working on it, by Envoy's response flags.
     fn was_aborted(self) -> bool {
-        // Timeouts of the upstream (UT), of the stream (SI) and later additions, a local reset
-        // (LR), a client that went away (DC). The others mean that the app ended it, or never had
-        // it.
+        // Timeouts of the upstream (UT) and of the stream (SI) and flags added to Envoy later, a
+        // local reset (LR), a client that disconnected (DC). All other flags mean that the app
+        // ended the stream, or never had it.
         const UT: u64 = 0x4;
         const LR: u64 = 0x8;
         const DC: u64 = 0x4000;

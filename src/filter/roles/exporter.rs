@@ -1,5 +1,5 @@
 //! The role `exporter`: the pod's figures at `/metrics`, read from the shared data that the pod's
-//! workers keep; it counts nothing itself.
+//! workers write. The exporter itself counts nothing.
 
 use std::rc::Rc;
 
@@ -11,7 +11,7 @@ use proxy_wasm::types::Action;
 
 use crate::host::{HeaderMap, Host};
 
-/// What all requests to one exporter share.
+/// The data that all requests to one exporter share.
 pub struct Exporter<H> {
     pub host: H,
     pub config: Config,
@@ -22,7 +22,7 @@ pub struct Exporter<H> {
 pub struct ExporterStream<H>(pub Rc<Exporter<H>>);
 
 impl<H: Host> ExporterStream<H> {
-    /// The request's headers have come: answers it.
+    /// Answers the request, when its headers arrive.
     pub fn on_request_headers(&mut self) -> Action {
         let Exporter { host, config, pod } = &*self.0;
         let header = |name| host.header(HeaderMap::Request, name);

@@ -18,7 +18,7 @@ use crate::vm::keyed_worker::KeyedRequest;
 use crate::vm::report_sender::post_report;
 use crate::vm::workers::SharedWorker;
 
-/// What all requests through one gateway share.
+/// The data that all requests through one gateway share.
 pub struct Gateway<H: Host> {
     pub host: H,
     pub root: u32,
@@ -27,7 +27,7 @@ pub struct Gateway<H: Host> {
     pub worker: SharedWorker<H>,
 }
 
-/// A stream: counted under its key while it lasts.
+/// A stream. Its request counts under its key while the stream lasts.
 pub struct GatewayStream<H: Host> {
     id: u32,
     gateway: Rc<Gateway<H>>,
@@ -39,7 +39,7 @@ impl<H: Host> GatewayStream<H> {
         Self { id, gateway, counted: None }
     }
 
-    /// The request's headers have come.
+    /// Counts the request, when its headers arrive.
     pub fn on_request_headers(&mut self) -> Action {
         let Gateway { host, config, .. } = &*self.gateway;
         let host = *host;
@@ -47,9 +47,9 @@ impl<H: Host> GatewayStream<H> {
         if self.counted.is_some() {
             return Action::Continue;
         }
-        // Whatever the client said of itself goes: a request is a probe to the sidecar by its
-        // headers, and proxied only if it is counted here. First the key, because Envoy looks for
-        // another route when a header changes.
+        // What the client claims about the request is removed: by these headers the sidecar would
+        // take it for a probe, and it is proxied only if it is counted here. The key is read first,
+        // because Envoy chooses the route anew when a header changes.
         let kubelet_probe = host.header(HeaderMap::Request, KUBELET_PROBE_HEADER).is_some();
         let network_probe = host.header(HeaderMap::Request, NETWORK_PROBE_HEADER);
         let routing_probe = network_probe.as_deref().is_some_and(|value| self.is_routing_probe(value));
@@ -84,7 +84,8 @@ impl<H: Host> GatewayStream<H> {
         }
     }
 
-    /// Counts a probe that is passed on as one without a key. Returns `false`: it is not proxied.
+    /// Counts a probe that is passed on as a request without a key. Returns `false`: it is not
+    /// proxied.
     fn pass_probe(&self) -> bool {
         if let Ok(mut worker) = self.gateway.worker.try_borrow_mut() {
             worker.request_without_key();
@@ -92,8 +93,8 @@ impl<H: Host> GatewayStream<H> {
         false
     }
 
-    /// Whether Knative's ingress controller asks for its routes, and the gateway is one that has
-    /// them.
+    /// Returns whether this is a probe by which Knative's ingress controller checks its routes, at
+    /// a gateway that has such routes.
     fn is_routing_probe(&self, network_probe: &[u8]) -> bool {
         let Gateway { host, config, .. } = &*self.gateway;
         matches!(config.gateway.key, KeySource::Headers { .. })
@@ -122,9 +123,9 @@ impl<H: Host> GatewayStream<H> {
         true
     }
 
-    /// Sends a report and forgets it: it says that something is in flight and counts nothing, so
-    /// that it does not matter whether it arrives, or when. Sent by the root context, because a
-    /// call of this stream's would end with the stream.
+    /// Sends a report without waiting for the answer. The report says that something is in flight
+    /// and counts nothing, so it does not matter whether it arrives, or when. The root context
+    /// sends it, because a call of this stream would end with the stream.
     fn report_first(&self, incarnation: u64, message: KeyReport) {
         let Gateway { host, root, config, token, .. } = &*self.gateway;
         let Some(server) = &config.statserver else { return };
@@ -141,7 +142,7 @@ impl<H: Host> GatewayStream<H> {
         }
     }
 
-    /// The end of the stream, called once however it ended.
+    /// Called once at the end of the stream, however it ended.
     pub fn on_log(&mut self) {
         let host = self.gateway.host;
         self.count_out(|| host.response_code());
@@ -156,7 +157,7 @@ impl<H: Host> GatewayStream<H> {
     }
 }
 
-/// Should a host ever drop a stream without logging it, it is still no longer in flight.
+/// If a host ever drops a stream without logging it, the request still stops being in flight.
 impl<H: Host> Drop for GatewayStream<H> {
     fn drop(&mut self) {
         self.count_out(|| 0);

@@ -1,4 +1,4 @@
-//! One file a role: what happens to one request.
+//! The roles, one file each: what happens to one request.
 
 pub mod exporter;
 pub mod gateway;

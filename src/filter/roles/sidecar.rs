@@ -15,7 +15,7 @@ use crate::vm::local_breaker::{PLAIN_TEXT, PermitState, QUEUE_FULL, SharedPermit
 use crate::vm::worker::Latency;
 use crate::vm::workers::SharedWorker;
 
-/// What all requests to one sidecar share.
+/// The data that all requests to one sidecar share.
 pub struct Sidecar<H: Host> {
     pub host: H,
     pub config: Config,
@@ -24,15 +24,15 @@ pub struct Sidecar<H: Host> {
     pub worker: SharedWorker<H>,
 }
 
-/// A stream: counted in when its headers reach the filter, out when it ends. A probe is not
-/// counted; it only goes through the breaker.
+/// A stream. Its request counts from when the headers reach the filter until the stream ends. A
+/// probe is not counted; it only goes through the breaker.
 pub struct SidecarStream<H: Host> {
     host: H,
     id: u32,
     worker: SharedWorker<H>,
     proxied_header: Rc<str>,
     counted: Option<CountedRequest>,
-    /// With the breaker off, none is needed.
+    /// `None` while the breaker is off.
     permit: Option<SharedPermitState>,
 }
 
@@ -47,9 +47,10 @@ impl<H: Host> SidecarStream<H> {
         Self { host: sidecar.host, id, worker, proxied_header, counted: None, permit: None }
     }
 
-    /// The request's headers have come.
+    /// Counts the request and admits it, pauses it or refuses it, when its headers arrive.
     pub fn on_request_headers(&mut self) -> Action {
-        // First of all, so that what is looked up here counts as part of the request.
+        // The clock is read first, so that the time of the lookups below counts as part of the
+        // request.
         let now = self.host.monotonic();
         if self.counted.is_some() || self.permit.is_some() {
             return Action::Continue;
@@ -66,10 +67,11 @@ impl<H: Host> SidecarStream<H> {
 
     /// Counts the request before it enters the breaker, as queue-proxy does, so that queued
     /// requests are part of concurrency. A probe is not counted but enters the breaker: a header
-    /// that anybody can send must not let more into the app than it can take.
+    /// that any client can send must not admit more requests than the app can take.
     fn enter(&mut self, now: MonotonicNs) -> Option<PermitState> {
         let queue = if self.is_probe() { Queue::Probes } else { Queue::Requests };
-        // An app that passes its headers on would have its own calls counted as proxied.
+        // The header is removed because an app that passes its headers on would have its own calls
+        // counted as proxied.
         let mark = self.host.header(HeaderMap::Request, &self.proxied_header);
         if mark.is_some() {
             self.host.remove_header(HeaderMap::Request, &self.proxied_header);
@@ -86,7 +88,7 @@ impl<H: Host> SidecarStream<H> {
         self.permit.as_ref().map(|permit| permit.get())
     }
 
-    /// Whether the request is a probe.
+    /// Returns whether the request is a probe.
     fn is_probe(&self) -> bool {
         let header = |name| self.host.header(HeaderMap::Request, name);
         header("user-agent").is_some_and(|agent| is_kubelet_agent(&agent))
@@ -94,15 +96,16 @@ impl<H: Host> SidecarStream<H> {
             || header(NETWORK_PROBE_HEADER).is_some()
     }
 
-    /// The end of the stream, called once however it ended: the only callback that comes for local
-    /// replies, resets and clients that went away alike.
+    /// Called once at the end of the stream, however it ended. It is the only callback that comes
+    /// for local replies, resets and disconnected clients alike.
     pub fn on_log(&mut self) {
         let host = self.host;
         self.leave(|| host.response_code());
     }
 
-    /// Nothing borrows the worker across a host call that could come back to us; should it be
-    /// borrowed all the same, an uncounted request is better than a dead VM.
+    /// Counts the end of the request and releases its permit. Nothing borrows the worker across a
+    /// host call that could call back into this VM. If the worker is borrowed all the same, an
+    /// uncounted request is better than a dead VM.
     fn leave(&mut self, code: impl FnOnce() -> u16) {
         if self.counted.is_none() && self.permit.is_none() {
             return;
@@ -129,7 +132,7 @@ impl<H: Host> SidecarStream<H> {
     }
 }
 
-/// Should a host ever drop a stream without logging it, it is still no longer in flight.
+/// If a host ever drops a stream without logging it, the request still stops being in flight.
 impl<H: Host> Drop for SidecarStream<H> {
     fn drop(&mut self) {
         self.leave(|| 0);

@@ -1,4 +1,4 @@
-//! The simulated host: what Envoy would answer.
+//! The simulated host: it answers as Envoy would.
 
 use std::collections::BTreeMap;
 
@@ -8,14 +8,14 @@ use inflight_stats::pod::store::{Expect, Store};
 use super::world::World;
 use crate::host::{HeaderMap, Host, HttpCall, Mailbox, MetricKind};
 
-/// The host of one VM.
+/// The host as one VM sees it.
 #[derive(Clone, Copy)]
 pub struct SimulatedHost {
     pub vm: usize,
     pub world: &'static World,
 }
 
-/// What the host knows of one VM.
+/// The host's knowledge of one VM.
 #[derive(Default)]
 pub struct HostSide {
     /// The context in effect.
@@ -31,7 +31,7 @@ pub struct RootSide {
     pub configuration: String,
     pub due_ns: u64,
     pub period_ns: u64,
-    /// It asked for more time at its end, and needs no more of it.
+    /// Whether it asked for more time at its end, and needs no more.
     pub is_done: bool,
 }
 
@@ -40,7 +40,7 @@ pub struct StreamSide {
     pub headers: BTreeMap<String, Vec<u8>>,
     pub cluster: String,
     pub code: Option<u16>,
-    /// The client went away.
+    /// Whether the client disconnected.
     pub is_aborted: bool,
     pub is_in_app: bool,
     pub body: Option<Vec<u8>>,

@@ -7,7 +7,7 @@ use inflight_stats::breaker::rules::PATIENCE_NS;
 use super::world::{Faults, World};
 
 const CALM: Faults = Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0 };
-/// Shorter than the breaker's patience, and than the longest step of the pod's clock.
+/// Stalls are shorter than the breaker's patience, and than the longest step of the pod's clock.
 const ROUGH: Faults =
     Faults { stalls: 60, longest_stall_ns: 1_500_000_000, panics: 500, reconfigurations: 400, network: 10 };
 const LIMIT: usize = 3;
@@ -38,7 +38,7 @@ const GATEWAY: &[&str] = &[
         "statserver": {"cluster": "stats", "timeout": "100ms"}}"#,
 ];
 
-/// Runs a world to its end. The server has every request and every nanosecond, once.
+/// Runs a world to its end. The server must have every request and every nanosecond, once.
 fn counts_everything(seed: u64, configurations: &'static [&'static str], faults: Faults) -> &'static World {
     let world = World::start(seed, configurations, faults);
     world.run(1_500, 8_000_000);
@@ -245,7 +245,7 @@ fn the_exporter_shows_what_the_pods_workers_published() {
     let exporter = EXPORTER.replace("NAME", "rev");
     let text = world.scrape(&exporter);
     assert!(text.contains("queue_average_concurrent_requests{destination_namespace=\"ns\""), "{text}");
-    // The last period of a world that has settled.
+    // The figures of the last period, in a world that has settled.
     assert!(text.contains("destination_pod=\"pod\"} 0\n"), "{text}");
     assert_eq!(world.scrape(&EXPORTER.replace("NAME", "another")), text.replace("\"rev\"", "\"another\""));
     world.end();

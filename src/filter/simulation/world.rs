@@ -1,4 +1,5 @@
-//! VMs, streams, the network and the stats server, and the truth to compare with.
+//! The simulated world: VMs, streams, the network and the stats server, and the truth to compare
+//! with.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -20,10 +21,10 @@ use crate::vm::workers::Workers;
 /// A namespace and a name.
 pub type Key = (String, String);
 
-/// One VM; the first is Envoy's main thread, to which no requests come.
+/// One VM. The first is Envoy's main thread, which receives no requests.
 pub struct Vm {
     workers: Rc<Workers<SimulatedHost>>,
-    /// By context, the newest last.
+    /// The root contexts by their numbers, the newest last.
     roots: Vec<(u32, Root<SimulatedHost>)>,
     streams: Vec<Stream>,
     /// Root contexts whose `on_done` asked for more time.
@@ -38,7 +39,7 @@ pub struct Stream {
     id: u32,
     root: u32,
     since_ns: u64,
-    /// What it is counted under; a probe under nothing.
+    /// The key under which the request counts. A probe has none.
     key: Option<Key>,
     logic: Logic,
 }
@@ -56,10 +57,10 @@ struct MailboxSide {
     messages: VecDeque<Vec<u8>>,
 }
 
-/// Requests, and the time that they took.
+/// The number of requests, and the time that they took.
 pub type Sums = BTreeMap<Key, (u64, u128)>;
 
-/// What the stats server has taken.
+/// What the stats server has accepted.
 #[derive(Default)]
 pub struct Server {
     known: BTreeMap<Key, Snapshot>,
@@ -83,14 +84,14 @@ impl Server {
     }
 }
 
-/// How much goes wrong: one in so many steps, 0 for never.
+/// How often something goes wrong: in one of this many steps, or never for 0.
 #[derive(Clone, Copy)]
 pub struct Faults {
     pub stalls: u64,
     pub longest_stall_ns: u64,
     pub panics: u64,
     pub reconfigurations: u64,
-    /// Calls that cannot be made, reports, answers and messages that are lost, reports that come
+    /// Calls that cannot be made; reports, answers and messages that are lost; reports that arrive
     /// twice.
     pub network: u64,
 }
@@ -102,23 +103,23 @@ pub struct World {
     pub calm: Cell<bool>,
     pub hosts: Vec<RefCell<HostSide>>,
     pub server: RefCell<Server>,
-    /// What happened, by key.
+    /// What really happened, per key.
     pub truth: RefCell<Sums>,
-    /// Requests that the breaker turned away, probes apart.
+    /// Requests that the breaker turned away, without probes.
     pub refused: Cell<u64>,
     pub timed_out: Cell<u64>,
     faults: Faults,
     dice: RefCell<Dice>,
     depth: Cell<u32>,
     vms: Vec<RefCell<Option<Vm>>>,
-    /// Which configuration is the newest.
+    /// The number of the newest configuration.
     generation: Cell<usize>,
     configurations: &'static [&'static str],
     contexts: Cell<u32>,
     calls: Cell<u32>,
     mailboxes: RefCell<Vec<MailboxSide>>,
     sent: RefCell<Vec<Call>>,
-    /// Answers on their way: the call, and its status.
+    /// Answers on their way: the call, and the answer's status.
     answers: RefCell<Vec<(Call, u16)>>,
     metrics: RefCell<Vec<(MetricKind, String, i64)>>,
 }
@@ -127,9 +128,9 @@ impl World {
     pub const WALL_OFFSET_NS: u64 = 1_700_000_000_000_000_000;
     const VMS: usize = 4;
 
-    /// A world that has begun, with each VM under the first configuration.
+    /// Returns a running world, with each VM under the first configuration.
     pub fn start(seed: u64, configurations: &'static [&'static str], faults: Faults) -> &'static Self {
-        // For ever: a host is a plain number and a reference.
+        // Leaked, because a host is a plain number and a reference.
         let world: &'static Self = Box::leak(Box::new(Self {
             seed,
             map: Map::default(),
@@ -160,7 +161,7 @@ impl World {
         world
     }
 
-    /// So many steps, each at most so many nanoseconds after the one before.
+    /// Runs `steps` steps, each at most `longest_step_ns` after the previous one.
     pub fn run(&'static self, steps: u64, longest_step_ns: u64) {
         for _ in 0..steps {
             self.now_ns.set(self.now_ns.get() + self.roll(longest_step_ns));
@@ -168,7 +169,7 @@ impl World {
         }
     }
 
-    /// Everybody is there again, all requests end, and nothing is lost any more.
+    /// Lets all VMs run again, all requests end, and nothing get lost any more.
     pub fn settle(&'static self) {
         self.calm.set(true);
         for _ in 0..2_000 {
@@ -188,7 +189,7 @@ impl World {
         assert_eq!(left, 0, "seed {}: a request waits for ever", self.seed);
     }
 
-    /// Frees what a world holds.
+    /// Frees the memory of a world.
     pub fn end(&'static self) {
         for (index, vm) in self.vms.iter().enumerate() {
             self.forget(index, vm.borrow_mut().take().unwrap());
@@ -217,7 +218,7 @@ impl World {
         self.hosts[index].borrow().streams.values().filter(|stream| stream.is_in_app).count()
     }
 
-    /// Returns a stat: a counter's sum, what a gauge shows, how many values a histogram has.
+    /// Returns a stat: a counter's sum, a gauge's value, or the number of a histogram's values.
     pub fn stat(&self, prefix: &str) -> i64 {
         let metrics = self.metrics.borrow();
         metrics.iter().filter(|(_, name, _)| name.starts_with(prefix)).map(|(.., value)| value).sum()
@@ -228,7 +229,7 @@ impl World {
         self.metrics.borrow().iter().map(|(kind, name, _)| (*kind, name.clone())).collect()
     }
 
-    /// Nothing happens but what a test has happen, and nothing is lost.
+    /// Returns a world in which nothing happens but what the test does, and nothing is lost.
     pub fn by_hand(seed: u64, configurations: &'static [&'static str]) -> &'static Self {
         let none = Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0 };
         let world = Self::start(seed, configurations, none);
@@ -236,12 +237,12 @@ impl World {
         world
     }
 
-    /// A request comes to a VM.
+    /// Sends a request to a VM.
     pub fn request_to(&'static self, index: usize) {
         self.request(index, self.vms[index].borrow_mut().as_mut().unwrap(), false);
     }
 
-    /// The oldest request of a VM that is in the app is answered.
+    /// Answers the oldest request of a VM that is in the app.
     pub fn answer_at(&'static self, index: usize) {
         let mut vm = self.vms[index].borrow_mut();
         let vm = vm.as_mut().unwrap();
@@ -252,12 +253,12 @@ impl World {
         self.end_stream(index, vm, at);
     }
 
-    /// A VM reads the messages of the others.
+    /// Lets a VM read the messages from the others.
     pub fn read_mail_of(&'static self, index: usize) {
         self.read_mail(index, self.vms[index].borrow_mut().as_mut().unwrap());
     }
 
-    /// Time passes, and all timers that are due then.
+    /// Lets time pass, and runs all timers that are due then.
     pub fn pass(&'static self, ns: u64) {
         self.now_ns.set(self.now_ns.get() + ns);
         for (index, vm) in self.vms.iter().enumerate() {
@@ -265,7 +266,7 @@ impl World {
         }
     }
 
-    /// A VM panics, and another takes its place.
+    /// Makes a VM panic. Another VM replaces it.
     pub fn panic(&'static self, index: usize) {
         let vm = self.vms[index].borrow_mut().take().unwrap();
         vm.workers.seal_all();
@@ -273,14 +274,14 @@ impl World {
         *self.vms[index].borrow_mut() = Some(self.new_vm(index));
     }
 
-    /// A VM stops without a word, and another takes its place.
+    /// Stops a VM as by a trap. Another VM replaces it.
     pub fn trap(&'static self, index: usize) {
         let vm = self.vms[index].borrow_mut().take().unwrap();
         self.forget(index, vm);
         *self.vms[index].borrow_mut() = Some(self.new_vm(index));
     }
 
-    /// Another configuration comes to all VMs.
+    /// Gives all VMs another configuration.
     pub fn reconfigure(&'static self) {
         self.generation.set(self.generation.get() + 1);
         for (index, vm) in self.vms.iter().enumerate() {
@@ -288,8 +289,7 @@ impl World {
         }
     }
 
-    /// The newest root context of each VM ends, the VMs in a random order; requests that are under
-    /// way go on.
+    /// Ends the newest root context of each VM, in a random order of VMs. Open requests go on.
     pub fn end_newest_roots(&'static self) {
         let mut left: Vec<usize> = (0..Self::VMS).collect();
         while !left.is_empty() {
@@ -302,19 +302,19 @@ impl World {
         }
     }
 
-    /// Returns how many reports are on their way.
+    /// Returns the number of reports on their way.
     pub fn reports_sent(&self) -> usize {
         self.sent.borrow().len()
     }
 
-    /// All reports that are on their way arrive.
+    /// Delivers all reports that are on their way.
     pub fn deliver_all(&'static self) {
         while !self.sent.borrow().is_empty() {
             self.deliver();
         }
     }
 
-    /// Returns what an exporter answers to a scrape.
+    /// Returns an exporter's answer to a scrape.
     pub fn scrape(&'static self, configuration: &str) -> String {
         let (id, root) = self.root(0, configuration);
         assert!(root.1, "refused");
@@ -330,12 +330,13 @@ impl World {
         String::from_utf8(side.body.unwrap()).unwrap()
     }
 
-    /// Whether a configuration is accepted.
+    /// Returns whether a configuration is accepted.
     pub fn accepts(&'static self, configuration: &str) -> bool {
         self.root(1, configuration).1.1
     }
 
-    /// A root context that nothing else knows of; whether its configuration is accepted.
+    /// Returns a root context that nothing else refers to, and whether its configuration is
+    /// accepted.
     fn root(&'static self, index: usize, configuration: &str) -> (u32, (Root<SimulatedHost>, bool)) {
         let id = self.context();
         let host = SimulatedHost { vm: index, world: self };
@@ -348,7 +349,7 @@ impl World {
         (id, (root, accepted))
     }
 
-    /// Other VMs may act between any two accesses to the shared data.
+    /// Lets other VMs act between any two accesses to the shared data.
     pub fn between(&'static self) {
         if !self.calm.get() && self.depth.get() < 2 && self.roll(40) == 0 {
             self.depth.set(self.depth.get() + 1);
@@ -377,7 +378,7 @@ impl World {
         self.contexts.get()
     }
 
-    /// A root context comes under the newest configuration.
+    /// Adds a root context under the newest configuration.
     fn configure(&'static self, index: usize, vm: &mut Vm) {
         let id = self.context();
         vm.generation = self.generation.get();
@@ -397,7 +398,7 @@ impl World {
 
     fn act(&'static self) {
         let index = self.roll(Self::VMS as u64) as usize;
-        // Busy: this happens in the middle of one of its callbacks.
+        // This VM is busy: this call is in the middle of one of its callbacks.
         let Ok(mut guard) = self.vms[index].try_borrow_mut() else { return };
         let Some(vm) = guard.as_mut() else { return };
         if self.now_ns.get() < vm.stalled_until_ns {
@@ -428,7 +429,7 @@ impl World {
         }
     }
 
-    /// A VM is gone: nothing of it is called any more, and its requests end, as far as can be
+    /// Drops a VM: none of its contexts is called any more, and its requests end, as far as can be
     /// known.
     fn forget(&self, index: usize, vm: Vm) {
         let now_ns = self.now_ns.get();
@@ -449,7 +450,7 @@ impl World {
     fn request(&'static self, index: usize, vm: &mut Vm, is_probe: bool) {
         let (root_id, root) = vm.roots.last().unwrap();
         let id = self.context();
-        // Two keys are busy at a time, so that the others become idle.
+        // Two keys are active at a time, so that the others become idle.
         let busy = 2 * (self.now_ns.get() / 500_000_000 % 3) + self.roll(2);
         let cluster = format!("outbound|80||key{busy}.ns.svc.cluster.local");
         let mut headers = BTreeMap::new();
@@ -468,7 +469,7 @@ impl World {
             Role::Gateway(gateway) => {
                 let mut stream = GatewayStream::new(id, Rc::clone(gateway));
                 let action = stream.on_request_headers();
-                // Only what is counted goes on marked.
+                // Only counted requests are marked.
                 let side = self.hosts[index].borrow();
                 let is_counted = side.streams[&id].headers.contains_key("k-proxy-request");
                 (action, Logic::Gateway(stream), is_counted.then(|| ("ns".into(), format!("key{busy}"))))
@@ -485,7 +486,7 @@ impl World {
         vm.streams.push(Stream { id, root: *root_id, since_ns, key, logic });
     }
 
-    /// A request ends: the app has answered, or the client has gone.
+    /// Ends a request: the app has answered, or the client has disconnected.
     fn end_one(&'static self, index: usize, vm: &mut Vm) {
         if vm.streams.is_empty() {
             return;
@@ -498,7 +499,8 @@ impl World {
             if stream.code.is_some() {
                 return;
             }
-            // In the end nobody gives up any more: who waits must get a permit, or time out.
+            // At the end no client gives up any more: a waiting request must get a permit, or time
+            // out.
             if self.calm.get() && !stream.is_in_app {
                 return;
             }
@@ -508,7 +510,7 @@ impl World {
         self.end_stream(index, vm, at);
     }
 
-    /// Requests that the filter has answered end.
+    /// Ends the requests that the filter has answered.
     fn end_answered(&'static self, index: usize, vm: &mut Vm) {
         let answered = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].code.is_some();
         while let Some(at) = vm.streams.iter().position(answered) {
@@ -526,7 +528,7 @@ impl World {
     fn end_stream(&'static self, index: usize, vm: &mut Vm, at: usize) {
         let mut stream = vm.streams.swap_remove(at);
         self.put_into_effect(index, stream.id);
-        // No longer in the app before anybody gets its permit.
+        // The request leaves the app before another request gets its permit.
         self.hosts[index].borrow_mut().streams.get_mut(&stream.id).unwrap().is_in_app = false;
         match &mut stream.logic {
             Logic::Sidecar(logic) => logic.on_log(),
@@ -567,7 +569,7 @@ impl World {
         }
     }
 
-    /// Root contexts of replaced configurations end when they have no streams any more.
+    /// Ends the root contexts of replaced configurations that have no streams any more.
     fn end_roots(&'static self, index: usize, vm: &mut Vm) {
         let newest = vm.roots.last().unwrap().0;
         let Vm { roots, streams, ending, .. } = vm;
@@ -594,7 +596,7 @@ impl World {
         number
     }
 
-    /// One report arrives, or does not; one answer arrives.
+    /// Delivers or loses one report, and delivers one answer.
     fn deliver(&'static self) {
         let taken = {
             let mut sent = self.sent.borrow_mut();
@@ -607,7 +609,7 @@ impl World {
                 self.server.borrow_mut().take(&call.body);
             }
             if self.network_fails() {
-                // It comes once more, for nobody who waits for the answer.
+                // The report arrives once more, and nothing waits for this answer.
                 let Call { vm, ref body, .. } = call;
                 self.sent.borrow_mut().push(Call { number: 0, vm, root: 0, body: body.clone() });
             }
@@ -640,7 +642,7 @@ impl World {
     }
 
     pub fn post(&self, mailbox: u32, message: &[u8]) -> bool {
-        // Some are lost.
+        // Some messages are lost.
         if !self.network_fails()
             && let Some(mailbox) = self.mailboxes.borrow_mut().get_mut(mailbox as usize)
         {

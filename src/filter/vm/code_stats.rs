@@ -1,15 +1,16 @@
-//! Stats by response code, as the codes come up.
+//! Stats by response code, defined as the codes occur.
 
 use inflight_stats::counting::request::code_suffix;
 
 use crate::host::Host;
 use crate::host::metric::{Counter, Histogram};
 
-/// The counters and latency histograms of one point at which requests are seen, by response code.
+/// The counters and latency histograms of one point at which requests are observed, by response
+/// code.
 pub struct CodeStats {
-    /// What the names begin with.
+    /// The beginning of the stats' names.
     point: &'static str,
-    /// In the order of the codes: there are few, and a search must be cheap.
+    /// Sorted by code. There are few, and a search must be cheap.
     by_code: Vec<OfCode>,
 }
 
@@ -17,18 +18,19 @@ struct OfCode {
     code: u16,
     count: Counter,
     latencies: Histogram,
-    /// Counted since the last flush.
+    /// Requests counted since the last flush.
     pending: u64,
 }
 
 impl CodeStats {
-    /// The stats `POINT_count` and `POINT_latencies`.
+    /// Returns the stats `POINT_count` and `POINT_latencies`.
     pub fn new(point: &'static str) -> Self {
         Self { point, by_code: Vec::new() }
     }
 
-    /// A request ended. Its count goes out at the tick; a histogram cannot be added up. `labels`
-    /// come between a stat's name and the code, where the stat is defined now.
+    /// Counts a request that ended. The count goes to Envoy at the tick; a histogram cannot be
+    /// summed up in advance. If the stat has to be defined now, `labels` go between its name and
+    /// the code.
     pub fn request_done(
         &mut self,
         host: impl Host,
@@ -59,7 +61,7 @@ impl CodeStats {
         self.by_code.insert(position.min(self.by_code.len()), of_code);
     }
 
-    /// Adds what was counted since the last flush.
+    /// Adds what was counted since the last flush to Envoy's counters.
     pub fn flush(&mut self, host: impl Host) {
         for of_code in &mut self.by_code {
             of_code.count.add(host, std::mem::take(&mut of_code.pending));

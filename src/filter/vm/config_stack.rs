@@ -1,35 +1,35 @@
 //! The configurations of one worker. While Envoy replaces a listener, the root contexts of the old
-//! and of the new configuration are there together, for as long as old connections drain.
+//! and of the new configuration exist side by side, for as long as old connections drain.
 
 use inflight_stats::Config;
 
-/// The root contexts that use a worker with their configurations, the newest last: that one is in
-/// force.
+/// The root contexts that use a worker, with their configurations, the newest last. The newest is
+/// in effect.
 #[derive(Default)]
 pub struct ConfigStack(Vec<(u32, Config)>);
 
 impl ConfigStack {
-    /// A root context comes, or has another configuration: this one is in force now.
+    /// Adds a root context, or changes its configuration. Its configuration is in effect now.
     pub fn join(&mut self, root: u32, config: &Config) {
         self.0.retain(|(other, _)| *other != root);
         self.0.push((root, config.clone()));
     }
 
-    /// A root context goes. Returns the root context and configuration that are in force again,
-    /// where those that were in force went: Envoy says nothing to a root context whose
-    /// configuration comes back while it is still there.
+    /// Removes a root context. If its configuration was in effect, returns the root context and the
+    /// configuration that are in effect again: Envoy does not call a root context whose
+    /// configuration comes back while the context still exists.
     pub fn part(&mut self, root: u32) -> Option<(u32, Config)> {
         let before = self.0.last().map(|(newest, _)| *newest);
         self.0.retain(|(other, _)| *other != root);
         self.0.last().filter(|(newest, _)| before != Some(*newest)).cloned()
     }
 
-    /// Whether the last root context has gone, and with it the worker's work.
+    /// Returns whether the last root context has gone, and with it the worker's work.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Returns the shortest reporting period of all, in nanoseconds.
+    /// Returns the shortest reporting period of all configurations, in nanoseconds.
     pub fn shortest_period_ns(&self) -> Option<u64> {
         self.0.iter().map(|(_, config)| period_ns(config)).min()
     }

@@ -1,5 +1,5 @@
-//! Envoy's stats of a gateway's keys. The gauge of a key is the leader's, the others are every
-//! worker's.
+//! Envoy's stats of a gateway's keys. The leader sets the gauge of a key; every worker adds to the
+//! other stats.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::host::Host;
 use crate::host::metric::{Counter, Gauge};
 use crate::vm::code_stats::CodeStats;
 
-/// The stats of all keys that have any, and of the requests that were counted under none.
+/// The stats of all keys that have any, and of the requests that were counted under no key.
 pub struct KeyStats {
     by_key: BTreeMap<KeyName, OfKey>,
     over_key_limit: Counter,
@@ -35,7 +35,7 @@ impl KeyStats {
         }
     }
 
-    /// From now on this key has stats of its own.
+    /// Gives a key stats of its own from now on.
     pub fn add_key(&mut self, key: &KeyName) {
         if !self.by_key.contains_key(key) {
             let by_code = CodeStats::new("activator_request");
@@ -43,24 +43,24 @@ impl KeyStats {
         }
     }
 
-    /// A request came whose key is beyond the limit of keys.
+    /// Counts a request whose key is over the limit of keys.
     pub fn over_key_limit(&mut self) {
         self.pending_over_key_limit += 1;
     }
 
-    /// A request came without a key.
+    /// Counts a request without a key.
     pub fn without_key(&mut self) {
         self.pending_without_key += 1;
     }
 
-    /// A request of a key ended.
+    /// Counts the end of a request of a key.
     pub fn request_done(&mut self, host: impl Host, key: &KeyName, code: u16, latency_ns: u64) {
         if let Some(of_key) = self.by_key.get_mut(key) {
             of_key.by_code.request_done(host, code, latency_ns, || labels(key));
         }
     }
 
-    /// Sets a key's gauge, if it shows something else.
+    /// Sets a key's gauge, if it shows another value.
     pub fn show_average(&mut self, host: impl Host, key: &KeyName, milli: u64) {
         let Some(of_key) = self.by_key.get_mut(key) else { return };
         let gauge = of_key.concurrency.get_or_insert_with(|| {
@@ -71,12 +71,12 @@ impl KeyStats {
         }
     }
 
-    /// Another worker sets the gauges from now on.
+    /// Forgets what the gauges show, because another worker sets them from now on.
     pub fn forget_shown(&mut self) {
         self.by_key.values_mut().for_each(|of_key| of_key.shown = None);
     }
 
-    /// Adds what was counted since the last flush.
+    /// Adds what was counted since the last flush to Envoy's counters.
     pub fn flush(&mut self, host: impl Host) {
         self.over_key_limit.add(host, std::mem::take(&mut self.pending_over_key_limit));
         self.without_key.add(host, std::mem::take(&mut self.pending_without_key));

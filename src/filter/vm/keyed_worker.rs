@@ -1,4 +1,4 @@
-//! The gateway's side of a worker: its counters by key, over the host's shared data, and Envoy's
+//! The gateway's side of a worker: its counters per key, over the host's shared data, and Envoy's
 //! stats of each key.
 
 use inflight_stats::counting::time::PodNs;
@@ -12,16 +12,17 @@ use inflight_stats::{Config, Grid, Snapshot};
 use crate::host::Host;
 use crate::vm::key_stats::KeyStats;
 
-/// What a worker of a gateway counted, by key.
+/// What a gateway's worker has counted, per key.
 pub struct KeyedWorker<H> {
     host: H,
     member: KeyedMember,
     stats: KeyStats,
 }
 
-/// What became of a request of a key.
+/// How a request of a key was counted.
 pub enum KeyedRequest {
-    /// It is counted as the key's very first: a report should leave at once, from these totals on.
+    /// It is counted, as the key's very first: a report that begins with these totals should be
+    /// sent at once.
     First(Snapshot),
     /// It is counted.
     Counted,
@@ -35,7 +36,7 @@ impl<H: Host> KeyedWorker<H> {
         Self { host, member, stats: KeyStats::define(host) }
     }
 
-    /// Takes over another configuration.
+    /// Applies another configuration.
     pub fn configure(&mut self, config: &Config, grid: Grid) {
         self.member.set_capacity(config.gateway.max_keys);
         self.member.set_grid(grid);
@@ -45,7 +46,7 @@ impl<H: Host> KeyedWorker<H> {
         self.member.set_grid(grid);
     }
 
-    /// A request came without a key.
+    /// Counts a request without a key.
     pub fn without_key(&mut self) {
         self.stats.without_key();
     }
@@ -72,20 +73,20 @@ impl<H: Host> KeyedWorker<H> {
         self.stats.request_done(self.host, key, code, latency_ns);
     }
 
-    /// Closes the boundary and puts what is new where the leader finds it.
+    /// Closes the boundary, and writes new batches to the outbox for the leader.
     pub fn post(&mut self, now: PodNs) {
         self.stats.flush(self.host);
         self.member.post(&self.host, now);
     }
 
-    /// The end of this worker.
+    /// Ends this worker.
     pub fn end(&mut self, now: PodNs) {
         self.stats.flush(self.host);
         self.member.end(&self.host, now);
     }
 
-    /// At the leader, when all workers have closed `as_of_ns`: collects, and sets the gauges.
-    /// Returns the totals, and which of the departed have nothing left to collect.
+    /// At the leader, when all workers have closed `as_of_ns`: collects the outboxes and sets the
+    /// gauges. Returns the totals, and the departed workers that have nothing left to collect.
     pub fn lead(
         &mut self,
         workers: &[u64],
@@ -103,17 +104,18 @@ impl<H: Host> KeyedWorker<H> {
         Some((totals, settled))
     }
 
-    /// At the end of a worker: returns everything that all have handed over.
+    /// At the end of a worker: collects all outboxes, and returns the totals.
     pub fn collect_last(&mut self, all: &[u64], as_of_ns: u64) -> Option<&KeyTotals> {
         self.member.collect_last(&self.host, all, as_of_ns)
     }
 
-    /// The stats server knows these keys so far.
+    /// Notes that the stats server knows these keys up to these snapshots.
     pub fn acknowledged(&mut self, known: Vec<(KeyName, Snapshot)>) {
         self.member.acknowledged(known);
     }
 
-    /// On a worker that does not lead.
+    /// On a worker that does not lead: writes the outstanding acknowledgements and, if it led until
+    /// now, forgets what the gauges show.
     pub fn follow(&mut self) {
         if self.member.follow(&self.host) {
             self.stats.forget_shown();

@@ -1,4 +1,4 @@
-//! The breaker at this worker: which of its requests are in the app, and which wait, paused.
+//! The local breaker: which requests of this worker are in the app, and which are paused and wait.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -12,35 +12,36 @@ use inflight_stats::pod::pod_state::PodStore;
 
 use crate::host::{Host, Mailbox};
 
-/// The body of the answer where the queue is full, as Knative's queue-proxy gives it
+/// The body of the answer when the queue is full, as Knative's queue-proxy gives it
 /// (knative/serving, `pkg/queue/breaker.go`), with the newline of Go's `http.Error`.
 pub const QUEUE_FULL: &[u8] = b"pending request queue full\n";
 /// The body of the answer to a request that has waited for `queue_timeout`.
 pub const QUEUE_TIMEOUT: &[u8] = b"pending request queue timeout\n";
-/// The content type of both, as Go's `http.Error` sets it.
+/// The content type of both answers, as Go's `http.Error` sets it.
 pub const PLAIN_TEXT: (&str, &str) = ("content-type", "text/plain; charset=utf-8");
 
-/// How long a permit stays taken when Envoy broke a request off that was in the app: a client went
-/// away, a timeout struck. The app learns of it by a closed connection, a moment after Envoy's
-/// stream has ended; to let another request in at once would show the app one too many.
+/// How long a permit stays taken when Envoy breaks off a request that is in the app, because the
+/// client disconnected or a timeout expired. The app notices a closed connection a moment after
+/// Envoy's stream has ended. To admit another request at once would let the app see one too many.
 const LINGER_NS: u64 = 10_000_000;
 
-/// Ticks for queue timeouts come no more often than this, however many requests time out one after
+/// Ticks for queue timeouts are at least this far apart, however many requests time out one after
 /// the other.
 const SHORTEST_WAKE_NS: u64 = 5_000_000;
 
-/// A request's permit.
+/// The state of a request's permit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PermitState {
-    /// The request is paused and waits for one, under this number.
+    /// The request is paused and waits for a permit, under this number.
     Waiting(u64),
-    /// It has held one since then, and is in the app.
+    /// The request has held a permit since then, and is in the app.
     Held(MonotonicNs),
-    /// It got none and was answered.
+    /// The request got no permit and was answered.
     Refused,
 }
 
-/// Shared between the stream and the local breaker, which may admit it while another callback runs.
+/// Shared between the stream and the local breaker, which may admit the request while another
+/// callback runs.
 pub type SharedPermitState = Rc<Cell<PermitState>>;
 
 #[derive(Debug)]
@@ -49,7 +50,7 @@ struct Paused {
     permit: SharedPermitState,
 }
 
-/// This worker's side of the breaker.
+/// The local breaker: this worker's side of the breaker, and its paused streams.
 pub struct LocalBreaker<H> {
     host: H,
     side: WorkerSide<Paused>,
@@ -57,13 +58,13 @@ pub struct LocalBreaker<H> {
     timeout_ns: Option<u64>,
     /// Whether probes need no permit.
     pub probes_bypass: bool,
-    /// When permits of requests that were broken off come back; the earliest first.
+    /// When the permits of requests that were broken off are released, the earliest first.
     lingering: VecDeque<MonotonicNs>,
     /// When the next tick is due. There is always one.
     next_tick: MonotonicNs,
 }
 
-/// What is to be done with streams of this worker when nothing is borrowed any more.
+/// What to do with streams of this worker once nothing is borrowed any more.
 #[derive(Default)]
 pub struct StreamActions {
     pub resume: Vec<u32>,
@@ -71,7 +72,7 @@ pub struct StreamActions {
 }
 
 impl StreamActions {
-    /// Does it, from the context `home`.
+    /// Performs the actions, from the context `home`.
     pub fn apply(self, host: impl Host, home: u32) {
         host.resume(&self.resume, home);
         host.respond_to(&self.time_out, home, 503, QUEUE_TIMEOUT, &[PLAIN_TEXT]);
@@ -79,7 +80,8 @@ impl StreamActions {
 }
 
 impl<H: Host> LocalBreaker<H> {
-    /// This worker's side of a configured breaker, if there is one; `worker` is its id in the pod.
+    /// Returns the local breaker, if the configuration has limits. `worker` is this worker's id in
+    /// the pod.
     pub fn new(host: H, config: &Config, pod: &PodStore, worker: u64) -> Option<Self> {
         let breaker = Breaker::new(pod.breaker_key(), config.limits?);
         let mailbox_name = format!("{}/{worker}", pod.breaker_key());
@@ -95,18 +97,19 @@ impl<H: Host> LocalBreaker<H> {
         })
     }
 
-    /// Takes over another configuration's limits. The mailbox is registered anew, because the host
-    /// calls the root context that registered it last.
+    /// Applies another configuration's limits. Registers the mailbox anew, because the host calls
+    /// the root context that registered it last.
     pub fn configure(&mut self, config: &Config) {
         const NONE: Limits = Limits { concurrency: u32::MAX, queue_depth: u32::MAX };
-        // If there are more permits now, those who wait get them at the tick.
+        // If there are more permits now, waiting requests get them at the tick.
         self.side.breaker.limits = config.limits.unwrap_or(NONE);
         self.timeout_ns = timeout_ns(config);
         self.probes_bypass = config.probes_bypass_breaker;
         self.side.mailbox = self.host.mailbox(&self.mailbox_name).unwrap_or(Mailbox::NONE).0;
     }
 
-    /// A request comes, counted in already, or a probe. Returns its permit, which it may get later.
+    /// Admits, queues or refuses a probe, or a request that is already counted. Returns the state
+    /// of its permit, which it may get later.
     pub fn enter(&mut self, stream: u32, queue: Queue, now: MonotonicNs) -> SharedPermitState {
         let permit = Rc::new(Cell::new(PermitState::Refused));
         let paused = |number| {
@@ -122,7 +125,7 @@ impl<H: Host> LocalBreaker<H> {
         permit
     }
 
-    /// A request ends. Returns which others go on.
+    /// Ends a request. Returns the streams that go on.
     pub fn leave(&mut self, permit: PermitState, now: MonotonicNs) -> StreamActions {
         let outcome = match permit {
             PermitState::Refused => None,
@@ -143,7 +146,7 @@ impl<H: Host> LocalBreaker<H> {
         actions
     }
 
-    /// Messages have come: some of this worker's waiting requests have permits.
+    /// Reads the messages that have come. They grant permits to waiting requests of this worker.
     pub fn read_mailbox(&mut self, now: MonotonicNs) -> StreamActions {
         let mut actions = StreamActions::default();
         if self.side.is_late(now) {
@@ -158,8 +161,8 @@ impl<H: Host> LocalBreaker<H> {
         actions
     }
 
-    /// What time brings: permits that linger no more, messages that were lost, requests that waited
-    /// too long.
+    /// Does what depends on time: releases lingering permits, recovers from lost messages, times
+    /// out requests that have waited too long.
     pub fn tick(&mut self, now: MonotonicNs) -> StreamActions {
         let mut actions = StreamActions::default();
         while self.lingering.front().is_some_and(|due| *due <= now) {
@@ -181,8 +184,7 @@ impl<H: Host> LocalBreaker<H> {
         actions
     }
 
-    /// Returns in how many nanoseconds a tick is wanted; `None` if nothing here waits for time to
-    /// pass.
+    /// Returns the nanoseconds until a tick is needed; `None` if nothing here depends on time.
     pub fn next_wake_ns(&self, now: MonotonicNs) -> Option<u64> {
         let oldest = self.side.oldest().zip(self.timeout_ns);
         let timeout =
@@ -191,13 +193,13 @@ impl<H: Host> LocalBreaker<H> {
         timeout.into_iter().chain(linger).min()
     }
 
-    /// The next tick comes then.
+    /// Notes when the next tick is due.
     pub fn ticks_at(&mut self, due: MonotonicNs) {
         self.next_tick = due;
     }
 
-    /// Has the tick come earlier, if that is later than `due`. One that is overdue is left alone:
-    /// to set the timer again would put it off, and again and again under load.
+    /// Moves the next tick forward to `due`, if it is later than that. An overdue tick is left
+    /// alone: setting the timer again would delay it, and under load would do so again and again.
     fn wake_at(&mut self, due: MonotonicNs, now: MonotonicNs) {
         if due < self.next_tick {
             self.host.tick_in(due.since(now).div_ceil(1_000_000));
@@ -205,8 +207,8 @@ impl<H: Host> LocalBreaker<H> {
         }
     }
 
-    /// Another worker is no member any more. Returns `None` until it is forgotten, for it may be
-    /// just slow; then which requests have its permits.
+    /// Forgets a worker that is no longer a member. Returns `None` as long as it may only be slow,
+    /// and then the streams of this worker that get its permits.
     pub fn forget_late(&mut self, worker: u64, now: MonotonicNs) -> Option<StreamActions> {
         let outcome = self.side.forget_late(&self.host, worker, now)?;
         let mut actions = StreamActions::default();
@@ -214,7 +216,7 @@ impl<H: Host> LocalBreaker<H> {
         Some(actions)
     }
 
-    /// This worker ends: what it holds goes to the others. Returns its streams that waited.
+    /// Ends this worker: its permits go to the other workers. Returns its streams that waited.
     pub fn close(&mut self) -> Vec<u32> {
         let (waiting, grants) = self.side.close(&self.host);
         let outcome = Outcome { admitted: Vec::new(), grants };
@@ -222,19 +224,19 @@ impl<H: Host> LocalBreaker<H> {
         waiting.iter().map(|paused| paused.stream).collect()
     }
 
-    /// Returns the number of requests in the app plus requests that wait, over all workers.
+    /// Returns the number of requests in the app plus waiting requests, over all workers.
     pub fn depth(&self) -> u64 {
         let (running, waiting) = self.side.breaker.depth(&self.host);
         running.saturating_add(waiting)
     }
 
-    /// Tells the workers whose requests have permits now; the streams of this one go on.
+    /// Resumes the admitted streams of this worker, and posts grants to the workers of the others.
     fn deliver(&self, outcome: Outcome<Paused>, now: MonotonicNs, actions: &mut StreamActions) {
         for paused in outcome.admitted {
             admit(&paused, now, actions);
         }
         for grant in outcome.grants {
-            // If it cannot be told, it finds out at its tick.
+            // If the message cannot be posted, that worker finds the permit at its tick.
             self.host.post(Mailbox(grant.mailbox), &grant.message());
         }
     }

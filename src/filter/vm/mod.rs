@@ -1,4 +1,4 @@
-//! What one VM, that is one worker of Envoy, keeps.
+//! The state of one VM, that is, of one worker of Envoy.
 
 pub mod code_stats;
 pub mod config_stack;

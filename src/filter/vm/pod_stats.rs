@@ -1,5 +1,5 @@
-//! Envoy's stats of the pod. Counters and histograms are added to by every VM; gauges are set by
-//! the leader.
+//! Envoy's stats of the pod. Every VM adds to the counters and histograms. The leader sets the
+//! gauges, except for the memory gauge, to which every VM adds.
 
 use inflight_stats::config::Role;
 use inflight_stats::{Period, Snapshot};
@@ -29,7 +29,7 @@ pub struct PodStats {
 }
 
 impl PodStats {
-    /// Those of a role: a gateway has no `queue_*`.
+    /// Defines the stats of a role. A gateway has no `queue_*` stats.
     pub fn define(host: impl Host, role: Role) -> Self {
         let is_gateway = role == Role::Gateway;
         let counter = |name| if is_gateway { Counter::none() } else { Counter::define(host, name) };
@@ -54,8 +54,8 @@ impl PodStats {
         }
     }
 
-    /// A request ended: how long after its arrival, and after leaving the breaker's queue if it
-    /// ever did.
+    /// Counts a request that ended. `latency_ns` is the time since its arrival, `app_ns` the time
+    /// since it left the breaker's queue, if it ever did.
     pub fn request_done(&mut self, host: impl Host, code: u16, latency_ns: u64, app_ns: Option<u64>) {
         self.by_code.request_done(host, code, latency_ns, String::new);
         if let Some(app_ns) = app_ns {
@@ -63,7 +63,7 @@ impl PodStats {
         }
     }
 
-    /// Requests in the app plus requests that wait.
+    /// Sets the gauge of requests in the app plus waiting requests.
     pub fn set_queue_depth(&mut self, host: impl Host, depth: u64) {
         let gauge = self.queue_depth.get_or_insert_with(|| Gauge::define(host, "revision_queue_depth"));
         gauge.set(host, depth);
@@ -91,8 +91,8 @@ impl PodStats {
         self.app_by_code.flush(host);
     }
 
-    /// Shows how much memory this VM has: the gauge is the sum over all VMs, each adding what it
-    /// has more. 0 at the end of the VM.
+    /// Shows how much memory this VM has. The gauge is the sum over all VMs: each adds the growth
+    /// of its own memory. `bytes` is 0 at the end of the VM.
     pub fn show_memory(&mut self, host: impl Host, bytes: u64) {
         self.memory.adjust(host, bytes, std::mem::replace(&mut self.memory_shown, bytes));
     }

@@ -1,4 +1,5 @@
-//! Reports: what they say, which are on their way, and what an answer means.
+//! The report sender: the content of reports, the reports on their way, and the meaning of an
+//! answer.
 
 use inflight_stats::config::StatServer;
 use inflight_stats::counting::time::PodNs;
@@ -11,13 +12,13 @@ use crate::host::metric::Counter;
 use crate::host::{Host, HttpCall};
 use crate::vm::config_stack::period_ns;
 
-/// A report ready to be sent.
+/// A report that is ready to be sent.
 pub struct EncodedReport {
     pub bytes: Vec<u8>,
     scope: ReportScope,
 }
 
-/// What a report covers, and so what its acknowledgement means.
+/// What a report covers. This decides what its acknowledgement means.
 pub enum ReportScope {
     /// The pod: the incarnation of its counters, and the figure.
     Pod(u64, Snapshot),
@@ -25,7 +26,7 @@ pub enum ReportScope {
     Keys(Vec<(KeyName, Snapshot)>),
 }
 
-/// A report that was not answered yet.
+/// A report that has not been answered yet.
 struct PendingReport {
     call: u32,
     scope: ReportScope,
@@ -33,11 +34,11 @@ struct PendingReport {
     deadline: PodNs,
 }
 
-/// The reports of one worker.
+/// The report sender of one worker.
 pub struct ReportSender<H> {
     host: H,
     pending: Vec<PendingReport>,
-    /// Whether the last report failed: the log says so once.
+    /// Whether the last report failed. A failure is logged once.
     failing: bool,
     sent: Counter,
     failed: Counter,
@@ -54,14 +55,14 @@ impl<H: Host> ReportSender<H> {
         }
     }
 
-    /// Whether a report may leave: one at a time, because the next one says what this one did, and
-    /// more. Gives up those whose answers are overdue.
+    /// Returns whether a report may be sent. Only one is sent at a time, because the next report
+    /// includes everything in this one. Gives up reports whose answers are overdue.
     pub fn may_send(&mut self, config: &Config, now: PodNs) -> bool {
         self.pending.retain(|report| now < report.deadline);
         config.statserver.is_some() && self.pending.is_empty()
     }
 
-    /// A report is on its way.
+    /// Notes a report that is on its way.
     pub fn on_dispatched(&mut self, call: u32, report: EncodedReport, config: &Config, now: PodNs) {
         let timeout = config.statserver.as_ref().map_or(0, |server| server.timeout.as_nanos());
         let wait_ns = u64::try_from(timeout).unwrap_or(u64::MAX).saturating_add(period_ns(config));
@@ -69,13 +70,13 @@ impl<H: Host> ReportSender<H> {
         self.pending.push(PendingReport { call, scope: report.scope, deadline });
     }
 
-    /// The call could not be made.
+    /// Notes that a call could not be made.
     pub fn on_dispatch_error(&mut self, reason: &str) {
         self.log_failure(|| reason.to_owned());
     }
 
-    /// The stats server answered. Returns what it knows from now on, or has refused for good: the
-    /// figures go on from there in both cases.
+    /// Handles the stats server's answer. Returns what the server knows from now on, or has refused
+    /// for good. In both cases the figures continue from there.
     pub fn on_response(
         &mut self,
         call: u32,
@@ -96,7 +97,7 @@ impl<H: Host> ReportSender<H> {
         (verdict != Verdict::TryAgain).then_some(scope)
     }
 
-    /// Logged once when it begins; the counter has the rest.
+    /// Logs the first of several failures in a row. The counter counts all of them.
     fn log_failure(&mut self, reason: impl FnOnce() -> String) {
         self.failed.add(self.host, 1);
         if !std::mem::replace(&mut self.failing, true) {

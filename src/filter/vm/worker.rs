@@ -1,5 +1,6 @@
-//! What this VM counted for one pod, and its part in the pod's figure. All root and stream contexts
-//! of the VM that serve the same pod share one [`Worker`], also across a change of configuration.
+//! The worker: what this VM has counted for one pod, and its part in the pod's figure. All root and
+//! stream contexts of the VM that serve the same pod share one [`Worker`], even across a change of
+//! configuration.
 
 use inflight_stats::config::Role;
 use inflight_stats::counting::clock::{Clock, longest_step_ns};
@@ -19,7 +20,8 @@ use crate::vm::local_breaker::{LocalBreaker, StreamActions};
 use crate::vm::pod_stats::PodStats;
 use crate::vm::report_sender::{EncodedReport, ReportScope, ReportSender, key_reports, pod_report};
 
-/// Workers tick this long after a boundary: the timer's millisecond, and one to spare.
+/// How long after a boundary workers tick: one millisecond for the timer's resolution, and one to
+/// spare.
 const SETTLE_NS: u64 = 2_000_000;
 
 /// This VM's counters for one pod.
@@ -29,18 +31,18 @@ pub struct Worker<H> {
     recorder: Recorder,
     member: Member,
     stats: PodStats,
-    /// The breaker at this worker, for the role `sidecar`.
+    /// The local breaker, for the role `sidecar`.
     pub breaker: Option<LocalBreaker<H>>,
-    /// The counters by key, for the role `gateway`.
+    /// The counters per key, for the role `gateway`.
     keyed: Option<KeyedWorker<H>>,
     /// The incarnation of the pod's counters.
     pub incarnation: u64,
-    /// With the last configuration this worker ends.
+    /// The configurations. When the last one goes, this worker ends.
     configs: ConfigStack,
     reports: ReportSender<H>,
 }
 
-/// What a tick asks the root context to do.
+/// What the root context has to do after a tick.
 pub struct Tick {
     pub reports: Vec<EncodedReport>,
     pub actions: StreamActions,
@@ -50,16 +52,16 @@ pub struct Tick {
     pub leads: bool,
 }
 
-/// How long a request took.
+/// The latencies of a request.
 pub struct Latency {
-    /// From its arrival.
+    /// The time since its arrival.
     pub total_ns: u64,
-    /// In the app: from leaving the breaker's queue, if it ever did.
+    /// The time in the app: since the request left the breaker's queue, if it ever did.
     pub app_ns: Option<u64>,
 }
 
 impl<H: Host> Worker<H> {
-    /// A worker of the pod that `state` is of, without a configuration yet.
+    /// Returns a worker of the pod in `state`, without a configuration yet.
     pub fn new(host: H, config: &Config, pod: PodStore, state: &PodState, now: MonotonicNs) -> Self {
         let period_ns = period_ns(config);
         let mut clock = Clock::new(state.clock_offset_ns, now, longest_step_ns(period_ns));
@@ -78,7 +80,7 @@ impl<H: Host> Worker<H> {
         }
     }
 
-    /// A root context comes, to a pod in `state`: its configuration is in force.
+    /// Adds a root context, for a pod in `state`. The context's configuration is in effect now.
     ///
     /// # Errors
     /// [`StoreError`]; the worker is as it was.
@@ -90,8 +92,8 @@ impl<H: Host> Worker<H> {
         Ok(())
     }
 
-    /// Takes over a configuration. A breaker that it does not have any more lets everything
-    /// through, those who wait included.
+    /// Applies a configuration. If the configuration has no breaker any more, the breaker lets
+    /// everything through, including the waiting requests.
     fn configure(&mut self, config: &Config) -> Result<(), StoreError> {
         if config.role == Role::Gateway {
             let grid = self.recorder.grid();
@@ -133,8 +135,9 @@ impl<H: Host> Worker<H> {
         self.clock.read(now)
     }
 
-    /// After a silence of which the clock would count only a part, the time that the other workers
-    /// have lived through meanwhile counts whole: it was only this one that stood still.
+    /// Catches up after a silence of which the clock would count only a part. The time that the
+    /// other workers have lived through meanwhile counts in full, because only this worker was
+    /// stalled.
     #[cold]
     fn catch_up(&mut self) {
         if let Ok(state) = self.member.pod().state(&self.host) {
@@ -142,27 +145,28 @@ impl<H: Host> Worker<H> {
         }
     }
 
-    /// A request came to the sidecar.
+    /// Counts a request that came to the sidecar.
     pub fn request_in(&mut self, now: MonotonicNs, origin: Origin) {
         let now = self.pod_time(now);
         self.recorder.request_in(now, origin);
     }
 
-    /// A request that came to the sidecar ended.
+    /// Counts the end of a request that came to the sidecar.
     pub fn request_out(&mut self, now: MonotonicNs, origin: Origin, code: u16, latency: &Latency) {
         let now = self.pod_time(now);
         self.recorder.request_out(now, origin);
         self.stats.request_done(self.host, code, latency.total_ns, latency.app_ns);
     }
 
-    /// A request came to the gateway without a key.
+    /// Counts a request that came to the gateway without a key.
     pub fn request_without_key(&mut self) {
         if let Some(keyed) = &mut self.keyed {
             keyed.without_key();
         }
     }
 
-    /// A request of a key came to the gateway. The recorder's own total decides who leads.
+    /// Counts a request of a key that came to the gateway. The recorder has the gateway's total, by
+    /// which the leader is chosen.
     pub fn key_request_in(&mut self, key: &KeyName, now: MonotonicNs) -> KeyedRequest {
         let now = self.pod_time(now);
         let Some(keyed) = &mut self.keyed else { return KeyedRequest::OverKeyLimit };
@@ -173,7 +177,7 @@ impl<H: Host> Worker<H> {
         request
     }
 
-    /// A request that was counted at the gateway ended.
+    /// Counts the end of a request that was counted at the gateway.
     pub fn key_request_out(&mut self, key: &KeyName, now: MonotonicNs, code: u16, latency_ns: u64) {
         let now = self.pod_time(now);
         self.recorder.request_out(now, Origin::Direct);
@@ -182,7 +186,8 @@ impl<H: Host> Worker<H> {
         }
     }
 
-    /// Posts this worker's snapshots, and leads the pod if that falls to this worker.
+    /// Posts this worker's snapshots, and leads the pod if this worker holds the lease or may take
+    /// it.
     pub fn tick(&mut self, config: &Config) -> Tick {
         let reading = self.host.monotonic();
         let now = self.advance();
@@ -225,7 +230,7 @@ impl<H: Host> Worker<H> {
         }
     }
 
-    /// The leader of a pod: shows the period, and returns what is to be sent.
+    /// At the leader of a pod: sets the gauges, and returns the reports to send.
     fn lead_pod(
         &mut self,
         config: &Config,
@@ -245,8 +250,8 @@ impl<H: Host> Worker<H> {
         pod_report(config, incarnation, since, latest).into_iter().collect()
     }
 
-    /// The leader of a gateway: returns what is to be sent, and which of the departed have nothing
-    /// left to collect.
+    /// At the leader of a gateway: returns the reports to send, and the departed workers that have
+    /// nothing left to collect.
     fn lead_keys(
         &mut self,
         config: &Config,
@@ -263,7 +268,8 @@ impl<H: Host> Worker<H> {
             return (Vec::new(), Vec::new());
         };
         if config.statserver.is_none() {
-            // Nobody else is to know: what the stats show is all there is.
+            // Without a stats server, nobody else has to know these totals: the stats show
+            // everything.
             let known: Vec<_> = totals.keys().map(|(key, total)| (key.clone(), total.until)).collect();
             keyed.acknowledged(known);
             return (Vec::new(), settled);
@@ -277,7 +283,7 @@ impl<H: Host> Worker<H> {
         let boundary_ns = grid.after(now.0).saturating_add(SETTLE_NS);
         let wait_ns = boundary_ns.saturating_sub(now.0);
         let wait_ns = match step {
-            // Another worker is about to close this boundary, or dead; look again soon.
+            // Another worker is about to close this boundary, or is dead. Look again soon.
             LeaderStep::Wait => wait_ns.min((grid.period_ns / 20).clamp(5_000_000, 50_000_000)),
             _ => wait_ns,
         };
@@ -297,7 +303,7 @@ impl<H: Host> Worker<H> {
         let state = self.member.pod().state(&self.host)?;
         self.recorder.set_grid(state.grid);
         if let Some(keyed) = &mut self.keyed {
-            // Before the pod's snapshots, so that whoever finds the one finds the other.
+            // Before the pod's snapshots, so that a worker that finds those also finds these.
             keyed.set_grid(state.grid);
             keyed.post(now);
         }
@@ -314,8 +320,8 @@ impl<H: Host> Worker<H> {
         self.member.pod().state(&self.host).map(|state| state.departed).unwrap_or_default()
     }
 
-    /// The leader gives back what workers that are gone held in the breaker, when they have been
-    /// gone for long enough. Returns which streams of this worker have their permits.
+    /// At the leader: releases the permits of departed workers, once they have been gone for long
+    /// enough. Returns the streams of this worker that get these permits.
     fn clear_up(&mut self, departed: Vec<u64>, now: MonotonicNs) -> Vec<u32> {
         let mut resume = Vec::new();
         let mut done = Vec::new();
@@ -330,24 +336,24 @@ impl<H: Host> Worker<H> {
             }
         }
         if !done.is_empty() {
-            // Otherwise it is done again at the next tick, which changes nothing.
+            // If this fails, the next tick repeats it, which changes nothing.
             let _ = self.member.pod().forget_departed(&self.host, &done);
         }
         resume
     }
 
-    /// A report is on its way.
+    /// Notes a report that is on its way.
     pub fn on_dispatched(&mut self, call: u32, report: EncodedReport, config: &Config) {
         let now = PodNs(self.recorder.current().as_of_ns);
         self.reports.on_dispatched(call, report, config, now);
     }
 
-    /// A report could not be sent.
+    /// Notes that a report could not be sent.
     pub fn on_dispatch_error(&mut self, reason: &str) {
         self.reports.on_dispatch_error(reason);
     }
 
-    /// The stats server answered a report.
+    /// Handles the stats server's answer to a report.
     pub fn on_response(&mut self, call: u32, status: u16, body: impl FnOnce() -> String) {
         match self.reports.on_response(call, status, body) {
             Some(ReportScope::Keys(known)) => {
@@ -365,13 +371,13 @@ impl<H: Host> Worker<H> {
         }
     }
 
-    /// A root context ends. With the last one, everything counted here goes into the pod's figure,
-    /// and a last report is made, whether this worker led or not: nobody knows who is the last of
-    /// all.
+    /// Ends a root context. When the last one ends, everything counted here goes into the pod's
+    /// figure, and a last report is made, whether this worker led or not: no worker knows which one
+    /// is the last of all.
     pub fn root_done(&mut self, root: u32, config: &Config) -> Vec<EncodedReport> {
         if let Some((newest, config)) = self.configs.part(root) {
-            // In the name of the one that stays: the breaker's messages must not come to the one
-            // that goes.
+            // In the context of the root that stays: the breaker's messages must not go to the root
+            // that ends.
             self.host.in_context(newest, root, || {
                 if let Err(error) = self.configure(&config) {
                     log::warn!("inflight: could not return to the configuration before: {error}");
@@ -386,7 +392,8 @@ impl<H: Host> Worker<H> {
         let Some(now) = self.seal() else { return Vec::new() };
         let Ok((until, state)) = self.member.last_figure(&self.host, now) else { return Vec::new() };
         if let Some(keyed) = &mut self.keyed {
-            // The leader may have removed this worker just now, and end, too, before it collects.
+            // The leader may have removed this worker just now, and may end, too, before it
+            // collects.
             let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
             let totals = keyed.collect_last(&all, until.as_of_ns);
             return totals.map(|totals| key_reports(config, state.incarnation, totals)).unwrap_or_default();
@@ -394,13 +401,12 @@ impl<H: Host> Worker<H> {
         pod_report(config, state.incarnation, state.reported_since(), until).into_iter().collect()
     }
 
-    /// Gives what this worker holds of the breaker to the others, at once. Returns its streams that
-    /// wait.
+    /// Releases this worker's permits to the other workers at once. Returns its streams that wait.
     pub fn close_breaker(&mut self) -> Vec<u32> {
         self.breaker.as_mut().map(LocalBreaker::close).unwrap_or_default()
     }
 
-    /// Leaves everything counted up to now to the others. Returns the instant.
+    /// Leaves everything counted up to now to the other workers. Returns the instant.
     pub fn seal(&mut self) -> Option<PodNs> {
         let now = self.advance();
         self.stats.show_memory(self.host, 0);

@@ -1,4 +1,4 @@
-//! The workers of one VM, by the pods that they count for.
+//! The workers of one VM, one for each pod that the VM counts for.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -11,10 +11,10 @@ use crate::host::Host;
 use crate::vm::config_stack::period_ns;
 use crate::vm::worker::Worker;
 
-/// The context to go back to where nothing is called any more.
+/// The context to return to when the VM is not called again.
 const NO_CONTEXT: u32 = 0;
 
-/// A worker, shared by the contexts of its VM.
+/// A worker that the contexts of its VM share.
 pub type SharedWorker<H> = Rc<RefCell<Worker<H>>>;
 
 /// All workers of one VM, by domain ([`Config::domain`]).
@@ -24,12 +24,13 @@ pub struct Workers<H> {
 }
 
 impl<H: Host> Workers<H> {
-    /// None yet.
+    /// Returns an empty list of workers.
     pub const fn new(host: H) -> Self {
         Self { host, by_domain: RefCell::new(Vec::new()) }
     }
 
-    /// Returns the worker of the pod that this root context is configured for, new or as it is.
+    /// Returns the worker of the pod for which this root context is configured: a new one, or the
+    /// existing one.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -59,9 +60,10 @@ impl<H: Host> Workers<H> {
         by_domain.iter().find(|(name, _)| name == domain).map(|(_, worker)| Rc::clone(worker))
     }
 
-    /// The VM panics: leaves everything counted to the others, and lets requests that wait go on.
-    /// Nobody could ever do that later, and they share the fate of those that are in the app
-    /// already. Only a worker that was being changed at that very moment keeps to its last tick.
+    /// Called when the VM panics: leaves everything counted to the other workers, and lets waiting
+    /// requests go on. No one could resume them later, and this way they share the fate of the
+    /// requests that are already in the app. Only a worker that was being changed at that very
+    /// moment keeps to its last tick.
     pub fn seal_all(&self) {
         for (_, worker) in self.by_domain.try_borrow().iter().flat_map(|workers| workers.iter()) {
             if let Ok(mut worker) = worker.try_borrow_mut() {
