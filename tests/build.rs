@@ -1,4 +1,4 @@
-//! Compiles a client of KEDA's contract, without protoc.
+//! Compiles a client for KEDA's protocol, without protoc.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = "../src/statserver/proto";

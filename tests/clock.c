@@ -1,6 +1,8 @@
-/* A wall clock that a test can set: preloaded, it adds to the time of day the nanoseconds that stand in the file
- * WALL_CLOCK_OFFSET, as eight bytes. The monotonic clock stays the machine's, which nobody can set. (libfaketime does the same and
- * more, but looks up symbols when it is first used, which allocates; Envoy's allocator reads the clock when it is first used.) */
+/* A wall clock that a test can set. When preloaded, it adds an offset to the time of day: the
+ * nanoseconds in the file WALL_CLOCK_OFFSET, as eight bytes. The monotonic clock remains the
+ * machine's, which no test can set. (libfaketime does the same and more, but it looks up symbols
+ * when it is first used, which allocates; Envoy's allocator reads the clock when it is first
+ * used.) */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>

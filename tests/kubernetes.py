@@ -14,7 +14,7 @@ def fields(required=(), **properties):
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
-# keda.sh/v1alpha1: what KEDA's operator reads. Every metadata value is a string.
+# keda.sh/v1alpha1: the fields that KEDA's operator reads. Every metadata value is a string.
 SCALED_OBJECT = fields(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "keda.sh/v1alpha1"},
@@ -47,7 +47,7 @@ SCALED_OBJECT = fields(
     ),
 )
 
-# The same for what it shows a scaler.
+# The same for the credentials that the operator presents to a scaler.
 AUTHENTICATION = fields(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "keda.sh/v1alpha1"},

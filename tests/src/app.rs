@@ -1,14 +1,14 @@
-//! An app that counts for itself, and misbehaves on request.
+//! The app: it keeps its own counts, and misbehaves on request.
 //!
 //! | path | what it does |
 //! |---|---|
-//! | `/work?ms=N` | answers 200 after N milliseconds; what follows an `&` is for the access log |
-//! | `/reset` | closes the connection without a word |
-//! | `/half?ms=N` | the head and a part of the body, then closes after N milliseconds |
-//! | `/hang` | the head and a part of the body, then nothing for a minute |
-//! | `/headers` | answers 200 with the names and values of the request's headers, a line each |
+//! | `/work?ms=N` | answers 200 after N milliseconds; anything after an `&` is for the access log |
+//! | `/reset` | closes the connection without an answer |
+//! | `/half?ms=N` | sends the head and a part of the body, then closes after N milliseconds |
+//! | `/hang` | sends the head and a part of the body, then nothing for a minute |
+//! | `/headers` | answers 200 with the names and values of the request's headers, one per line |
 //! | `/ws` | accepts a websocket and leaves it open until the client closes |
-//! | any, over HTTP/2 | sends back what it gets, and `grpc-status: 0` at the end |
+//! | any, over HTTP/2 | sends back what it receives, and `grpc-status: 0` at the end |
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -33,7 +33,7 @@ use tokio::task::JoinHandle;
 
 use crate::unix_time;
 
-/// What the app saw.
+/// The app's counts.
 #[derive(Debug, Default)]
 pub struct Counts {
     requests: AtomicU64,
@@ -47,29 +47,30 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Requests that reached the app.
+    /// Returns the number of requests that have reached the app.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::SeqCst)
     }
 
-    /// Requests in the app now.
+    /// Returns the number of requests in the app now.
     pub fn now(&self) -> u64 {
         self.now.load(Ordering::SeqCst)
     }
 
-    /// The most that were in the app at once.
+    /// Returns the largest number of requests that were in the app at once.
     pub fn most(&self) -> u64 {
         self.most.load(Ordering::SeqCst)
     }
 
-    /// The most that were in the app at once of the requests that it answered to their end. When it
-    /// notices that another was broken off is up to a busy machine; these leave it before anybody
-    /// can know that they do.
+    /// Returns the largest number of requests that were in the app at once, among those that the
+    /// app answered completely. When the app notices that a request was broken off depends on how
+    /// busy the machine is. The requests counted here leave the app before any other process can
+    /// know that they do.
     pub fn most_answered(&self) -> i64 {
         let answered = self.answered.lock().expect("no panic under this lock");
         let mut steps: Vec<(u64, i64)> =
             answered.iter().flat_map(|(from, to)| [(*from, 1), (*to, -1)]).collect();
-        // Those that leave at an instant before those that come at it.
+        // At the same instant, requests that leave come before requests that arrive.
         steps.sort_unstable();
         let inside = steps.iter().scan(0, |now, (_, step)| {
             *now += step;
@@ -78,22 +79,23 @@ impl Counts {
         inside.max().unwrap_or(0)
     }
 
-    /// Whether a request with this `x-id` has arrived; each is told once.
+    /// Returns whether a request with this `x-id` has arrived. Returns `true` only once for each.
     pub fn has_seen(&self, id: &str) -> bool {
         self.seen.lock().expect("no panic under this lock").remove(id)
     }
 
-    /// Forgets the most so far.
+    /// Resets the largest number to the requests in the app now.
     pub fn forget_most(&self) {
         self.most.store(self.now(), Ordering::SeqCst);
     }
 
-    /// How long the app was empty each time between two requests.
+    /// Returns how long the app was empty, for each time between two requests.
     pub fn gaps(&self) -> Vec<Duration> {
         self.gaps.lock().expect("no panic under this lock").clone()
     }
 
-    /// Requests that had reached the app by an instant in nanoseconds of unix time.
+    /// Returns the number of requests that had reached the app at an instant, given in nanoseconds
+    /// of unix time.
     pub fn arrived_by(&self, ns: u64) -> u64 {
         self.arrivals.lock().expect("no panic under this lock").iter().filter(|at| **at <= ns).count() as u64
     }
@@ -114,7 +116,7 @@ impl Counts {
     }
 }
 
-/// A request in the app, until its answer is done or dropped.
+/// A request in the app, until its answer is complete or dropped.
 struct Inside {
     counts: Arc<Counts>,
     from: u64,
@@ -138,15 +140,15 @@ impl Drop for Inside {
 pub struct App {
     /// Where it listens for HTTP/1.1.
     pub address: SocketAddr,
-    /// Where it listens for HTTP/2: gRPC streams.
+    /// Where it listens for HTTP/2, for gRPC streams.
     pub grpc: SocketAddr,
-    /// What it saw, of both.
+    /// The counts of both.
     pub counts: Arc<Counts>,
     serving: [JoinHandle<()>; 2],
 }
 
 impl App {
-    /// Starts it.
+    /// Starts the app.
     ///
     /// # Panics
     /// If there is no port.
@@ -183,7 +185,8 @@ async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
             let served = http2::Builder::new(TokioExecutor::new())
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
-            // It takes the streams that are open with it: whoever misses one finds out why.
+            // This also ends the open streams of the connection. The message tells a failed test
+            // why.
             if let Err(error) = served {
                 eprintln!("{:.6} the app's HTTP/2 connection ended: {error:?}", unix_time().as_secs_f64());
             }
@@ -191,15 +194,15 @@ async fn accept_streams(listener: TcpListener, counts: Arc<Counts>) {
     }
 }
 
-/// Sends back what it gets, frame by frame, and how it went at the end. The request is in the app
-/// until then.
+/// Sends back what it receives, frame by frame, and the status at the end. The request is in the
+/// app until then.
 fn echo(
     request: Request<Incoming>,
     mut inside: Inside,
 ) -> Result<Response<impl Body<Data = Bytes, Error = hyper::Error>>, Infallible> {
-    // A request often ends in an empty frame. Sent back, two of them in a row, of streams that end
-    // at once, are what Envoy takes for a flood: it would close the connection, and break off every
-    // stream on it.
+    // A request often ends in an empty frame. If these were sent back, two in a row, from streams
+    // that end at the same time, would look like a flood to Envoy: it would close the connection,
+    // and break off every stream on it.
     let frames = request.into_body().into_data_stream().map_ok(Frame::data);
     let frames =
         frames.try_filter(|frame| std::future::ready(frame.data_ref().is_some_and(|data| !data.is_empty())));
@@ -221,14 +224,14 @@ async fn accept(listener: TcpListener, counts: Arc<Counts>) {
         let counts = Arc::clone(&counts);
         tokio::spawn(async move {
             let service = service_fn(move |request| answer(request, Arc::clone(&counts)));
-            // A connection that ends with an error is what `/reset` is for.
+            // A connection that ends with an error is the purpose of `/reset`.
             let _ =
                 http1::Builder::new().serve_connection(TokioIo::new(stream), service).with_upgrades().await;
         });
     }
 }
 
-/// An error closes the connection.
+/// Answers a request. An error closes the connection.
 async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Response<Answer>, &'static str> {
     let id = request.headers().get("x-id").and_then(|v| v.to_str().ok()).map(str::to_owned);
     let inside = counts.enter(id);
@@ -275,7 +278,7 @@ fn websocket(request: Request<Incoming>, inside: Inside) -> Response<Answer> {
     response
 }
 
-/// A body that keeps its request in the app's count until it is done.
+/// A body that keeps its request in the app's count until the body is complete.
 struct Answer {
     inside: Option<Inside>,
     left: Left,
@@ -284,8 +287,8 @@ struct Answer {
 enum Left {
     Text(Bytes),
     Half(Duration),
-    /// Hyper writes out what it has while its body has no more, and nothing once it has failed:
-    /// without this step, a delay that is over at once would cut before the head.
+    /// Hyper writes its buffer when its body has no more data for now, and writes nothing once the
+    /// body has failed. Without this step, a delay of zero would cut the answer before its head.
     Flush(Duration),
     Cut(Pin<Box<tokio::time::Sleep>>),
     Nothing,
@@ -318,7 +321,7 @@ impl Body for Answer {
                 }
             },
             Left::Nothing => {
-                // It leaves before the last byte does.
+                // The request leaves the app before the last byte does.
                 if let Some(mut inside) = self.inside.take() {
                     inside.answered = true;
                 }
@@ -338,7 +341,7 @@ mod tests {
     #[tokio::test]
     async fn an_echo_has_no_empty_frames() {
         let app = App::start().await;
-        // What the app sends is read on the way: the client would not show it.
+        // The bytes from the app are read on the way, because the client would not show them.
         let (mut from_app, mut to_app) =
             TcpStream::connect(app.grpc).await.expect("a connection").into_split();
         let (ours, theirs) = tokio::io::duplex(1 << 16);

@@ -1,4 +1,4 @@
-//! The shipped Envoy configuration, with the test's addresses in it.
+//! The shipped Envoy configuration, with the addresses of a test in it.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -7,21 +7,21 @@ use serde_json::{Value, json};
 
 use crate::{built, root, truth};
 
-/// An Envoy bootstrap, changed step by step.
+/// An Envoy bootstrap that is changed step by step.
 #[derive(Clone, Debug)]
 pub struct Bootstrap(pub Value);
 
-/// A YAML document below `envoy/`, as JSON.
+/// Returns a YAML document below `envoy/`, as JSON.
 ///
 /// # Panics
-/// If it is not there or not YAML.
+/// If it does not exist or is not YAML.
 pub fn shipped(name: &str) -> Value {
     let path = root().join("envoy").join(name);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_norway::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// The value at a JSON pointer.
+/// Returns the value at a JSON pointer.
 ///
 /// # Panics
 /// If there is none.
@@ -29,7 +29,7 @@ pub fn at<'a>(value: &'a mut Value, pointer: &str) -> &'a mut Value {
     value.pointer_mut(pointer).unwrap_or_else(|| panic!("nothing at {pointer}"))
 }
 
-/// The value that an EnvoyFilter patches in.
+/// Returns the value that an EnvoyFilter inserts.
 fn patch(document: &Value, apply_to: &str) -> Value {
     let patches = document["spec"]["configPatches"].as_array().expect("configPatches");
     let patch = patches.iter().find(|p| p["applyTo"] == apply_to).expect("the patch");
@@ -39,7 +39,7 @@ fn patch(document: &Value, apply_to: &str) -> Value {
 const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
 
 impl Bootstrap {
-    /// `envoy/envoy.yaml`, on free ports, with the built module and an access log in
+    /// Returns `envoy/envoy.yaml`, on free ports, with the built module and an access log in
     /// [`truth::FORMAT`].
     pub fn sidecar(app: SocketAddr, statserver: SocketAddr) -> Self {
         let mut bootstrap = Self(shipped("envoy.yaml"));
@@ -48,9 +48,9 @@ impl Bootstrap {
         bootstrap.cluster("inflight-statserver", Some(statserver));
         bootstrap.cluster("nohosts", None);
         bootstrap.module(&built("wasm32-wasip1/release/inflight_filter.wasm"));
-        // Else a response that was cut short holds its client for a second more.
+        // Without this, a response that was cut short would occupy its client for another second.
         at(&mut bootstrap.0, MANAGER)["delayed_close_timeout"] = json!("0s");
-        // Two more ways for a request to end that need Envoy's help.
+        // Two more ways for a request to end, which need Envoy's help.
         bootstrap.local_route();
         let routes = at(&mut bootstrap.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
         let nohosts = json!({"match": {"prefix": "/nohosts"}, "route": {"cluster": "nohosts"}});
@@ -58,8 +58,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// The same, with the filter, the cluster and the stats tags that an EnvoyFilter patches in,
-    /// instead of those of `envoy/envoy.yaml`.
+    /// Returns [`Bootstrap::sidecar`] with the filter, the cluster and the stats tags of an
+    /// EnvoyFilter instead of those of `envoy/envoy.yaml`.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -78,12 +78,13 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// Gives a cluster one endpoint or none, adding it if the configuration does not have it.
+    /// Gives a cluster one endpoint or none. Adds the cluster if the configuration does not have
+    /// it.
     pub fn cluster(&mut self, name: &str, endpoint: Option<SocketAddr>) {
         self.endpoints(name, endpoint.as_slice());
     }
 
-    /// Gives a cluster so many endpoints.
+    /// Gives a cluster these endpoints.
     pub fn endpoints(&mut self, name: &str, endpoints: &[SocketAddr]) {
         let endpoints: Vec<Value> = endpoints
             .iter()
@@ -100,7 +101,8 @@ impl Bootstrap {
         }
     }
 
-    /// `envoy/gateway.yaml`, on free ports, with the built module, its one service at `upstream`.
+    /// Returns `envoy/gateway.yaml`, on free ports, with the built module, and with its one service
+    /// at `upstream`.
     pub fn gateway(upstream: SocketAddr, statserver: SocketAddr) -> Self {
         let mut bootstrap = Self(shipped("gateway.yaml"));
         bootstrap.on_free_ports();
@@ -111,8 +113,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// The same, with filter, cluster and stats tags out of the EnvoyFilters for an Istio ingress
-    /// gateway.
+    /// Returns [`Bootstrap::gateway`] with the filter, the cluster and the stats tags of the
+    /// EnvoyFilters for an Istio ingress gateway.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -130,7 +132,7 @@ impl Bootstrap {
         routes.as_array_mut().expect("routes").insert(0, local);
     }
 
-    /// Filter and cluster of an EnvoyFilter, and the stats tags, instead of those that are there.
+    /// Replaces the filter, the cluster and the stats tags by those of an EnvoyFilter.
     fn patch_in(&mut self, envoy_filter: &str, statserver: SocketAddr) {
         let document = shipped(envoy_filter);
         let module = at(self.filter(), "/typed_config/config/vm_config/code/local/filename").clone();
@@ -147,7 +149,7 @@ impl Bootstrap {
         *at(&mut self.0, "/stats_config") = tags["stats_config"].clone();
     }
 
-    /// `envoy/knative/envoy.yaml`, on free ports, with the built module.
+    /// Returns `envoy/knative/envoy.yaml`, on free ports, with the built module.
     pub fn knative(app: SocketAddr) -> Self {
         let mut bootstrap = Self(shipped("knative/envoy.yaml"));
         bootstrap.on_free_ports();
@@ -163,8 +165,8 @@ impl Bootstrap {
         }
     }
 
-    /// Writes the listeners to a file of their own, from which Envoy takes them also when it
-    /// changes.
+    /// Writes the listeners to a file of their own. Envoy reads them from it, and reads them again
+    /// when the file is replaced.
     pub fn listeners_from(&mut self, path: &Path) {
         let listeners = at(&mut self.0, "/static_resources/listeners").take();
         let resources: Vec<Value> = listeners
@@ -177,19 +179,19 @@ impl Bootstrap {
                 listener
             })
             .collect();
-        // Envoy looks when a file takes the name.
+        // Envoy reads the file when another file is renamed to its name.
         let new = path.with_extension("new");
         std::fs::write(&new, json!({"resources": resources}).to_string()).expect("a file");
         std::fs::rename(&new, path).expect("a file");
         at(&mut self.0, "/static_resources").as_object_mut().expect("an object").remove("listeners");
         self.0["dynamic_resources"] = json!({"lds_config": {"path_config_source": {"path": path}}});
-        // What comes by file needs a node.
+        // Envoy needs a node to read configuration from a file.
         if self.0["node"].is_null() {
             self.0["node"] = json!({"id": "test", "cluster": "test"});
         }
     }
 
-    /// Has gRPC go to an app's other address, over HTTP/2.
+    /// Sends gRPC to an app's other address, over HTTP/2.
     pub fn grpc(&mut self, app: SocketAddr) {
         self.cluster("streams", Some(app));
         let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
@@ -206,8 +208,8 @@ impl Bootstrap {
         routes.as_array_mut().expect("routes").insert(0, grpc);
     }
 
-    /// Has a worker stand still for as many seconds as a request's header `x-stall` says, after the
-    /// filter has seen the request.
+    /// Makes a worker block for the seconds in a request's header `x-stall`, after the filter has
+    /// seen the request.
     pub fn stalls(&mut self) {
         const SOURCE: &str = r#"
             function envoy_on_request(handle)
@@ -223,18 +225,18 @@ impl Bootstrap {
         filters.as_array_mut().expect("filters").insert(1, stall);
     }
 
-    /// Takes the filter out.
+    /// Removes the filter.
     pub fn without_filter(&mut self) {
         at(&mut self.0, &format!("{MANAGER}/http_filters")).as_array_mut().expect("filters").remove(0);
     }
 
-    /// Has the first listener spread its connections evenly over the workers.
+    /// Makes the first listener spread its connections evenly over the workers.
     pub fn evenly(&mut self) {
         let listener = at(&mut self.0, "/static_resources/listeners/0");
         listener["connection_balance_config"] = json!({"exact_balance": {}});
     }
 
-    /// Has the first listener on a port of its own choice: one that a hot restart finds again.
+    /// Puts the first listener on a given port, one that a hot restart finds again.
     pub fn listen_on(&mut self, address: SocketAddr) {
         let (ip, port) = (address.ip().to_string(), address.port());
         *at(&mut self.0, "/static_resources/listeners/0/address/socket_address") =
@@ -253,7 +255,7 @@ impl Bootstrap {
         }]);
     }
 
-    /// The first HTTP filter.
+    /// Returns the first HTTP filter.
     pub fn filter(&mut self) -> &mut Value {
         at(&mut self.0, &format!("{MANAGER}/http_filters/0"))
     }

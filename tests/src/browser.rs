@@ -1,4 +1,4 @@
-//! A headless Chromium, driven by its DevTools protocol.
+//! A headless Chromium, controlled by its DevTools protocol.
 
 use std::path::Path;
 use std::process::Command;
@@ -16,13 +16,13 @@ use crate::{debian, wait};
 
 const SETTLED: Duration = Duration::from_secs(30);
 
-/// One page in a browser of its own.
+/// A page in a browser of its own.
 #[derive(Debug)]
 pub struct Browser {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     session: String,
     calls: u64,
-    /// Every URL that the page asked for.
+    /// Every URL that the page requested.
     pub asked: Vec<String>,
     #[allow(dead_code, reason = "held for its Drop")]
     process: Process,
@@ -31,10 +31,10 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// Starts one, at an empty page of this size.
+    /// Starts a browser, with an empty page of this size.
     ///
     /// # Panics
-    /// If Chromium cannot be had, or does not start.
+    /// If Chromium is not available, or does not start.
     pub async fn start(width: u32, height: u32) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let mut command = Command::new(debian("chromium", &["chromium", "fonts-dejavu-core"]));
@@ -69,7 +69,7 @@ impl Browser {
     /// Calls a method of the protocol.
     ///
     /// # Panics
-    /// If it fails, or is not answered in time.
+    /// If the call fails, or is not answered in time.
     pub async fn call(&mut self, method: &str, parameters: Value) -> Value {
         self.calls += 1;
         let mut call = json!({"id": self.calls, "method": method, "params": parameters});
@@ -97,7 +97,7 @@ impl Browser {
         self.call("Page.navigate", json!({"url": url})).await;
     }
 
-    /// The value of a JavaScript expression.
+    /// Returns the value of a JavaScript expression.
     pub async fn value(&mut self, expression: &str) -> Value {
         let evaluated = json!({"expression": expression, "returnByValue": true});
         self.call("Runtime.evaluate", evaluated).await["result"]["value"].take()
@@ -106,7 +106,7 @@ impl Browser {
     /// Waits until an expression has this value.
     ///
     /// # Panics
-    /// If it does not get it in time, with the last one.
+    /// If it does not have the value in time; the message has the last value.
     pub async fn until(&mut self, expression: &str, wanted: Value) {
         let deadline = tokio::time::Instant::now() + SETTLED;
         loop {
@@ -119,7 +119,7 @@ impl Browser {
         }
     }
 
-    /// Presses a key and lets it go.
+    /// Presses and releases a key.
     pub async fn press(&mut self, key: &str, code: u32, text: &str) {
         let mut event = json!({"type": "keyDown", "key": key, "code": key, "windowsVirtualKeyCode": code});
         if !text.is_empty() {
@@ -130,13 +130,13 @@ impl Browser {
         self.call("Input.dispatchKeyEvent", event).await;
     }
 
-    /// Has the page believe that its reader prefers dark (or light).
+    /// Makes the page see a reader who prefers dark (or light).
     pub async fn prefers(&mut self, scheme: &str) {
         let features = json!([{"name": "prefers-color-scheme", "value": scheme}]);
         self.call("Emulation.setEmulatedMedia", json!({"features": features})).await;
     }
 
-    /// What a person would see, as a PNG file.
+    /// Writes a picture of the page to a PNG file.
     pub async fn screenshot(&mut self, file: &Path) {
         let picture = self.call("Page.captureScreenshot", json!({"format": "png"})).await;
         let base64 = picture["data"].as_str().expect("a picture").as_bytes();

@@ -17,22 +17,22 @@ use crate::prometheus::{self, Sample};
 use crate::truth::{self, Request};
 use crate::{http, root, wait};
 
-/// Which Envoy to run.
+/// The version of Envoy to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
-    /// The oldest that is tested with.
+    /// The oldest version that is tested.
     Oldest,
-    /// The newest.
+    /// The newest version.
     Newest,
-    /// Whatever is on PATH, else the newest.
+    /// The version on PATH, or else the newest.
     Any,
 }
 
 impl Version {
-    /// Its binary, downloaded into the project's cache if need be.
+    /// Returns the binary, downloaded into the project's cache if need be.
     ///
     /// # Panics
-    /// If it cannot be had.
+    /// If it is not available.
     pub fn binary(self) -> PathBuf {
         let which = match self {
             Self::Oldest => "oldest",
@@ -49,7 +49,7 @@ impl Version {
 /// A running Envoy with its first listener and its admin interface.
 #[derive(Debug)]
 pub struct Envoy {
-    /// Where requests go.
+    /// The address that requests go to.
     pub address: SocketAddr,
     /// The exporter's listener, if there is one.
     pub exporter: SocketAddr,
@@ -60,25 +60,25 @@ pub struct Envoy {
     folder: Arc<TempDir>,
 }
 
-/// The main access log's name in Envoy's folder.
+/// The name of the main access log in Envoy's folder.
 const ACCESS_LOG: &str = "access.log";
-/// How long an Envoy lets its connections end, in seconds.
+/// How long an Envoy lets its connections drain, in seconds.
 const DRAIN: &str = "2";
-/// The same for its listeners. Envoy's timers count from when its event loop woke up: what the main
-/// thread needs to load a module, seconds on a busy machine, is taken off, and what is open at the
-/// end is cut off.
+/// The same for its listeners. Envoy's timers count from when its event loop woke up. So the time
+/// that the main thread takes to load a module, which is seconds on a busy machine, is deducted,
+/// and requests that are open at the end are cut off.
 const LISTENERS_DRAIN: &str = "8";
 
-/// How an Envoy is started, apart from its bootstrap.
+/// How to start an Envoy, apart from its bootstrap.
 #[derive(Clone, Debug, Default)]
 pub struct How {
-    /// Its workers; 0 counts as 1.
+    /// The number of its workers; 0 counts as 1.
     pub concurrency: u32,
-    /// Variables of its environment.
+    /// Variables for its environment.
     pub environment: Vec<(&'static str, OsString)>,
-    /// Listeners come out of a file that [`Envoy::replace`] changes.
+    /// Whether listeners are read from a file that [`Envoy::replace`] changes.
     pub dynamic: bool,
-    /// Without an access log, which costs something itself.
+    /// Whether to do without an access log, which itself has a cost.
     pub quiet: bool,
     /// The base id and the epoch of an Envoy that takes part in hot restarts.
     pub epoch: Option<(u32, u32)>,
@@ -111,27 +111,27 @@ fn command(version: Version, bootstrap: &Bootstrap, how: &How, folder: &Path) ->
 }
 
 impl Envoy {
-    /// Starts one and waits until it listens.
+    /// Starts an Envoy and waits until it listens.
     pub async fn start(version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
         Self::with(version, bootstrap, How { concurrency, ..How::default() }).await
     }
 
-    /// Starts one without an access log.
+    /// Starts an Envoy without an access log.
     pub async fn quiet(version: Version, bootstrap: &Bootstrap, concurrency: u32) -> Self {
         Self::with(version, bootstrap, How { concurrency, quiet: true, ..How::default() }).await
     }
 
-    /// Starts one as told and waits until it listens.
+    /// Starts an Envoy as `how` says, and waits until it listens.
     pub async fn with(version: Version, bootstrap: &Bootstrap, how: How) -> Self {
         let folder = Arc::new(tempfile::tempdir().expect("a folder"));
         Self::start_in(folder, version, bootstrap, &how).await
     }
 
-    /// Starts the next epoch of a hot restart: it takes this one's sockets over, and then has it
-    /// end.
+    /// Starts the next epoch of a hot restart. It takes over the sockets of this Envoy, and then
+    /// makes this one end.
     ///
     /// # Panics
-    /// If this one was started without a base id.
+    /// If this Envoy was started without a base id.
     pub async fn next_epoch(&self, version: Version, bootstrap: &Bootstrap, how: &How) -> Self {
         let (base, epoch) = how.epoch.expect("an epoch");
         let how = How { epoch: Some((base, epoch + 1)), ..how.clone() };
@@ -168,8 +168,8 @@ impl Envoy {
         Self { address, exporter, admin, process, folder }
     }
 
-    /// Has a dynamic Envoy replace its listeners by those of `bootstrap`, which log to `log` in its
-    /// folder, and waits until it has taken them.
+    /// Makes a dynamic Envoy replace its listeners by those of `bootstrap`, which log to `log` in
+    /// its folder, and waits until it has done so.
     pub async fn replace(&self, bootstrap: &Bootstrap, log: &str) {
         let mut bootstrap = bootstrap.clone();
         bootstrap.access_log(&self.folder.path().join(log));
@@ -183,7 +183,7 @@ impl Envoy {
         .await;
     }
 
-    /// Waits until no listener and no filter chain that was replaced is left.
+    /// Waits until none of the replaced listeners and filter chains is left.
     pub async fn drained(&self) {
         let draining = async || {
             let stats = self.stats().await;
@@ -194,7 +194,8 @@ impl Envoy {
         wait::until_equal("what drains", Duration::from_secs(30), 0.0, draining).await;
     }
 
-    /// Runs one that is expected to refuse its configuration; how it ended and what it said.
+    /// Runs an Envoy that is expected to refuse its configuration. Returns whether it did, and what
+    /// it printed.
     pub fn refusal(version: Version, bootstrap: &Bootstrap) -> (bool, String) {
         let folder = tempfile::tempdir().expect("a folder");
         let mut command = command(version, bootstrap, &How::default(), folder.path());
@@ -203,18 +204,18 @@ impl Envoy {
         (!status.success(), process.log())
     }
 
-    /// All samples at `/stats/prometheus`.
+    /// Returns all samples at `/stats/prometheus`.
     pub async fn stats(&self) -> Vec<Sample> {
         let text = http::get(self.admin, "/stats/prometheus").await.unwrap_or_else(|e| panic!("{e}"));
         prometheus::parse(&text)
     }
 
-    /// The sum over one stat.
+    /// Returns the sum over one stat.
     pub async fn stat(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         prometheus::sum(&self.stats().await, name, labels)
     }
 
-    /// Waits until so many more reports were acknowledged.
+    /// Waits until `more` more reports were acknowledged.
     pub async fn reports(&self, more: u32) {
         let acknowledged = async || self.stat("inflight_reports_sent_total", &[]).await;
         let enough = acknowledged().await + f64::from(more);
@@ -225,22 +226,22 @@ impl Envoy {
         .await;
     }
 
-    /// The requests in the access log so far.
+    /// Returns the requests in the access log so far.
     pub fn requests(&self) -> Vec<Request> {
         self.requests_in(ACCESS_LOG)
     }
 
-    /// The requests in a log that [`Envoy::replace`] named.
+    /// Returns the requests in a log that [`Envoy::replace`] named.
     pub fn requests_in(&self, log: &str) -> Vec<Request> {
         truth::read(&self.folder.path().join(log))
     }
 
-    /// How many requests are in the access log for each path.
+    /// Returns the number of requests in the access log for each path.
     pub fn requests_by_path(&self) -> BTreeMap<String, u64> {
         truth::count(&self.folder.path().join(ACCESS_LOG))
     }
 
-    /// The requests in the access log, once there are `count`.
+    /// Returns the requests in the access log, once there are `count`.
     pub async fn requests_when(&self, count: u64) -> Vec<Request> {
         wait::until(&format!("{count} requests are logged"), Duration::from_secs(30), || {
             let requests = self.requests();

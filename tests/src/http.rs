@@ -1,4 +1,4 @@
-//! One HTTP/1.1 request on a connection of its own.
+//! HTTP/1.1 requests, each on a connection of its own, and bare websockets.
 
 use std::net::SocketAddr;
 
@@ -18,7 +18,7 @@ pub async fn ask(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<(Statu
     ask_over(TcpStream::connect(to).await.map_err(|e| e.to_string())?, request).await
 }
 
-/// The same over a connection that is there.
+/// The same over an existing connection.
 ///
 /// # Errors
 /// What went wrong, in words.
@@ -39,7 +39,7 @@ pub async fn ask_over(
     answer
 }
 
-/// Sends a request; the headers of the answer.
+/// Sends a request. Returns the headers of the answer.
 ///
 /// # Errors
 /// What went wrong, in words.
@@ -47,7 +47,7 @@ pub async fn headers(to: SocketAddr, request: Request<Full<Bytes>>) -> Result<He
     Ok(head(to, request).await?.1)
 }
 
-/// Sends a request; status and headers of the answer.
+/// Sends a request. Returns status and headers of the answer.
 ///
 /// # Errors
 /// What went wrong, in words.
@@ -68,7 +68,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects.
+    /// Opens a connection.
     ///
     /// # Errors
     /// What went wrong, in words.
@@ -79,7 +79,7 @@ impl Connection {
         Ok(Self { sender })
     }
 
-    /// Sends a request and reads the whole answer; its status.
+    /// Sends a request and reads the whole answer. Returns the answer's status.
     ///
     /// # Errors
     /// What went wrong, in words.
@@ -92,18 +92,18 @@ impl Connection {
     }
 }
 
-/// A websocket of which only the handshake is done: what follows is the caller's.
+/// Opens a websocket. Only the handshake is done; the caller does the rest.
 ///
 /// # Panics
-/// If the server does not take it.
+/// If the server does not accept it.
 pub async fn websocket(to: SocketAddr) -> TcpStream {
     try_websocket(to).await.unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// The same, where it may be refused.
+/// Opens a websocket that the server may refuse.
 ///
 /// # Errors
-/// What went wrong, in words, an answer other than 101 included.
+/// What went wrong, in words. An answer other than 101 is an error.
 pub async fn try_websocket(to: SocketAddr) -> Result<TcpStream, String> {
     let mut stream = TcpStream::connect(to).await.map_err(|e| format!("no connection: {e}"))?;
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
@@ -123,7 +123,7 @@ pub async fn try_websocket(to: SocketAddr) -> Result<TcpStream, String> {
 /// GETs a path.
 ///
 /// # Errors
-/// What went wrong, in words, an answer other than 200 included.
+/// What went wrong, in words. An answer other than 200 is an error.
 pub async fn get(from: SocketAddr, path: &str) -> Result<String, String> {
     let request =
         Request::get(path).header("host", "test").body(Full::default()).map_err(|e| e.to_string())?;
@@ -132,7 +132,7 @@ pub async fn get(from: SocketAddr, path: &str) -> Result<String, String> {
     if status == StatusCode::OK { Ok(body) } else { Err(format!("{status}: {body}")) }
 }
 
-/// POSTs bytes; the answer's status and body.
+/// POSTs bytes. Returns the answer's status and body.
 ///
 /// # Errors
 /// What went wrong, in words.

@@ -1,6 +1,6 @@
-//! The layers of each crate in `src/`, as the table on its root page lists them, lowest first: a
-//! module imports only modules of its own and of lower layers, and no modules import each other in
-//! a circle. Tests are free to look anywhere.
+//! Checks the layers of each crate in `src/`, as the table on its root page lists them, lowest
+//! first: a module imports only modules of its own layer or of lower layers, and no modules import
+//! each other in a circle. Tests may import any module.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,10 +9,10 @@ use proc_macro2::{TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, ItemMod, Macro, UseTree};
 
-/// A module by its path below the crate, without `crate`: empty for the root page.
+/// A module, as its path below the crate without `crate`; empty for the root page.
 type Module = Vec<String>;
 
-/// A crate: its modules, each with the modules that it imports, and its layers.
+/// A crate: its layers, and its modules, each with the modules that it imports.
 struct Crate {
     imports: BTreeMap<Module, BTreeSet<Module>>,
     layers: Vec<String>,
@@ -36,7 +36,7 @@ impl Crate {
         Self { imports: imports.collect(), layers: names.collect() }
     }
 
-    /// Returns what is wrong with the crate, a line each.
+    /// Returns what is wrong with the crate, one line per fault.
     fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         let height = |module: &Module| self.layers.iter().position(|layer| Some(layer) == module.first());
@@ -66,7 +66,7 @@ impl Crate {
         faults
     }
 
-    /// Returns a way from a module back to itself.
+    /// Returns a chain of imports from a module back to itself.
     fn circle(&self, from: &Module) -> Option<Vec<String>> {
         let mut ways = vec![vec![from]];
         let mut seen = BTreeSet::new();
@@ -100,7 +100,7 @@ fn is_for_tests(attributes: &[Attribute]) -> bool {
     })
 }
 
-/// Reads a module's file, and those of the modules that it declares.
+/// Reads a module's file and, recursively, the files of the modules that it declares.
 fn read_module(file: &Path, folder: &Path, module: Module, into: &mut BTreeMap<Module, Vec<Item>>) {
     let text = std::fs::read_to_string(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
     let parsed = syn::parse_file(&text).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
@@ -135,14 +135,14 @@ struct Paths<'a> {
 }
 
 impl Paths<'_> {
-    /// Notes the module that a path leads into, if that is one of the crate's.
+    /// Notes the module that a path leads into, if it is a module of the crate.
     fn note(&mut self, segments: &[String]) {
         let mut rest = segments;
         let mut path: Module = match rest.first().map(String::as_str) {
             Some("crate") => Vec::new(),
             Some("self" | "super") => self.module.clone(),
             Some(first) => {
-                // A module that this one declares.
+                // The path may start with a module that this one declares.
                 let mut child = self.module.clone();
                 child.push(first.to_owned());
                 if !self.modules.contains(&child) {
@@ -189,7 +189,8 @@ impl Paths<'_> {
         self.note(&path);
     }
 
-    /// A macro's arguments are not parsed: what follows `crate` there is a path.
+    /// Notes the paths in a macro's arguments. The arguments are not parsed: the identifiers after
+    /// `crate` are taken for a path.
     fn note_tokens(&mut self, tokens: TokenStream) {
         let mut path: Vec<String> = Vec::new();
         for token in tokens {
@@ -272,7 +273,7 @@ fn the_stats_server_has_no_circle_and_imports_downwards() {
     assert_eq!(faults_of("src/statserver/main.rs"), [""; 0]);
 }
 
-/// A crate of its own making, in a folder that goes away.
+/// Returns the faults of a crate that is made of these files, in a temporary folder.
 fn faults_in(files: &[(&str, &str)]) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     for (name, text) in files {

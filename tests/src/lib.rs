@@ -1,20 +1,20 @@
-//! The parts of which the end-to-end tests and the demo are made. Everything listens on 127.0.0.1,
-//! on ports that the system gives, and ends with the value that started it.
+//! The building blocks of the end-to-end tests and the demo. Everything listens on 127.0.0.1, on
+//! ports that the system assigns, and ends when the value that started it is dropped.
 //!
-//! | module | what it is |
+//! | module | contents |
 //! |---|---|
-//! | [`app`] | an app that counts for itself, and misbehaves on request |
-//! | [`bootstrap`] | the shipped Envoy configuration, with the test's addresses in it |
+//! | [`app`] | an app that keeps its own counts, and misbehaves on request |
+//! | [`bootstrap`] | the shipped Envoy configuration, with the addresses of a test in it |
 //! | [`browser`] | a headless Chromium |
 //! | [`envoy`] | a running Envoy |
 //! | [`load`] | a load of mixed requests, reproducible from its seed |
 //! | [`process`] | child processes that cannot outlive us |
-//! | [`prometheus`] | reading the Prometheus text format; a real Prometheus |
+//! | [`prometheus`] | a reader of the Prometheus text format; a real Prometheus |
 //! | [`statserver`] | a running `inflight-statserver` |
 //! | [`streams`] | a load of long-lived and multiplexed requests |
-//! | [`tap`] | between Envoy and the stats server: records reports, loses answers |
+//! | [`tap`] | a tap between Envoy and the stats server: it records reports and loses answers |
 //! | [`tls`] | a certificate authority of a test's own |
-//! | [`truth`] | counts and concurrency out of Envoy's own access log |
+//! | [`truth`] | counts and concurrency from Envoy's own access log |
 //! | [`wait`] | waiting for a condition, with a deadline |
 
 pub mod app;
@@ -38,15 +38,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The repository's root.
+/// Returns the repository's root.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository")
 }
 
-/// A built file below the target folder.
+/// Returns a built file below the target folder.
 ///
 /// # Panics
-/// If it is not there, with the command that builds it.
+/// If it does not exist; the message has the command that builds it.
 pub fn built(path: &str) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let path = target.join(path);
@@ -54,28 +54,28 @@ pub fn built(path: &str) -> PathBuf {
     path
 }
 
-/// The stats server: built like the tests, with checks for overflows, which takes minutes less than
-/// a release build; or the one that the variable `STATSERVER` names, for what measures it or runs
-/// it for long.
+/// Returns the stats server. By default it is the one built like the tests, with overflow checks,
+/// which takes minutes less than a release build. The variable `STATSERVER` names another one, for
+/// measurements and long runs.
 ///
 /// # Panics
-/// If there is neither.
+/// If there is no such program.
 pub fn statserver_program() -> PathBuf {
     std::env::var_os("STATSERVER").map_or_else(|| built("e2e/inflight-statserver"), PathBuf::from)
 }
 
-/// Now, since 1970.
+/// Returns the time since 1970.
 ///
 /// # Panics
-/// If the clock says that it is earlier.
+/// If the clock is before 1970.
 pub fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970")
 }
 
-/// A program out of Debian's packages, installed if need be.
+/// Returns a program from Debian's packages, installed if need be.
 ///
 /// # Panics
-/// If it cannot be had.
+/// If it is not available.
 pub fn debian(program: &str, packages: &[&str]) -> PathBuf {
     let output = Command::new(root().join("tools/debian.sh")).arg(program).args(packages).output();
     let output = output.expect("a shell");

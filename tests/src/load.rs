@@ -23,18 +23,18 @@ impl Default for Plan {
     }
 }
 
-/// What a load is made of.
+/// The parameters of a load.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Requests in all; `u64::MAX` to go on until stopped.
+    /// The number of requests; `u64::MAX` means to go on until stopped.
     pub requests: u64,
-    /// Connections, each with one request at a time.
+    /// The number of connections, each with one request at a time.
     pub connections: u64,
-    /// The average time in the app in milliseconds; single requests take up to four times that.
+    /// The average time in the app, in milliseconds. Single requests take up to four times as long.
     pub average_ms: f64,
     /// Whether one request in eight is aborted, reset, refused or answered by Envoy itself.
     pub mixed: bool,
-    /// For the dice.
+    /// The seed of the dice.
     pub seed: u64,
     /// The path of ordinary requests, for the access log.
     pub path: &'static str,
@@ -56,7 +56,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts a load on Envoy; `app` is asked whether a request that is to be aborted has arrived.
+    /// Starts a load on Envoy. `app` says whether a request that is to be aborted has arrived.
     pub fn start(plan: Plan, envoy: SocketAddr, app: &Arc<Counts>) -> Self {
         let progress = Arc::new(Progress {
             started: AtomicU64::new(0),
@@ -80,27 +80,27 @@ impl Load {
         Self { progress, running }
     }
 
-    /// Requests sent so far.
+    /// Returns the number of requests sent so far.
     pub fn sent(&self) -> u64 {
         self.progress.sent.load(Ordering::SeqCst)
     }
 
-    /// Lets the requests on their way finish, and begins no others.
+    /// Lets open requests finish, and begins no others.
     pub fn stop(&self) {
         self.progress.stop.store(true, Ordering::SeqCst);
     }
 
-    /// Ends at once, when there is no Envoy any more to answer.
+    /// Ends at once, when no Envoy is left to answer.
     pub async fn abandon(self) {
         self.running.abort();
         let _ = self.running.await;
     }
 
-    /// Waits for the end; how many requests were sent. None of them got an answer that it should
-    /// not.
+    /// Waits for the end. Returns the number of requests sent, all of which got an answer that they
+    /// may get.
     ///
     /// # Panics
-    /// If one did, or a client failed.
+    /// If a request got another answer, or a client failed.
     pub async fn finish(self) -> u64 {
         let (sent, failures) = self.finish_with_failures().await;
         let first = &failures[..failures.len().min(20)];
@@ -108,8 +108,8 @@ impl Load {
         sent
     }
 
-    /// Waits for the end; how many requests were sent, and for each that got an answer that it
-    /// should not, how it went.
+    /// Waits for the end. Returns the number of requests sent, and a description of each request
+    /// that got an answer it may not get.
     ///
     /// # Panics
     /// If a client failed.
@@ -121,7 +121,7 @@ impl Load {
     }
 }
 
-/// The ways in which a request goes.
+/// How a request goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Work,
@@ -159,11 +159,11 @@ impl Client {
         }
     }
 
-    /// Sends one request; gives the connection back if it can be used again.
+    /// Sends one request. Returns the connection if it can be used again.
     async fn request(&mut self, id: u64, sender: Option<Sender>) -> Option<Sender> {
         let kind = self.kind();
         let ms = self.dice.unit() * self.plan.average_ms * 2.0;
-        // One in three takes four times as long as another: latencies vary.
+        // One request in three takes four times as long as the others, so that latencies vary.
         let ms = if self.dice.below(3) == 0 { ms * 2.0 } else { ms / 2.0 };
         let id = format!("{}-{id}", self.number);
         let path = match kind {
@@ -201,7 +201,7 @@ impl Client {
         let answer = sender.send_request(request);
         let (outcome, kept) = match kind {
             Kind::AbortBeforeAnswer => {
-                // Only what has reached the app has surely been sent.
+                // Only a request that has reached the app has certainly been sent.
                 let abort = async {
                     self.seen(&id).await;
                     tokio::time::sleep(self.some_ms(ms)).await;
@@ -235,7 +235,7 @@ impl Client {
     }
 
     fn fail(&self, what: String) {
-        // As the access log has it.
+        // The time is in the format of the access log.
         let what = format!("{:.6} {what}", unix_time().as_secs_f64());
         self.progress.failures.lock().expect("no panic under this lock").push(what);
     }
@@ -266,7 +266,8 @@ impl Client {
     }
 }
 
-/// Reads an answer to its end: what is wrong with it, and whether the connection can be used again.
+/// Reads an answer to its end. Returns what is wrong with it, and whether the connection can be
+/// used again.
 async fn complete(
     kind: Kind,
     answer: hyper::Result<hyper::Response<hyper::body::Incoming>>,
@@ -296,17 +297,17 @@ async fn connect(to: SocketAddr) -> Result<Sender, String> {
     Ok(sender)
 }
 
-/// A small generator (splitmix64): the same seed, the same load.
+/// A small random generator (splitmix64). The same seed gives the same load.
 #[derive(Debug)]
 pub struct Dice(u64);
 
 impl Dice {
-    /// From a seed.
+    /// Returns the generator of a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number.
+    /// Returns the next number.
     pub fn roll(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -315,12 +316,12 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    /// A number below `sides`.
+    /// Returns a number below `sides`.
     pub fn below(&mut self, sides: u64) -> u64 {
         self.roll() % sides
     }
 
-    /// A number from 0 to 1.
+    /// Returns a number from 0 to 1.
     pub fn unit(&mut self) -> f64 {
         (self.roll() >> 11) as f64 / (1u64 << 53) as f64
     }

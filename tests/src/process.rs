@@ -1,5 +1,5 @@
-//! Child processes that cannot outlive us: killed when their value is dropped, and by the kernel
-//! should this process be killed itself.
+//! Child processes that cannot outlive this process. A child is killed when its value is dropped,
+//! and by the kernel if this process itself is killed.
 
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// A child process with its standard error in a file.
+/// A child process, with its output in a file.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
@@ -15,7 +15,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts it; everything that it prints goes to `log`.
+    /// Starts a process. Everything that it prints goes to `log`.
     ///
     /// # Panics
     /// If it cannot be started.
@@ -29,18 +29,19 @@ impl Process {
                 Ok(())
             });
         }
-        // A group of its own: Ctrl-C reaches the demo, which ends its children in order.
+        // In a process group of its own: Ctrl-C reaches only the demo, which ends its children in
+        // order.
         command.process_group(0);
         let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
         Self { child, log: log.into() }
     }
 
-    /// Its process id.
+    /// Returns its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has printed so far.
+    /// Returns what it has printed so far.
     pub fn log(&self) -> String {
         std::fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
@@ -52,12 +53,12 @@ impl Process {
         unsafe { libc::kill(pid, signal) };
     }
 
-    /// How it ended, if it has.
+    /// Returns its exit status, if it has ended.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Waits for its end.
+    /// Waits for its end. Returns its exit status.
     ///
     /// # Panics
     /// If it does not end within `limit`.
@@ -72,13 +73,13 @@ impl Process {
         }
     }
 
-    /// Kills it, without a chance to say anything.
+    /// Kills it at once, without a clean end.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Resident memory in bytes.
+    /// Returns its resident memory in bytes.
     ///
     /// # Panics
     /// If the process is gone.
@@ -87,7 +88,7 @@ impl Process {
     }
 }
 
-/// Resident memory of a process in bytes; `None` if it is gone.
+/// Returns the resident memory of a process in bytes; `None` if the process is gone.
 pub fn resident_bytes(id: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -107,7 +108,7 @@ impl Drop for Process {
     }
 }
 
-/// Whether a process ended by itself with code 0.
+/// Returns whether a process ended by itself with code 0.
 pub fn is_clean(status: ExitStatus) -> bool {
     status.code() == Some(0) && status.signal().is_none()
 }

@@ -1,4 +1,4 @@
-//! Reading the Prometheus text format, as far as Envoy writes it; and a real Prometheus.
+//! A reader of the Prometheus text format, as far as Envoy writes it; and a real Prometheus.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -24,10 +24,10 @@ pub struct Sample {
     pub value: f64,
 }
 
-/// All samples of a text.
+/// Returns all samples in a text.
 ///
 /// # Panics
-/// On a line that is none.
+/// On a line that is not a sample.
 pub fn parse(text: &str) -> Vec<Sample> {
     text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(parse_line).collect()
 }
@@ -50,7 +50,7 @@ fn parse_line(line: &str) -> Sample {
     Sample { name: name.to_owned(), labels, value }
 }
 
-/// The sum over all samples of a name whose labels contain `labels`.
+/// Returns the sum over all samples of a name whose labels contain `labels`.
 pub fn sum(samples: &[Sample], name: &str, labels: &[(&str, &str)]) -> f64 {
     samples
         .iter()
@@ -60,13 +60,13 @@ pub fn sum(samples: &[Sample], name: &str, labels: &[(&str, &str)]) -> f64 {
         .sum()
 }
 
-/// What `promtool check metrics` says against a text, if anything.
+/// Runs `promtool check metrics` on a text.
 ///
 /// # Errors
-/// Its complaint.
+/// Promtool's complaint.
 ///
 /// # Panics
-/// If promtool cannot be had.
+/// If promtool is not available.
 pub fn promtool_check(text: &str) -> Result<(), String> {
     let mut promtool = Command::new(tool("promtool"))
         .args(["check", "metrics"])
@@ -79,7 +79,7 @@ pub fn promtool_check(text: &str) -> Result<(), String> {
     stdin.write_all(text.as_bytes()).expect("promtool reads");
     drop(stdin);
     let output = promtool.wait_with_output().expect("promtool's verdict");
-    // Code 3 means a matter of style: Knative's names are not ours to change.
+    // Code 3 reports matters of style, and Knative's names are not ours to change.
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         _ => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
@@ -103,16 +103,16 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one with a job for each target: its name, address and path.
+    /// Starts a Prometheus with a job for each target: its name, address and path.
     ///
     /// # Panics
-    /// If it cannot be had, or does not start.
+    /// If Prometheus is not available, or does not start.
     pub async fn start(targets: &[(&str, SocketAddr, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let jobs: Vec<Value> = targets
             .iter()
             .map(|(name, address, path)| {
-                // A stats server's keys have namespaces of their own.
+                // A stats server's keys have namespace labels of their own.
                 json!({"job_name": name, "metrics_path": path, "honor_labels": true,
                     "static_configs": [{"targets": [address.to_string()]}]})
             })
@@ -136,7 +136,7 @@ impl Prometheus {
         Self { address, process, folder }
     }
 
-    /// The value of a query with one result; 0 if there is none (yet).
+    /// Returns the value of a query that has one result; 0 if it has no result (yet).
     ///
     /// # Panics
     /// If Prometheus does not answer, or has several results.

@@ -25,17 +25,17 @@ pub struct StatServer {
 }
 
 impl StatServer {
-    /// Starts one on a free port, or on `address` again.
+    /// Starts a stats server on a free port, or again on `address`.
     pub async fn start(address: Option<SocketAddr>) -> Self {
         Self::with(address, &[]).await
     }
 
-    /// Starts one with more flags.
+    /// Starts a stats server with more flags.
     pub async fn with(address: Option<SocketAddr>, flags: &[&str]) -> Self {
         Self::launch(address, flags, &[]).await
     }
 
-    /// Starts one with more flags and variables.
+    /// Starts a stats server with more flags and variables.
     pub async fn launch(
         address: Option<SocketAddr>,
         flags: &[&str],
@@ -46,7 +46,7 @@ impl StatServer {
         Self::run(command, address, flags).await
     }
 
-    /// Starts one by a command that ends with the program and takes its flags.
+    /// Starts a stats server by a command that ends with the program. Adds the program's flags.
     ///
     /// # Panics
     /// If it does not listen.
@@ -70,18 +70,18 @@ impl StatServer {
         Self { address, grpc, process, folder }
     }
 
-    /// What it knows of a key; `None` if nothing.
+    /// Returns its view of a key; `None` if it does not know the key.
     pub async fn key(&self, namespace: &str, name: &str) -> Option<Value> {
         let text = http::get(self.address, &format!("/v1/keys/{namespace}/{name}")).await.ok()?;
         serde_json::from_str(&text).ok()
     }
 
-    /// All requests that it knows of the workload in `envoy/envoy.yaml`.
+    /// Returns the number of requests that it knows of for the workload in `envoy/envoy.yaml`.
     pub async fn total(&self) -> u64 {
         self.number("default", "hello-00001", "requests_total").await
     }
 
-    /// A number of a key; 0 if the key is unknown.
+    /// Returns a number of a key; 0 if the key is unknown.
     pub async fn number(&self, namespace: &str, name: &str, field: &str) -> u64 {
         self.key(namespace, name).await.and_then(|key| key[field].as_u64()).unwrap_or(0)
     }

@@ -1,5 +1,5 @@
-//! A load of long-lived and multiplexed requests: HTTP/2, gRPC streams, websockets, some of them
-//! broken off.
+//! A load of long-lived and multiplexed requests: HTTP/2, gRPC streams, websockets. Some of them
+//! are broken off.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,23 +20,23 @@ use tokio::task::JoinSet;
 use crate::load::Dice;
 use crate::{http, unix_time};
 
-/// What was sent, and how it went.
+/// The results of a load of streams.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Requests over HTTP/2 that were answered.
     pub http2: AtomicU64,
-    /// gRPC streams that went to their end.
+    /// gRPC streams that ran to their end.
     pub grpc: AtomicU64,
     /// Websockets that were opened.
     pub websockets: AtomicU64,
-    /// HTTP/2 requests and gRPC streams that were broken off: whether one had left is Envoy's to
-    /// say.
+    /// HTTP/2 requests and gRPC streams that were broken off. Only Envoy knows which of them had
+    /// already left.
     pub aborted: AtomicU64,
     failures: Mutex<Vec<String>>,
 }
 
 impl Tally {
-    /// What went otherwise than it should: when, what it was, and how it went.
+    /// Returns the failures: the time, the kind of stream, and what happened.
     ///
     /// # Panics
     /// If a client panicked.
@@ -45,7 +45,7 @@ impl Tally {
     }
 
     fn fail(&self, what: &str, began: Instant, why: &str) {
-        // As the access log has it.
+        // The time is in the format of the access log.
         let what = format!("{:.6} {what}, after {:?}: {why}", unix_time().as_secs_f64(), began.elapsed());
         self.failures.lock().expect("no panic under this lock").push(what);
     }
@@ -53,14 +53,14 @@ impl Tally {
 
 /// A running load of streams.
 pub struct Streams {
-    /// How it goes.
+    /// The results so far.
     pub tally: Arc<Tally>,
     stop: Arc<AtomicBool>,
     clients: JoinSet<()>,
 }
 
 impl Streams {
-    /// Starts `clients` of each kind.
+    /// Starts `clients` clients of each kind.
     pub fn start(envoy: SocketAddr, clients: u64, seed: u64) -> Self {
         let (tally, stop) = (Arc::new(Tally::default()), Arc::new(AtomicBool::new(false)));
         let mut tasks = JoinSet::new();
@@ -78,7 +78,7 @@ impl Streams {
         Self { tally, stop, clients: tasks }
     }
 
-    /// Lets what is open go to its end.
+    /// Lets open streams run to their end. Returns the results.
     ///
     /// # Panics
     /// If a client panicked.
@@ -108,7 +108,7 @@ impl Kind {
         };
         if let Err(why) = outcome {
             tally.fail(what, began, &why);
-            // Envoy may be away: no need to ask it all the time.
+            // Envoy may be away, so there is a pause before the next attempt.
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -126,7 +126,7 @@ where
     Ok(sender)
 }
 
-/// A websocket of up to twenty messages.
+/// Opens a websocket and exchanges up to twenty messages.
 async fn websocket(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Result<(), String> {
     let mut socket = http::try_websocket(envoy).await?;
     tally.websockets.fetch_add(1, Ordering::SeqCst);
@@ -138,7 +138,7 @@ async fn websocket(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Result<
     Ok(())
 }
 
-/// Ten times ten requests at once over one connection; one in twenty is broken off.
+/// Sends ten times ten concurrent requests over one connection. One in twenty is broken off.
 async fn http2_requests(envoy: SocketAddr, tally: &Arc<Tally>, dice: &mut Dice) -> Result<(), String> {
     let sender = connect(envoy).await?;
     for round in 0..10 {
@@ -175,7 +175,8 @@ async fn http2_requests(envoy: SocketAddr, tally: &Arc<Tally>, dice: &mut Dice) 
     Ok(())
 }
 
-/// Five streams one after the other, each of up to twenty messages; one in five is broken off.
+/// Opens five streams one after the other, each with up to twenty messages. One in five is broken
+/// off.
 async fn grpc_streams(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Result<(), String> {
     let mut sender = connect(envoy).await?;
     for number in 0..5 {
@@ -185,7 +186,7 @@ async fn grpc_streams(envoy: SocketAddr, tally: &Tally, dice: &mut Dice) -> Resu
                 return None;
             }
             tokio::time::sleep(Duration::from_millis(pause)).await;
-            // Not compressed, five bytes long.
+            // A gRPC message: not compressed, five bytes long.
             Some((Ok::<_, std::io::Error>(Frame::data(Bytes::from_static(b"\0\0\0\0\x05hello"))), sent + 1))
         });
         let request = Request::post("http://app/echo.Echo/Stream").header("content-type", "application/grpc");

@@ -1,4 +1,5 @@
-//! Between Envoy and the stats server: records reports, loses answers, plays dead.
+//! The tap: a proxy between Envoy and the stats server that records reports, loses answers, or does
+//! not answer at all.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -19,22 +20,22 @@ use tokio::task::JoinHandle;
 
 use crate::{http, wait};
 
-/// What the tap does with a report.
+/// How the tap treats a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Passes it on, and the answer back.
+    /// Passes the report on, and the answer back.
     Forward,
-    /// Passes it on, and closes the connection instead of answering.
+    /// Passes the report on, and closes the connection instead of answering.
     LoseAnswer,
-    /// Closes the connection without passing it on.
+    /// Closes the connection without passing the report on.
     Refuse,
-    /// Neither passes it on nor answers.
+    /// Neither passes the report on nor answers.
     Hang,
-    /// Answers this code without passing it on.
+    /// Answers with this code without passing the report on.
     Answer(u16),
-    /// Passes it on, and the answer back after so many milliseconds.
+    /// Passes the report on, and the answer back after this many milliseconds.
     Slow(u64),
-    /// Writes something that is no HTTP.
+    /// Writes bytes that are not HTTP.
     Garbage,
     /// Writes a head with 202 that never ends.
     EndlessHead,
@@ -43,7 +44,7 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// What is written to whoever connects, and then again and again.
+    /// Returns the bytes to write to every client that connects, and those to repeat after that.
     fn raw(self) -> Option<(&'static [u8], Option<&'static [u8]>)> {
         const NONSENSE: &[u8] = b"\x16\x03\x01 this is not HTTP \x00\xff\r\n\r\n";
         const HEAD: &[u8] = b"HTTP/1.1 202 Accepted\r\ncontent-type: text/plain\r\n";
@@ -57,14 +58,14 @@ impl Mode {
     }
 }
 
-/// A report that came by.
+/// A report that the tap received.
 #[derive(Clone, Debug)]
 pub struct Recorded {
     /// The report.
     pub report: Report,
-    /// The code that the sender got.
+    /// The code that the sender received.
     pub answered: Option<u16>,
-    /// When it came.
+    /// When the report arrived.
     pub at: Instant,
     /// The request's headers.
     pub headers: Vec<(String, String)>,
@@ -87,7 +88,7 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Starts one in front of a stats server, or of nothing: then it acknowledges by itself.
+    /// Starts a tap in front of a stats server. Without one, the tap itself acknowledges reports.
     ///
     /// # Panics
     /// If there is no port.
@@ -103,29 +104,29 @@ impl Tap {
         f(&mut self.shared.lock().expect("no panic under this lock"))
     }
 
-    /// From the next report on, do this.
+    /// Sets the mode, from the next report on.
     pub fn set_mode(&self, mode: Mode) {
         self.locked(|shared| shared.mode = mode);
     }
 
-    /// From the next report on, pass them on to another.
+    /// Sets another backend, from the next report on.
     pub fn set_backend(&self, backend: SocketAddr) {
         self.locked(|shared| shared.backend = Some(backend));
     }
 
-    /// All reports so far.
+    /// Returns all reports so far.
     pub fn recorded(&self) -> Vec<Recorded> {
         self.locked(|shared| shared.recorded.clone())
     }
 
-    /// The reports that were acknowledged, in order.
+    /// Returns the reports that were acknowledged, in order.
     pub fn acknowledged(&self) -> Vec<Report> {
         self.recorded().into_iter().filter(|r| r.answered == Some(202)).map(|r| r.report).collect()
     }
 }
 
 impl Tap {
-    /// Waits until so many more reports were acknowledged; which these are.
+    /// Waits until `more` more reports were acknowledged. Returns these reports.
     ///
     /// # Panics
     /// If that takes longer than `limit`.
@@ -138,7 +139,7 @@ impl Tap {
         .await
     }
 
-    /// The requests that the acknowledged reports of one key add up to.
+    /// Returns the requests that the acknowledged reports of one key add up to.
     pub fn requests(&self) -> u64 {
         let reports = self.acknowledged();
         reports.iter().map(|r| r.messages[0].until.requests - r.messages[0].since.requests).sum()
@@ -166,7 +167,7 @@ async fn accept(listener: TcpListener, shared: Arc<Mutex<Shared>>) {
     }
 }
 
-/// Once a request is there, writes `once`, and then `more` until the other side has had enough.
+/// When a request arrives, writes `once`, and then repeats `more` until the other side closes.
 async fn write(mut stream: TcpStream, once: &[u8], more: Option<&[u8]>) {
     let _ = stream.readable().await;
     let _ = stream.write_all(once).await;
@@ -175,7 +176,7 @@ async fn write(mut stream: TcpStream, once: &[u8], more: Option<&[u8]>) {
     }
 }
 
-/// An error closes the connection.
+/// Handles a report. An error closes the connection.
 async fn take(
     request: Request<Incoming>,
     shared: Arc<Mutex<Shared>>,
@@ -193,7 +194,7 @@ async fn take(
     };
     let answer = match (mode, backend) {
         (Mode::Refuse | Mode::Hang, _) => Err("as asked"),
-        // Known only once it is connected to anew.
+        // These modes take effect only on a new connection.
         (Mode::Garbage | Mode::EndlessHead | Mode::EndlessBody, _) => Err("as asked"),
         (Mode::Answer(code), _) => Ok((StatusCode::from_u16(code).expect("a code"), "as asked".into())),
         (Mode::Forward | Mode::LoseAnswer | Mode::Slow(_), None) => Ok((StatusCode::ACCEPTED, String::new())),

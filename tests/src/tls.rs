@@ -1,4 +1,4 @@
-//! A certificate authority of a test's own, and a client that trusts it.
+//! A certificate authority for tests, and a client that trusts it.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -35,10 +35,10 @@ pub struct Identity {
 }
 
 impl Authority {
-    /// A new one.
+    /// Returns a new authority.
     ///
     /// # Panics
-    /// If it cannot be made.
+    /// If it cannot be created.
     pub fn new() -> Self {
         let mut params = CertificateParams::new([]).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -50,11 +50,11 @@ impl Authority {
     /// Signs a certificate, and writes it and its key to `folder`.
     ///
     /// # Panics
-    /// If it cannot be made or written.
+    /// If it cannot be created or written.
     pub fn issue(&self, folder: &Path, name: &str) -> Identity {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("an address");
-        // One with its issuer's name would be taken for one that signed itself.
+        // A certificate with its issuer's name would be taken for a self-signed one.
         params.distinguished_name.push(DnType::CommonName, name);
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
         let identity = Identity {
@@ -66,10 +66,10 @@ impl Authority {
         identity
     }
 
-    /// A client that trusts this authority, and shows a certificate if it has one.
+    /// Returns a client that trusts this authority, and presents a certificate if it has one.
     ///
     /// # Panics
-    /// If a file is not what it should be.
+    /// If a file is not valid.
     pub fn client(&self, identity: Option<&Identity>) -> Client {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(self.pem.as_bytes()).expect("PEM")).expect("a certificate");
@@ -121,7 +121,7 @@ impl Client {
     /// What went wrong, in words.
     ///
     /// # Panics
-    /// If the path is none.
+    /// If the path is not valid.
     pub async fn get(&self, from: SocketAddr, path: &str) -> Result<(StatusCode, String), String> {
         let request = Request::get(path).header("host", "test").body(Full::default()).expect("a request");
         self.ask(from, request).await

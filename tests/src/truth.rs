@@ -1,10 +1,10 @@
-//! Counts and concurrency out of Envoy's own access log: the independent truth.
+//! Counts and concurrency from Envoy's own access log: the independent truth.
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::path::Path;
 
-/// What [`read`] expects each line to be.
+/// The format of each line that [`read`] expects.
 pub const FORMAT: &str =
     "%START_TIME(%s.%6f)% %EMIT_TIME(%s.%6f)% %RESPONSE_CODE% %RESPONSE_FLAGS% %REQ(:PATH)%\n";
 
@@ -23,7 +23,7 @@ pub struct Request {
     pub path: String,
 }
 
-/// All requests in an access log. A line that Envoy is still writing is left out.
+/// Returns all requests in an access log. A line that Envoy is still writing is left out.
 ///
 /// # Panics
 /// On a line that is not in [`FORMAT`].
@@ -33,7 +33,8 @@ pub fn read(path: &Path) -> Vec<Request> {
     complete.lines().map(parse).collect()
 }
 
-/// How many requests an access log has for each path, without reading it into memory.
+/// Returns the number of requests in an access log for each path, without reading the log into
+/// memory.
 ///
 /// # Panics
 /// If it cannot be read.
@@ -65,20 +66,20 @@ fn parse(line: &str) -> Request {
     }
 }
 
-/// `seconds.microseconds` without a detour over floating point.
+/// Converts `seconds.microseconds` to nanoseconds, without floating point.
 fn nanoseconds(text: &str) -> u64 {
     let (seconds, micros) = text.split_once('.').unwrap_or_else(|| panic!("no time: {text}"));
     assert_eq!(micros.len(), 6, "no microseconds: {text}");
     seconds.parse::<u64>().expect("seconds") * 1_000_000_000 + micros.parse::<u64>().expect("micros") * 1_000
 }
 
-/// The integral of concurrency between two instants, in request-nanoseconds.
+/// Returns the integral of concurrency between two instants, in request-nanoseconds.
 pub fn request_ns(requests: &[Request], from_ns: u64, to_ns: u64) -> u128 {
     let overlap = |r: &Request| r.end_ns.min(to_ns).saturating_sub(r.start_ns.max(from_ns));
     requests.iter().map(|r| u128::from(overlap(r))).sum()
 }
 
-/// How many requests ended with each code.
+/// Returns the number of requests that ended with each code.
 pub fn by_code(requests: &[Request]) -> BTreeMap<u16, u64> {
     let mut codes = BTreeMap::new();
     for request in requests {

@@ -4,10 +4,10 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-/// Polls until `probe` gives a value. It answers `Err` with what it saw instead.
+/// Polls `probe` until it returns a value. Until then it returns `Err` with what it sees.
 ///
 /// # Panics
-/// At the deadline, with the last thing seen.
+/// At the deadline, with what the probe saw last.
 pub async fn until<T, E: Debug, F: Future<Output = Result<T, E>>>(
     what: &str,
     limit: Duration,
@@ -25,7 +25,7 @@ pub async fn until<T, E: Debug, F: Future<Output = Result<T, E>>>(
     }
 }
 
-/// [`until`] for a condition that says what it compares.
+/// Like [`until`], for a probe that returns a value to compare with `wanted`.
 ///
 /// # Panics
 /// At the deadline, with the last value.

@@ -32,7 +32,8 @@ struct Options {
     screenshot: Option<PathBuf>,
 }
 
-/// Two figures agree if they are this close: the tolerance of the tests for a single second.
+/// Returns whether two figures agree: whether they are within the tests' tolerance for a single
+/// second.
 fn agree(reported: f64, logged: f64) -> bool {
     (reported - logged).abs() <= (logged * 0.05).max(0.2)
 }
@@ -44,11 +45,12 @@ struct Table {
 }
 
 impl Table {
-    /// Prints the seconds that have been reported and whose requests have surely all been logged.
+    /// Prints the seconds that have been reported and whose requests have certainly all been
+    /// logged.
     fn show(&mut self, reports: &[Report], envoy: &Envoy, complete: bool) {
-        // A second's truth is known when the requests that were open in it have ended: those of
-        // this load take at most two hundred milliseconds, and the log is flushed every two
-        // hundred.
+        // The truth about a second is known when the requests that were open in it have ended.
+        // Those of this load take at most two hundred milliseconds, and the log is flushed every
+        // two hundred milliseconds.
         let ready = if complete { reports.len() } else { reports.len().saturating_sub(1) };
         if ready <= self.shown {
             return;
@@ -135,7 +137,7 @@ async fn main() -> ExitCode {
     for load in loads {
         sent += load.finish().await;
     }
-    // The reports up to the last request, and the log of it.
+    // Waits for the reports up to the last request, and for its line in the log.
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     let count = async || server.number("default", "hello-00001", "requests_total").await;
     while count().await != sent && tokio::time::Instant::now() < deadline {
