@@ -1,5 +1,5 @@
-//! What whoever reaches the stats server can take from it: memory above all. SECURITY.md has the
-//! table.
+//! The resources, above all the memory, that a client can take from the stats server merely by
+//! reaching it. SECURITY.md has the table.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -35,10 +35,10 @@ const SETTLED: Duration = Duration::from_secs(30);
 const MIB: u64 = 1 << 20;
 const TOKEN: &str = "valid-token-0123456789";
 const METHOD: &str = "/externalscaler.ExternalScaler/StreamIsActive";
-/// Memory that an attack took comes back within this.
+/// The time within which the memory that an attack took is free again.
 const BACK: Duration = Duration::from_secs(60);
 
-/// The most memory that a server had while something happened.
+/// The largest memory of a server while something happens.
 struct Peak {
     most: Arc<AtomicU64>,
     over: Arc<AtomicBool>,
@@ -68,13 +68,13 @@ impl Drop for Peak {
     }
 }
 
-/// One attack: what it does, and what stays open of it. It may take at most so many MiB, and gives
-/// them back.
+/// Runs one attack. Its result is what it leaves open. It may take at most `most` MiB, and the
+/// memory must be free again afterwards.
 async fn attack<T>(server: &StatServer, what: &str, most: u64, attack: impl Future<Output = T>) {
     let before = server.process.resident_bytes() / MIB;
     let peak = Peak::watch(server);
     let open = attack.await;
-    // What was sent is read by now: the server answers somebody else.
+    // By now the server has read what was sent: it answers another client.
     assert!(http::get(server.address, "/healthz").await.is_ok(), "{what}");
     let held = peak.mib();
     drop(open);
@@ -90,7 +90,7 @@ async fn attack<T>(server: &StatServer, what: &str, most: u64, attack: impl Futu
     assert!(most_seen <= before + most, "{what}: {most_seen} MiB, {before} before, {most} more are allowed");
 }
 
-/// A file of tokens with one that is good for everything.
+/// Writes a file of tokens, with one token that grants everything.
 fn tokens() -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("tokens");
@@ -99,7 +99,7 @@ fn tokens() -> (tempfile::TempDir, String) {
     (folder, flag)
 }
 
-/// Connections on each of which this was written, as far as the server took it.
+/// Opens connections and writes the same bytes on each, as far as the server accepts them.
 async fn connections(to: SocketAddr, count: usize, bytes: Vec<u8>) -> Vec<TcpStream> {
     let bytes = Bytes::from(bytes);
     let one = |_| {
@@ -113,18 +113,18 @@ async fn connections(to: SocketAddr, count: usize, bytes: Vec<u8>) -> Vec<TcpStr
     stream::iter(0..count).map(one).buffer_unordered(100).filter_map(std::future::ready).collect().await
 }
 
-/// A frame of HTTP/2.
+/// Returns a frame of HTTP/2.
 fn h2_frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).expect("a length").to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// How an HTTP/2 client begins, with a setting or none.
+/// Returns the beginning of an HTTP/2 client's connection, with one setting or none.
 fn h2_preface(settings: &[u8]) -> Vec<u8> {
     [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &h2_frame(4, 0, 0, settings)[..]].concat()
 }
 
-/// A call's head, without indexing.
+/// Returns the head of a call, without indexing.
 fn h2_head(stream: u32) -> Vec<u8> {
     let mut block = vec![0x83, 0x86];
     for (name, value) in [(":path", METHOD), (":authority", "x"), ("content-type", "application/grpc")] {
@@ -139,7 +139,7 @@ fn h2_head(stream: u32) -> Vec<u8> {
     h2_frame(1, 4, stream, &block)
 }
 
-/// Calls that announce 65,000 bytes each, send 60,000 and then say nothing.
+/// Opens calls that announce 65,000 bytes each, send 60,000 and then send nothing.
 async fn half_calls(to: SocketAddr, connections: usize, calls: usize) -> Vec<impl Sized> {
     let mut open = Vec::new();
     for _ in 0..connections {
@@ -158,7 +158,7 @@ async fn half_calls(to: SocketAddr, connections: usize, calls: usize) -> Vec<imp
             }
             open.push(tokio::spawn(sender.send_request(request.body(Box::pin(body)).expect("a request"))));
         }
-        // Until all that the server takes is sent.
+        // Until everything that the server accepts is sent.
         let _ = timeout(Duration::from_millis(500), sender.ready()).await;
         tokio::time::sleep(Duration::from_millis(500)).await;
         drop(connection);
@@ -170,7 +170,8 @@ async fn half_calls(to: SocketAddr, connections: usize, calls: usize) -> Vec<imp
 async fn without_a_token_nobody_takes_memory() {
     const MOST: u64 = 64;
     let (_folder, tokens) = tokens();
-    // More gRPC connections than are allowed by default: their number is not all that holds.
+    // More gRPC connections than are allowed by default: memory is limited by more than their
+    // number.
     let server = StatServer::with(None, &[&tokens, "--max-grpc-connections=100"]).await;
     let certificates = tempfile::tempdir().expect("a folder");
     let identity = Authority::new().issue(certificates.path(), "server");
@@ -179,7 +180,7 @@ async fn without_a_token_nobody_takes_memory() {
     let over_tls = StatServer::with(None, &[&tokens, "--tls-cert", certificate, "--tls-key", key]).await;
 
     let calls = attack(&server, "2,500 half calls over gRPC", MOST, half_calls(server.grpc, 1, 2_500));
-    // The first three quarters of the longest hello that there may be, in four records.
+    // The first three quarters of the longest possible TLS hello, in four records.
     let mut hello = vec![0x16, 3, 1, 0x3e, 0x80, 1, 0, 0xff, 0xf0];
     hello.resize(16_005, 3);
     for _ in 0..2 {
@@ -226,7 +227,7 @@ fn websocket_head() -> Vec<u8> {
     .into_bytes()
 }
 
-/// A masked frame that announces so many bytes and has fewer of them. It may follow the head at
+/// Returns a masked frame that announces `announced` bytes and has fewer. It may follow the head at
 /// once.
 fn websocket_frame(announced: u64, sent: usize) -> Vec<u8> {
     [&websocket_head()[..], &[0x82, 0xff], &announced.to_be_bytes(), &[0; 4], &vec![b'x'; sent]].concat()
@@ -259,7 +260,7 @@ async fn with_a_token_nobody_takes_more_memory_than_the_limits_add_up_to() {
         [&tokens, "--write-timeout=2s", "--max-bytes-in-flight=16777216", "--max-answer-bytes=12582912"];
     let server = StatServer::with(None, &flags).await;
     report_keys(&server, 10_000).await;
-    // The deciders' past is there from the first decision on; it is no part of an attack.
+    // The deciders keep history from their first decision on. It is not part of an attack.
     wait::until("the first decisions", SETTLED, || async {
         let key = "/v1/keys?limit=1";
         let request =
@@ -269,7 +270,8 @@ async fn with_a_token_nobody_takes_more_memory_than_the_limits_add_up_to() {
         if list["keys"][0]["excess_burst_capacity"].is_number() { Ok(()) } else { Err(list.to_string()) }
     })
     .await;
-    // What SECURITY.md says of a connection, and of what is received and answered over all of them.
+    // The figures of SECURITY.md for a connection, and for the bytes received and answered over all
+    // connections.
     let of = |connections: u64| connections * 30 / 1024 + 1;
     let (received, answered) = (2 * 16 + 8, 12 + 24);
 
@@ -288,7 +290,7 @@ async fn with_a_token_nobody_takes_more_memory_than_the_limits_add_up_to() {
         format!("GET /v1/keys?limit=10000 HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n");
     let unread = async {
         let open = connections(http, 100, list.into_bytes()).await;
-        // They are closed although they stay where they are.
+        // The server closes these connections although the client keeps them.
         wait::until("nothing is left to be read", SETTLED, || async {
             let request = Request::get("/v1/keys?limit=10000").header("host", "x");
             let request = request.header("authorization", format!("Bearer {TOKEN}"));
@@ -331,7 +333,7 @@ async fn what_waits_to_be_forwarded_keeps_nothing_of_its_frame() {
     let stat = Stat { pod_name: "pod".into(), request_count: 1.0, ..Stat::default() };
     let message = WireStatMessage { namespace: "ns".into(), name: "rev".into(), stat: Some(stat) };
     let mut frame = WireStatMessages { messages: vec![message] }.encode_to_vec();
-    // A field of a later version, of 1,000,000 bytes.
+    // A field of a later version, with 1,000,000 bytes.
     frame.extend([0x4a, 0xc0, 0x84, 0x3d]);
     frame.resize(frame.len() + 1_000_000, b'x');
     let before = server.process.resident_bytes() / MIB;
@@ -344,7 +346,7 @@ async fn what_waits_to_be_forwarded_keeps_nothing_of_its_frame() {
     assert!(after < before + 16, "{before} MiB before, {after} after");
 }
 
-/// How often a limit was reached.
+/// Returns how often a limit was reached.
 async fn refused(server: &StatServer, limit: &str) -> u64 {
     let text = http::get(server.address, "/metrics").await.expect("metrics");
     let line = format!("inflight_statserver_refused_total{{limit=\"{limit}\"}} ");
@@ -352,7 +354,7 @@ async fn refused(server: &StatServer, limit: &str) -> u64 {
     count.parse().expect("a number")
 }
 
-/// Reads until the server closes, whichever way.
+/// Reads until the server closes the connection in whatever way.
 async fn closed(what: &str, mut stream: TcpStream) {
     let mut bytes = [0; 65_536];
     let end = async { while matches!(stream.read(&mut bytes).await, Ok(1..)) {} };
@@ -371,13 +373,13 @@ async fn who_does_not_read_is_closed() {
         .await;
     };
     let mut http = TcpStream::connect(server.address).await.expect("a connection");
-    // Several, so that what the kernel takes is not enough for them.
+    // Several requests, so that the kernel's buffers cannot hold the answers.
     let list = b"GET /v1/keys?limit=10000 HTTP/1.1\r\nhost: x\r\n\r\n".repeat(10);
     http.write_all(&list).await.expect("sent");
     closes("an answer is not read", 1).await;
     closed("the connection", http).await;
 
-    // Pongs that nobody reads.
+    // Pongs that the client does not read.
     let (socket, _) = connect_async(format!("ws://{}/", server.address)).await.expect("a websocket");
     let (mut to, _from) = socket.split();
     let pinging = async {
@@ -387,7 +389,7 @@ async fn who_does_not_read_is_closed() {
     assert!(timeout(SETTLED * 2, pinging).await.is_ok(), "still open");
     closes("a websocket does not read", 2).await;
 
-    // A call whose answer may not even begin: the window is empty, for good.
+    // A call whose answer cannot even begin: the window is empty, and remains so.
     let mut grpc = TcpStream::connect(server.grpc).await.expect("a connection");
     let window = [0, 4, 0, 0, 0, 0];
     let object =
@@ -414,7 +416,7 @@ async fn a_connection_may_be_idle_for_longer_than_a_head_may_take() {
         tokio::time::sleep(Duration::from_millis(900)).await;
     }
     assert_eq!(refused(&server, "head-timeout").await, 0, "it was not its head that was waited for");
-    // And not for ever.
+    // But not for ever.
     let length = timeout(SETTLED, stream.read(&mut answer)).await.expect("in time").expect("no error");
     assert_eq!(length, 0);
     assert_eq!(refused(&server, "head-timeout").await, 0);

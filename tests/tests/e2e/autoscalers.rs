@@ -1,5 +1,5 @@
-//! What autoscalers and people ask the stats server: KEDA by gRPC, settings by HTTP, the live page
-//! in a browser.
+//! What autoscalers and people request from the stats server: KEDA over gRPC, settings over HTTP,
+//! the live page in a browser.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tonic::Code;
 use tonic::transport::Channel;
 
-/// What KEDA's client side is made of.
+/// KEDA's side of the protocol.
 pub mod proto {
     #![allow(missing_docs, clippy::all, reason = "generated")]
     tonic::include_proto!("externalscaler");
@@ -26,7 +26,7 @@ use proto::{GetMetricsRequest, ScaledObjectRef};
 const SETTLED: Duration = Duration::from_secs(20);
 const SECOND: u64 = 1_000_000_000;
 
-/// One second of one pod: `concurrency` requests all through it.
+/// Reports one second of one pod, with `concurrency` requests throughout.
 async fn report(server: SocketAddr, name: &str, incarnation: u64, concurrency: u64) {
     let since = Snapshot::starting_at(SECOND);
     let until = Snapshot {
@@ -51,7 +51,7 @@ async fn keda(server: &StatServer) -> ExternalScalerClient<Channel> {
     ExternalScalerClient::connect(format!("http://{}", server.grpc)).await.expect("a connection")
 }
 
-/// A key's metric, as soon as the server has been there for long enough to say it.
+/// Returns a key's metric, as soon as the server has run for long enough to answer.
 async fn value(client: &mut ExternalScalerClient<Channel>, object: ScaledObjectRef) -> f64 {
     let asked = || GetMetricsRequest { scaled_object_ref: Some(object.clone()), metric_name: String::new() };
     let metrics = wait::until("metrics", SETTLED, || {
@@ -76,7 +76,7 @@ async fn keda_gets_what_a_key_has_and_what_a_pod_should_have() {
 
     report(server.address, "rev", 1, 30).await;
     assert_eq!(value(&mut client, object("rev", &[])).await, 30.0);
-    // The key need not be called as the ScaledObject is.
+    // The key's name may differ from the ScaledObject's.
     let elsewhere =
         object("other", &[("name", "rev"), ("namespace", "ns"), ("metric", "rps"), ("scalerAddress", "x")]);
     assert_eq!(value(&mut client, elsewhere.clone()).await, 30.0);
@@ -116,7 +116,7 @@ async fn a_key_becomes_active_with_its_first_report_and_stays_so_for_a_stable_wi
         "0 -> 1 pushed after {:?} (median of 20, with the report's own way), at most {:?}",
         waits[10], waits[19]
     );
-    // Not by asking anew every two seconds: that would take one on average.
+    // The server pushed this. Polling every two seconds would take one second on average.
     assert!(waits[10] < Duration::from_millis(500), "{:?}", waits[10]);
     let mut active = last.expect("a stream");
     let ended = tokio::time::timeout(SETTLED, active.next()).await.expect("within the window and a decision");
@@ -158,7 +158,7 @@ async fn the_spec_follows_what_a_key_is_told_and_streams_end_with_the_server() {
         client.is_active(object("rev", &[])).await.expect("an answer").into_inner().result,
         "by min_scale"
     );
-    // Nobody reports it: that is certain when the longest period there is has gone by.
+    // No sender reports the key. That is certain once the longest possible period has passed.
     let certain = Duration::from_secs(90);
     wait::until_equal("desired pods", certain, 1, || server.number("ns", "rev", "desired_pods")).await;
     assert_eq!(tell(&server, Method::DELETE, json!(null)).await, 204);
@@ -193,7 +193,7 @@ async fn after_a_start_traffic_is_told_at_once_and_less_when_all_can_have_report
     assert!(value(&mut client, object("rev", &[])).await > 0.0);
 }
 
-/// What a tool of the repository prints.
+/// Returns the output of a tool of the repository.
 fn printed(command: &mut Command) -> String {
     let output = command.current_dir(root()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     let error = String::from_utf8_lossy(&output.stderr);

@@ -32,7 +32,7 @@ async fn ask(envoy: &Envoy, path: &str) -> (StatusCode, Bytes) {
     http::ask(envoy.address, request).await.expect("an answer")
 }
 
-/// The status and the content type of the answer.
+/// Returns the status and the content type of the answer.
 async fn content_type(envoy: &Envoy, path: &str) -> String {
     let request = Request::get(path).header("host", "app").body(Full::default()).expect("a request");
     let (status, headers) = http::head(envoy.address, request).await.expect("an answer");
@@ -40,7 +40,7 @@ async fn content_type(envoy: &Envoy, path: &str) -> String {
     format!("{}, {}", status.as_u16(), value.unwrap_or("none"))
 }
 
-/// Waits until so many requests and probes wait or are in the app.
+/// Waits until `wanted` requests and probes, in total, are waiting or in the app.
 async fn depth(envoy: &Envoy, wanted: f64) {
     wait::until_equal("queue depth", SETTLED, wanted, || envoy.stat("revision_queue_depth", &[])).await;
 }
@@ -72,7 +72,7 @@ async fn the_app_never_sees_more_than_the_limit(version: Version, mixed: bool) {
         tap.acknowledged().last().map_or(0, |report| report.messages[0].until.requests)
     })
     .await;
-    // All of them got through at last: seven at once still do.
+    // All requests got through in the end. Seven at once still do.
     let mut clients = JoinSet::new();
     let envoy = Arc::new(envoy);
     for _ in 0..7 {
@@ -112,13 +112,14 @@ async fn one_runs_ten_wait_thirty_nine_are_turned_away() {
     assert_eq!(answers, BTreeMap::from(expected));
     assert_eq!((app.counts.requests(), app.counts.most()), (11, 1));
     empties(&envoy, &app).await;
-    // Both vantage points: what was turned away never left the queue.
+    // Both points of view: a request that was turned away never left the queue.
     let turned_away = [("response_code", "503"), ("response_code_class", "5xx")];
     assert_eq!(envoy.stat("revision_request_count", &[]).await, 50.0);
     assert_eq!(envoy.stat("revision_request_count", &turned_away).await, 39.0);
     assert_eq!(envoy.stat("revision_app_request_count", &[]).await, 11.0);
     assert_eq!(envoy.stat("revision_app_request_count", &turned_away).await, 0.0);
-    // In the app each took some 300 ms, from arrival on average some 300 x (1 + ... + 11) / 11.
+    // In the app each request took some 300 ms; from arrival, on average some 300 x (1 + ... + 11)
+    // / 11.
     let sums = wait::until("histograms are flushed", SETTLED, || async {
         let stats = ["revision_request_latencies_sum", "revision_app_request_latencies_sum"];
         let mut sums = [0.0; 2];
@@ -141,13 +142,14 @@ async fn a_waiting_client_that_leaves_frees_its_place_at_once() {
     });
     wait::until_equal("in the app", SETTLED, 1, async || app.counts.now()).await;
     let mut waiting = TcpStream::connect(envoy.address).await.expect("a connection");
-    // With a body, which must wait as well.
+    // A request with a body, which must wait, too.
     let request = b"POST /work HTTP/1.1\r\nhost: app\r\ncontent-length: 4\r\n\r\nbody";
     waiting.write_all(request).await.expect("a request");
     depth(&envoy, 2.0).await;
     assert_eq!(content_type(&envoy, "/work").await, "503, text/plain; charset=utf-8");
     drop(waiting);
-    // Its place is free: the next one waits instead of being turned away, and gets the slot.
+    // There is capacity in the queue again: the next request waits instead of being turned away,
+    // and gets the permit.
     let next = wait::until("the place is free", SETTLED, || async {
         match ask(&envoy, "/work").await.0 {
             StatusCode::SERVICE_UNAVAILABLE => Err("turned away"),
@@ -181,7 +183,7 @@ async fn who_waits_longer_than_the_timeout_gets_a_503() {
     assert_eq!(ask(&envoy, "/work").await.0, 200);
 }
 
-/// A worker's VM ends with slots taken; the others get them.
+/// Ends a worker's VM whose requests hold permits. The permits must go to the others.
 async fn slots_come_back_after(kind: &str) {
     let (app, tap) = (App::start().await, Tap::start(None).await);
     let mut bootstrap = limited(&app, &tap, 4, 100);
@@ -194,16 +196,16 @@ async fn slots_come_back_after(kind: &str) {
         open.push(stream);
     }
     wait::until_equal("in the app", SETTLED, 4, async || app.counts.now()).await;
-    // Faults until both workers' VMs have ended; which worker has a connection is the kernel's
-    // choice.
+    // Faults until both workers' VMs have ended. The kernel chooses which worker gets a connection.
     for _ in 0..12 {
         let request = Request::get("/local").header("host", "app").header("x-inflight-fault", kind);
         let _ = http::ask(envoy.address, request.body(Full::<Bytes>::default()).expect("a request")).await;
     }
-    // All four slots were held by workers that are gone.
+    // All four permits were held by workers that are gone.
     let status = tokio::time::timeout(SETTLED, async {
         loop {
-            // A worker whose VM was loaded a moment ago refuses until its back-off is over.
+            // A worker whose VM was loaded a moment ago refuses requests until its back-off is
+            // over.
             let status = ask(&envoy, "/work").await.0;
             if status == 200 {
                 return status;
@@ -229,8 +231,8 @@ async fn the_slots_of_a_worker_that_traps_come_back() {
 async fn one_queue_for_all_workers_and_no_slot_lies_idle() {
     let (app, tap) = (App::start().await, Tap::start(None).await);
     let envoy = Arc::new(Envoy::start(Version::Newest, &limited(&app, &tap, 1, 1000), 4).await);
-    // The kernel spreads connections over the workers as chance has it: some get several times what
-    // others get.
+    // The kernel spreads connections over the workers at random. Some workers get several times as
+    // many as others.
     let (requests, work) = (60, Duration::from_millis(30));
     let began = Instant::now();
     let mut clients = JoinSet::new();
@@ -253,7 +255,7 @@ async fn one_queue_for_all_workers_and_no_slot_lies_idle() {
     assert_eq!((app.counts.requests(), app.counts.most()), (u64::from(requests), 1));
 }
 
-/// A kubelet's probe, and whoever calls themselves one.
+/// A kubelet's probes, and requests that only claim to be probes.
 const PROBES: [(&str, &str); 4] = [
     ("user-agent", "kube-probe/1.33"),
     ("k-network-probe", "queue"),
@@ -304,7 +306,7 @@ async fn probes_take_permits_before_requests_and_a_fifth_that_waits_is_turned_aw
     assert_eq!(*ended.lock().expect("no panic under this lock"), expected);
     assert_eq!(app.counts.most(), 1);
     empties(&envoy, &app).await;
-    // Through the breaker, past the count.
+    // Probes go through the breaker but are not counted.
     assert_eq!(envoy.stat("queue_requests_total", &[]).await, 3.0);
     assert_eq!(envoy.stat("revision_request_count", &[]).await, 3.0);
 }
@@ -334,7 +336,7 @@ async fn a_worker_that_stalls_for_five_seconds_keeps_its_permits() {
     bootstrap.stalls();
     bootstrap.evenly();
     let envoy = Arc::new(Envoy::start(Version::Newest, &bootstrap, 2).await);
-    // Each of the two workers has one in the app.
+    // Each of the two workers has one request in the app.
     let open = [opened(&envoy, "/work?ms=60000").await, opened(&envoy, "/work?ms=60000").await];
     let in_flight = |wanted: f64| {
         let envoy = Arc::clone(&envoy);
@@ -344,13 +346,13 @@ async fn a_worker_that_stalls_for_five_seconds_keeps_its_permits() {
         }
     };
     in_flight(2.0).await;
-    // The third permit's request is what its worker stands still over.
+    // The request with the third permit makes its worker stall.
     let stall = Request::get("/work").header("host", "app").header("x-stall", "5");
     let stall = tokio::spawn(http::ask(envoy.address, stall.body(Full::default()).expect("a request")));
-    // It lost its seat, and what it has in flight with it.
+    // The stalled worker's membership has ended, and its request in flight is no longer shown.
     in_flight(1.0).await;
     let mut clients = JoinSet::new();
-    // Some of them come to it, too; the kernel and Envoy choose.
+    // Some of these go to the stalled worker, too; the kernel and Envoy choose.
     for _ in 0..20 {
         let envoy = Arc::clone(&envoy);
         clients.spawn(async move { ask(&envoy, "/work").await.0 });
@@ -368,7 +370,7 @@ async fn a_worker_that_stalls_for_five_seconds_keeps_its_permits() {
     assert!(clients.join_all().await.iter().all(|status| *status == 200));
     empties(&envoy, &app).await;
     app.counts.forget_most();
-    // All permits are there, and no fourth.
+    // All three permits are there, and no fourth one.
     let mut clients = JoinSet::new();
     for _ in 0..9 {
         let envoy = Arc::clone(&envoy);

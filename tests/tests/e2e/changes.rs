@@ -13,7 +13,7 @@ use inflight_e2e::tap::Tap;
 use inflight_e2e::{built, wait};
 
 const SETTLED: Duration = Duration::from_secs(30);
-/// Longer than listeners drain: what was counted in such a period is in a last report, or nowhere.
+/// Longer than listeners take to drain. The counts of such a period are in a last report, or lost.
 const LONG: &str = "12s";
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 16, average_ms: 10.0, mixed: true, seed: 5, path: "/work" };
@@ -22,7 +22,7 @@ async fn in_flight(server: &StatServer) -> u64 {
     server.number("default", "hello-00001", "in_flight").await
 }
 
-/// Waits until so many more requests were sent.
+/// Waits until `more` more requests were sent.
 async fn goes_on(load: &Load, more: u64) {
     let from = load.sent();
     wait::until("the load goes on", SETTLED, || async {
@@ -32,7 +32,7 @@ async fn goes_on(load: &Load, more: u64) {
     .await;
 }
 
-/// The server knows of so many requests, and of none that is still open.
+/// Waits until the server knows of `sent` requests, and of none that is still open.
 async fn settles(server: &StatServer, sent: u64) {
     wait::until_equal("the server's count, and in flight", SETTLED, (sent, 0), || async {
         (server.total().await, in_flight(server).await)
@@ -40,8 +40,8 @@ async fn settles(server: &StatServer, sent: u64) {
     .await;
 }
 
-/// An Envoy under load that reports less often than its listeners drain, the load, and its
-/// configuration but for that, and with that.
+/// Returns an Envoy under load whose reporting period is longer than its listeners take to drain,
+/// the load, and the configuration without and with this period.
 async fn slow(
     version: Version,
     concurrency: u32,
@@ -63,14 +63,14 @@ async fn a_listener_that_is_replaced_under_load_loses_no_count() {
     for (version, concurrency) in [(Version::Oldest, 2), (Version::Newest, 4)] {
         let (app, server) = (App::start().await, StatServer::start(None).await);
         let (envoy, load, bootstrap, slow) = slow(version, concurrency, &app, &server).await;
-        // Another module: its VMs come up beside the old ones, with the same shared data, and these
-        // end before they report.
+        // Another module. Its VMs start beside the old ones, with the same shared data, and the old
+        // ones end before they report.
         let mut other = slow.clone();
         other.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
         envoy.replace(&other, "access.log").await;
         envoy.drained().await;
         goes_on(&load, 500).await;
-        // Another period, and a breaker that there was not.
+        // Another period, and now a breaker.
         let mut limited = bootstrap.clone();
         limited.configure("reporting_period", "300ms".into());
         limited.configure("container_concurrency", 100.into());
@@ -89,7 +89,8 @@ async fn a_listener_that_is_replaced_under_load_loses_no_count() {
     }
 }
 
-/// Envoy says nothing to a root context whose configuration comes back while it is still there.
+/// Envoy does not call a root context whose configuration comes back while the context still
+/// exists.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_configuration_that_is_rolled_back_is_in_force_again() {
     const LIMIT: u64 = 3;
@@ -109,15 +110,16 @@ async fn a_configuration_that_is_rolled_back_is_in_force_again() {
         goes_on(&load, 500).await;
         assert!(app.counts.most() > LIMIT, "without a limit");
         envoy.replace(&limited, "access.log").await;
-        // The period at once: it is the shortest of all that are there.
+        // The period changes at once, because it is the shortest of all configurations.
         let reports = tap.reports(3, SETTLED).await;
-        // The first may have been of the period before.
+        // The first report may be of the previous period.
         for report in &reports[1..] {
             let message = &report.messages[0];
             let period_ns = message.until.as_of_ns - message.since.as_of_ns;
             assert!(period_ns < 6_000_000_000, "a report of {period_ns} ns");
         }
-        // The limit with the end of the other: until then some requests are that one's.
+        // The limit applies once the other configuration has ended; until then, some requests
+        // belong to that one.
         envoy.drained().await;
         goes_on(&load, 200).await;
         wait::until("the others have left the app", SETTLED, || async {
@@ -143,7 +145,7 @@ async fn a_filter_that_is_taken_out_and_put_back_counts_what_passed_it() {
         bare.without_filter();
         envoy.replace(&bare, "bare.log").await;
         envoy.drained().await;
-        // The filter is gone, and nothing that it counted.
+        // The filter is gone, but none of its counts are.
         goes_on(&load, 500).await;
         let first = envoy.requests().len() as u64;
         settles(&server, first).await;
@@ -163,7 +165,7 @@ async fn a_filter_that_is_taken_out_and_put_back_counts_what_passed_it() {
     }
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that was free a moment ago.
 fn free_port() -> SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     listener.local_addr().expect("an address")
@@ -214,7 +216,8 @@ async fn a_killed_envoy_loses_what_it_had_not_reported_and_nothing_else() {
         let reports = tap.acknowledged();
         let last = reports.last().expect("a report").messages[0].until;
         assert_eq!(counted, counted_before + last.requests, "what was acknowledged is known, and no more");
-        // The app's own arrivals up to the last report's instant: these, at least, are all there.
+        // The app's own count of arrivals up to the last report's instant. At least these must have
+        // been counted.
         let by_then = app.counts.arrived_by(last.as_of_ns) - (app.counts.requests() - arrived);
         assert!(last.requests >= by_then, "{} counted, {by_then} had reached the app", last.requests);
         assert!(last.requests <= arrived + STEADY.connections);
@@ -222,7 +225,7 @@ async fn a_killed_envoy_loses_what_it_had_not_reported_and_nothing_else() {
         counted_before = counted;
     }
     println!("lost with each SIGKILL, of one period at most: {lost:?} requests");
-    // The three senders that are gone count as in flight until they have been silent for ten of
-    // their periods.
+    // The requests of the three senders that are gone count as in flight until the senders have
+    // been silent for ten of their periods.
     wait::until_equal("in flight", SETTLED, 0, || in_flight(&server)).await;
 }

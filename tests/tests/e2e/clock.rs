@@ -1,4 +1,4 @@
-//! The wall clock is set under Envoy and under the stats server.
+//! The wall clock is changed under Envoy and under the stats server.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 const SETTLED: Duration = Duration::from_secs(20);
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 8, average_ms: 10.0, mixed: true, seed: 9, path: "/work" };
-/// What each step sets the clock to, in seconds beside the true time.
+/// The wall clock after each step, in seconds from the true time.
 const STEPS: [i64; 4] = [3600, 0, -3600, 0];
 
 /// A wall clock that a test can set.
@@ -29,7 +29,7 @@ struct WallClock {
 }
 
 impl WallClock {
-    /// One that is right, by `tests/clock.c`.
+    /// Returns a clock that shows the true time, by `tests/clock.c`.
     fn new(folder: &Path, name: &str) -> Self {
         let (library, path) = (folder.join("clock.so"), folder.join(name));
         let source = root().join("tests/clock.c");
@@ -43,7 +43,7 @@ impl WallClock {
         clock
     }
 
-    /// So many seconds beside the true time, from now on.
+    /// Sets the clock to `seconds` from the true time, from now on.
     fn set(&self, seconds: i64) {
         let ns = seconds * 1_000_000_000;
         self.file.write_all_at(&ns.to_ne_bytes(), 0).expect("written");
@@ -89,11 +89,11 @@ async fn set_by_an_hour(version: Version) {
     let panic = async || figure(&server, "panic", "concurrency").await;
     let is_five = || async {
         let average = panic().await;
-        // Two reports may fall into one of the server's six seconds, or none.
+        // Two reports may fall into one of the server's six seconds, and none into another.
         if (4.1..=5.9).contains(&average) { Ok(()) } else { Err(average) }
     };
     wait::until("the average is five", SETTLED, is_five).await;
-    // The periods in which they came are over.
+    // The periods in which the websockets were opened are over.
     tap.reports(2, SETTLED).await;
     let from = tap.acknowledged().len();
     for step in STEPS {
@@ -112,7 +112,7 @@ async fn set_by_an_hour(version: Version) {
         assert!((4.999..=5.001).contains(&average), "{average} in {} ns", period.elapsed_ns);
         assert!((900_000_000..=5_000_000_000).contains(&period.elapsed_ns), "{} ns", period.elapsed_ns);
     }
-    // The log shows that the clock under Envoy did jump.
+    // The access log shows that Envoy's wall clock did jump.
     let starts: Vec<u64> = envoy.requests().iter().map(|request| request.start_ns).collect();
     let spread = starts.iter().max().expect("a request") - starts.iter().min().expect("a request");
     assert!(spread > 7_000_000_000_000, "{spread} ns between the first and the last by that clock");

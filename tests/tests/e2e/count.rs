@@ -1,4 +1,4 @@
-//! The main job on a real Envoy: counts exact, averages integrals.
+//! The main job on a real Envoy: exact counts, and averages that are integrals.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,7 +15,8 @@ use inflight_stats::Report;
 
 const SETTLED: Duration = Duration::from_secs(15);
 
-/// The reports of one sender, each going on where the one before was acknowledged.
+/// Returns the totals of one sender's reports. Each report must begin where the acknowledged one
+/// before it ended.
 fn totals(reports: &[Report]) -> (u64, u128) {
     let mut sum = (0, 0);
     let mut last = None;
@@ -32,7 +33,7 @@ fn totals(reports: &[Report]) -> (u64, u128) {
     sum
 }
 
-/// A stat by its label `response_code`, each with the class that goes with it.
+/// Returns a stat by its label `response_code`. Each code must have the class that belongs to it.
 fn by_code(stats: &[Sample], name: &str) -> BTreeMap<u16, u64> {
     let samples = stats.iter().filter(|sample| sample.name == name);
     samples
@@ -45,7 +46,7 @@ fn by_code(stats: &[Sample], name: &str) -> BTreeMap<u16, u64> {
         .collect()
 }
 
-/// The whole of it: a load of mixed requests, every figure against the access log.
+/// Checks everything: a load of mixed requests, with every figure compared with the access log.
 async fn the_numbers_are_right(version: Version, concurrency: u32) {
     let plan = Plan {
         requests: 100_000,
@@ -60,8 +61,8 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
     let envoy = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), concurrency).await;
     let load = Load::start(plan, envoy.address, &app.counts);
 
-    // rate(queue_request_milliseconds_total[20s]), each end as soon as all workers have ticked: the
-    // counter has moved, and stands still again.
+    // rate(queue_request_milliseconds_total[20s]). Each end is sampled as soon as all workers have
+    // ticked: the counter has increased and is constant again.
     let milliseconds = "queue_request_milliseconds_total";
     let sample = async || {
         let before = envoy.stat(milliseconds, &[]).await;
@@ -91,7 +92,7 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
     let true_ms = truth::request_ns(&all, 0, u64::MAX) as f64 / 1e6;
     assert!((counted / true_ms - 1.0).abs() < 0.005, "{counted} ms counted, {true_ms} by the access log");
 
-    // Everything ended and was reported.
+    // All requests have ended and were reported.
     wait::until_equal("the server's in_flight", SETTLED, (sent, 0), || async {
         let key = server.key("default", "hello-00001").await.expect("the key");
         (key["requests_total"].as_u64().unwrap(), key["in_flight"].as_u64().unwrap())
@@ -103,7 +104,7 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
     let stat = |name| prometheus::sum(&stats, name, &[]) as u64;
     assert_eq!(stat("queue_requests_total"), sent);
     assert_eq!(stat("queue_in_flight_requests"), 0);
-    // Envoy shows a histogram's values after its flush interval.
+    // Envoy shows a histogram's values only after its flush interval.
     let codes = truth::by_code(&log);
     for name in ["revision_request_count", "revision_request_latencies_count"] {
         wait::until_equal(name, SETTLED, codes.clone(), || async { by_code(&envoy.stats().await, name) })
@@ -118,7 +119,7 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
     let off = request_ns as f64 / true_ns as f64 - 1.0;
     assert!(off.abs() < 0.005, "the integral over the run is off by {:.3} %", off * 100.0);
 
-    // Each second, as the report has it.
+    // Each second, according to its report.
     let mut worst: f64 = 0.0;
     let mut seconds = 0;
     for report in &reports {
@@ -137,7 +138,7 @@ async fn the_numbers_are_right(version: Version, concurrency: u32) {
         seconds += 1;
     }
 
-    // A tick may come late at either end, by a part of a second in twenty.
+    // At either end a tick may be late by part of a second, out of twenty seconds.
     let rate = (second.1 - first.1) / 1000.0 / ((second.0 - first.0) as f64 / 1e9);
     let true_rate = truth::request_ns(&log, first.0, second.0) as f64 / (second.0 - first.0) as f64;
     assert!((rate / true_rate - 1.0).abs() < 0.05, "rate gives {rate:.3}, the access log {true_rate:.3}");

@@ -1,4 +1,4 @@
-//! The disk under the settings file fills up, and turns read-only.
+//! The disk with the settings file fills up, and becomes read-only.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,8 +16,8 @@ use inflight_e2e::{http, statserver_program, wait};
 
 const SETTLED: Duration = Duration::from_secs(20);
 
-/// A server whose settings lie on a disk of 16 KiB that is its alone: in a mount namespace, which
-/// takes no privilege.
+/// Starts a server whose settings are on a disk of its own of 16 KiB, in a mount namespace, which
+/// needs no privileges.
 async fn on_a_small_disk(folder: &Path) -> StatServer {
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]);
@@ -27,7 +27,7 @@ async fn on_a_small_disk(folder: &Path) -> StatServer {
     StatServer::run(command, None, &["--settings", settings.to_str().expect("a path")]).await
 }
 
-/// The answer to a PUT of a target.
+/// Sends a PUT of a target. Returns the answer.
 async fn put(server: &StatServer, target: u32) -> (u16, String) {
     let request = Request::put("/v1/keys/default/hello-00001/settings").header("host", "test");
     let body = Full::new(Bytes::from(format!("{{\"target\": {target}}}")));
@@ -36,8 +36,7 @@ async fn put(server: &StatServer, target: u32) -> (u16, String) {
     (status.as_u16(), String::from_utf8_lossy(&body).into_owned())
 }
 
-/// What the key is scaled by, and what the file on that disk says; nothing else lies beside it but
-/// `beside`.
+/// Checks the key's target and the file on that disk. The folder must hold `beside` other files.
 async fn holds(server: &StatServer, disk: &Path, target: u32, beside: usize) {
     let key = server.key("default", "hello-00001").await.expect("the key");
     assert_eq!(key["settings"]["target"].as_f64(), Some(target.into()));

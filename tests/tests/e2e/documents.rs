@@ -1,8 +1,9 @@
-//! The documents: their commands run, their example works, what they name is there.
+//! Tests of the documents: their commands run, their example works, and everything that they name
+//! exists.
 //!
-//! The `sh` blocks of a document are one shell session, as a reader has it who copies them one
-//! after the other. A `text` block right after an `sh` block is what that block prints; `...`
-//! stands for anything.
+//! The `sh` blocks of a document are one shell session, as for a reader who copies them one after
+//! the other. A `text` block right after an `sh` block is the output of that block; `...` stands
+//! for anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,10 +24,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 const SETTLED: Duration = Duration::from_secs(15);
-/// How long a session may take beside other tests.
+/// How long a session may take while other tests run.
 const SESSION: Duration = Duration::from_secs(120);
 
-/// The packages that are tested, as the Makefile has them.
+/// The packages under test, as in the Makefile.
 macro_rules! tested {
     () => {
         "--locked --profile e2e --package inflight-stats --package inflight-filter \
@@ -34,13 +35,13 @@ macro_rules! tested {
     };
 }
 
-/// Where a command is run that no session here can run.
+/// Where a command is run that cannot run in a session here.
 enum Elsewhere {
-    /// A file has the step that runs it.
+    /// In a step of a file that runs it.
     Step(&'static str, &'static str),
-    /// `make` runs the same without the name of a test at the end.
+    /// `make` runs the same, without the name of a single test.
     OneTestOf(&'static str),
-    /// Nowhere, and why.
+    /// Nowhere, with the reason.
     Nowhere(&'static str),
 }
 
@@ -76,14 +77,14 @@ const ELSEWHERE: &[(&str, Elsewhere)] = &[
     (concat!("cargo test ", tested!(), " --test e2e -- --nocapture install::"), OneTestOf("e2e")),
 ];
 
-/// Documents with a session of their own; all below `docs/` share one.
+/// Documents with a session of their own. All documents below `docs/` share one session.
 const README: &str = "README.md";
 const KUBERNETES: &str = "envoy/kubernetes/README.md";
 
-/// What the first word of a block's fence may be.
+/// The possible first words of a block's fence.
 const LANGUAGES: [&str; 4] = ["sh", "text", "yaml", "promql"];
 
-/// A document, by its path in the repository.
+/// A document and its path in the repository.
 struct Document {
     path: String,
     text: String,
@@ -93,17 +94,17 @@ struct Document {
 struct Block {
     language: String,
     text: String,
-    /// Whether nothing stands between it and the block before.
+    /// Whether there is nothing between it and the previous block.
     follows: bool,
 }
 
-/// An `sh` block, and what the document says that it prints.
+/// An `sh` block, and its output according to the document.
 struct Commands {
     text: String,
     prints: Option<String>,
 }
 
-/// The files of the sources, by their paths in the repository, without what is built or downloaded.
+/// Returns the source files, by their paths in the repository, without built or downloaded files.
 fn files() -> Vec<String> {
     const NOT_OURS: [&str; 6] = [".git", "target", ".cache", "corpus", "artifacts", "__pycache__"];
     let (mut files, mut folders) = (Vec::new(), vec![root().to_owned()]);
@@ -175,22 +176,22 @@ impl Document {
         all
     }
 
-    /// Returns what stands between single backticks, outside of blocks.
+    /// Returns the text between single backticks, outside of blocks.
     fn code(&self) -> Vec<String> {
         let prose = self.parts().1;
-        // A span may go on in the next line.
+        // A span may continue on the next line.
         let prose = prose.replace('\n', " ");
         prose.split('`').skip(1).step_by(2).map(str::to_owned).collect()
     }
 
-    /// Returns what links point to, outside of blocks and code.
+    /// Returns the targets of links, outside of blocks and code.
     fn links(&self) -> Vec<String> {
         let prose: String = self.parts().1.replace('\n', " ").split('`').step_by(2).collect();
         let targets = prose.split("](").skip(1);
         targets.filter_map(|rest| rest.split_once(')')).map(|(target, _)| target.to_owned()).collect()
     }
 
-    /// Returns the anchors that GitHub gives the headings.
+    /// Returns the anchors that GitHub gives to the headings.
     fn anchors(&self) -> BTreeSet<String> {
         let prose = self.parts().1;
         let headings = prose
@@ -219,7 +220,7 @@ fn elsewhere(line: &str) -> Option<&'static Elsewhere> {
     ELSEWHERE.iter().find(|(listed, _)| *listed == command(line)).map(|(_, where_)| where_)
 }
 
-/// Everything that a session started, which ends with this value.
+/// All processes that a session started. They end when this value is dropped.
 struct Group(Child);
 
 impl Drop for Group {
@@ -231,10 +232,10 @@ impl Drop for Group {
     }
 }
 
-/// A shell in a folder that looks like the repository after `make`, with other ports.
+/// A shell in a folder that looks like the repository after `make`, but with other ports.
 struct Session {
     folder: TempDir,
-    /// The documents' ports, and those that are used here.
+    /// The documents' ports, each with the port that is used here.
     ports: Vec<(u16, u16)>,
 }
 
@@ -256,7 +257,7 @@ impl Session {
         for folder in [release(here), here.join("target/wasm32-wasip1/release"), here.join("programs")] {
             fs::create_dir_all(folder).expect("a folder");
         }
-        // Without it, an answer that says no is as good as any.
+        // Without `--fail`, curl would take an error answer for a success.
         session.program(
             "curl",
             &format!("#!/bin/sh\nexec {} --fail \"$@\"\n", debian("curl", &["curl"]).display()),
@@ -278,7 +279,7 @@ impl Session {
         of.map(|(_, free)| *free).expect("a documented port")
     }
 
-    /// Puts the session's ports for the documents'.
+    /// Replaces the documents' ports by the session's.
     fn with_ports(&self, text: &str) -> String {
         let is_digit = |c: char| c.is_ascii_digit();
         let mut words = Vec::new();
@@ -294,20 +295,20 @@ impl Session {
         words.concat()
     }
 
-    /// Puts a program where the session looks first.
+    /// Puts a program into the folder where the session looks first.
     fn program(&self, name: &str, script: &str) {
         let path = self.folder.path().join("programs").join(name);
         fs::write(&path, script).expect("a file");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a program");
     }
 
-    /// Runs the blocks in a folder of the session, and returns what each printed.
+    /// Runs the blocks in a folder of the session. Returns the output of each.
     ///
     /// # Panics
     /// If a command fails.
     fn run(&self, folder: &str, blocks: &[Commands]) -> Vec<String> {
         let here = self.folder.path();
-        // What is started here ends, should this process be killed.
+        // If this process is killed, everything that was started here ends.
         let mut script = format!(
             "set -euo pipefail\n(while kill -0 {}; do sleep 1; done; kill -KILL 0) 2>/dev/null >/dev/null &\n",
             std::process::id()
@@ -315,7 +316,7 @@ impl Session {
         for block in blocks {
             script.push_str("printf '\\n=== a block\\n'\n");
             for line in block.text.lines().filter(|line| elsewhere(line).is_none()) {
-                // Several Envoys run on this machine, and other tests beside them.
+                // Several Envoys run on this machine, and other tests run at the same time.
                 let line = line.replace(
                     "-c target/envoy.yaml",
                     "-c target/envoy.yaml --disable-hot-restart --concurrency 2",
@@ -361,7 +362,7 @@ impl Session {
     }
 }
 
-/// Compares what was printed with what a document says, line by line.
+/// Compares the output with the document's, line by line.
 fn assert_printed(path: &str, block: &Commands, printed: &str) {
     let lines = |text: &str| {
         text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect::<Vec<_>>()
@@ -428,7 +429,7 @@ fn the_commands_of_the_reference_run_beside_those_of_the_readme() {
 #[test]
 fn what_the_kubernetes_page_makes_lets_keda_and_a_token_in() {
     let session = Session::new();
-    // There is no cluster here: what kubectl is told must name files that are there.
+    // There is no cluster here. The files named to kubectl must exist.
     session.program(
         "kubectl",
         "#!/usr/bin/env bash\n\
@@ -558,7 +559,7 @@ fn every_path_target_and_test_that_the_documents_name_is_there() {
         {
             return tests.contains(&format!("fn {begin}"));
         }
-        // There a name of so many words is a test's.
+        // In that document, a name of this many words is a test's.
         if document.path == "RELIABILITY.md" && is_name(code) && code.matches('_').count() >= 5 {
             return tests.contains(&format!("fn {code}("));
         }

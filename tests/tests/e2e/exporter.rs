@@ -1,4 +1,4 @@
-//! The scrape on 9090, by a protobuf library, by hand, and by a real Prometheus.
+//! The scrape on port 9090: by a protobuf library, by hand, and by a real Prometheus.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use serde_json::json;
 
 const SETTLED: Duration = Duration::from_secs(15);
 
-/// From the .proto as Knative has it.
+/// From Knative's .proto file.
 #[derive(Clone, PartialEq, Message)]
 struct Stat {
     #[prost(string, tag = "1")]
@@ -63,7 +63,7 @@ async fn a_scrape_has_the_numbers_of_the_same_seconds_report() {
             ..Plan::default()
         };
         let load = Load::start(plan, envoy.address, &app.counts);
-        // Twenty scrapes a second, of both kinds.
+        // Twenty scrapes per second, of both kinds.
         let mut scraped = Vec::new();
         for _ in 0..60 {
             scraped.push(scrape(&envoy).await);
@@ -77,7 +77,7 @@ async fn a_scrape_has_the_numbers_of_the_same_seconds_report() {
             tap.acknowledged().last().map_or(0, |report| report.messages[0].until.requests)
         })
         .await;
-        // Whatever a scrape showed, a report said, its instant included.
+        // Every figure of a scrape, including its instant, is also in a report.
         let reports = tap.acknowledged();
         let started_ns = reports[0].messages[0].since.as_of_ns;
         let reported: Vec<(f64, f64, f64)> = reports
@@ -97,7 +97,7 @@ async fn a_scrape_has_the_numbers_of_the_same_seconds_report() {
             matched += 1;
         }
         assert!(matched > 20, "{matched} scrapes had figures");
-        // Who tells periods apart by the uptime sees each of them once.
+        // A scraper that tells periods apart by the uptime sees each period once.
         let mut uptimes: Vec<f64> = scraped.iter().map(|stat| stat.process_uptime).collect();
         assert!(uptimes.is_sorted(), "{uptimes:?}");
         uptimes.dedup();
@@ -168,7 +168,7 @@ async fn a_real_prometheus_reads_the_exporter_and_envoy() {
     let (app, tap) = (App::start().await, Tap::start(None).await);
     let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
     bootstrap.configure("container_concurrency", json!(50));
-    // So that promtool judges the names that are ours alone.
+    // So that promtool checks only our own names.
     at(&mut bootstrap.0, "/stats_config")["stats_matcher"] =
         json!({"inclusion_list": {"patterns": [{"prefix": "wasmcustom."}]}});
     let envoy = Envoy::start(Version::Newest, &bootstrap, 2).await;

@@ -1,4 +1,4 @@
-//! What becomes of the counts when something dies, hangs or lies.
+//! The counts when a part dies, hangs or gives wrong answers.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ const SETTLED: Duration = Duration::from_secs(15);
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 8, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
 
-/// Both versions and every number of workers that is promised; `count.rs` has every pair of them.
+/// Both versions and every supported number of workers. `count.rs` has every pair of them.
 const MATRIX: [(Version, u32); 3] = [(Version::Oldest, 1), (Version::Newest, 2), (Version::Oldest, 4)];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -40,7 +40,8 @@ async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
     tokio::time::sleep(Duration::from_secs(3)).await;
     let rate = (load.sent() - before) as f64 / began.elapsed().as_secs_f64();
 
-    // Between two reports, so that what the first incarnation acknowledged can be read off it.
+    // Killed between two reports, so that the counts that the first incarnation acknowledged can be
+    // read from it.
     tap.set_mode(Mode::Refuse);
     let refused = tap.recorded().len();
     wait::until("a report is refused", SETTLED, || async {
@@ -60,7 +61,7 @@ async fn away_for_fifteen_seconds(version: Version, concurrency: u32) {
     let grown = envoy.process.resident_bytes().saturating_sub(resident);
     assert!(away > 1_000, "requests went on: {away}");
     assert!(grown < 8 << 20, "Envoy grew by {grown} bytes while the stats server was away");
-    // A worker's heap may take one more page (64 KiB) for reasons of its own.
+    // A worker's heap may grow by one page (64 KiB) for other reasons.
     let pages = (memory().await - wasm) / 65_536.0;
     assert!(pages <= f64::from(concurrency), "the filter's memory grew by {pages} pages");
 
@@ -161,7 +162,7 @@ async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost
                 largest.set(largest.get().max(envoy.process.resident_bytes()));
                 let failed_now = stat("inflight_reports_failed_total").await;
                 let acknowledged_now = stat("inflight_reports_sent_total").await;
-                // Slow, but within the timeout, is not too slow.
+                // A slow answer within the timeout is not a failure.
                 let enough = if mode == Mode::Slow(400) {
                     acknowledged_now - acknowledged
                 } else {
@@ -170,7 +171,7 @@ async fn whatever_the_stats_server_answers_no_request_fails_and_no_count_is_lost
                 if enough >= 3.0 && load.sent() >= sent + 200 { Ok(()) } else { Err((enough, load.sent())) }
             })
             .await;
-            // Between two of them it is what it should be.
+            // Between two modes everything works again.
             let acknowledged = stat("inflight_reports_sent_total").await;
             tap.set_mode(Mode::Forward);
             wait::until("it is well again", SETTLED, || async {
@@ -208,7 +209,7 @@ async fn of_two_stats_servers_each_knows_its_part_and_one_may_die() {
             }
         };
         more(&[&taps[0], &taps[1]]).await;
-        // In the middle of whatever it does.
+        // The server is killed at an arbitrary moment.
         first.process.kill();
         more(&[&taps[1]]).await;
         let by_first = taps[0].requests();
@@ -309,8 +310,8 @@ async fn what_was_counted_up_to_a_sigterm_is_reported() {
         let plan = Plan { requests: 200, ..STEADY };
         let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
         wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
-        // Envoy's main thread leads from the second report on, with a connection to the server
-        // open.
+        // From the second report on, Envoy's main thread leads, with an open connection to the
+        // server.
         envoy.reports(2).await;
         let more = Load::start(plan, envoy.address, &app.counts).finish().await;
         envoy.process.signal(libc::SIGTERM);
@@ -352,7 +353,7 @@ async fn a_hanging_stats_server_holds_up_no_end() {
         })
         .await;
         envoy.process.signal(libc::SIGTERM);
-        // Far below the call's timeout.
+        // Far less than the call's timeout.
         let status = envoy.process.wait(Duration::from_secs(20));
         assert!(process::is_clean(status), "{status:?}");
     }

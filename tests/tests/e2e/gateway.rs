@@ -1,5 +1,5 @@
-//! Role gateway on real Envoys: one figure per destination, nothing twice, the first request at
-//! once.
+//! The role `gateway` on real Envoys: one figure per destination, nothing counted twice, the first
+//! request reported at once.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -37,7 +37,7 @@ fn request(path: &str, name: &str) -> Request<Full<Bytes>> {
     request.header("knative-serving-revision", name).body(Full::default()).expect("a request")
 }
 
-/// What all reports say of a key.
+/// Returns all reports of a key.
 fn said_of(tap: &Tap, name: &str) -> Vec<KeyReport> {
     let reports = tap.acknowledged().into_iter().flat_map(|report| report.messages);
     reports.filter(|message| message.name == name).collect()
@@ -60,7 +60,7 @@ async fn gateway_and_sidecar_together_count_once() {
         let tap = Tap::start(Some(server.address)).await;
         let sidecar = Envoy::start(version, &Bootstrap::sidecar(app.address, tap.address), 2).await;
         let gateway = Envoy::start(version, &Bootstrap::gateway(sidecar.address, tap.address), 2).await;
-        // All through the gateway, none, half and half.
+        // All requests through the gateway, then none, then half of them.
         let plan = Plan { requests: 3_000, connections: 20, average_ms: 20.0, ..Plan::default() };
         let direct = Plan { path: "/direct", ..plan };
         let mut sent = Load::start(plan, gateway.address, &app.counts).finish().await;
@@ -106,8 +106,8 @@ async fn the_servers_figure_is_the_true_concurrency_whichever_way_the_traffic_go
         let plan = Plan { requests: u64::MAX, average_ms: 50.0, ..Plan::default() };
         let load = |connections, address| Load::start(Plan { connections, ..plan }, address, &app.counts);
         let loads = [load(through, gateway.address), load(straight, sidecar.address)];
-        // Twelve clients with nearly always a request each. Counted twice it would be 24, or 18
-        // with six through the gateway.
+        // Twelve clients, each nearly always with one open request. If all were counted twice, the
+        // figure would be 24; if only the six that go through the gateway were, 18.
         let concurrency = wait::until("the panic window is full of it", SETTLED, || async {
             let key = server.key("default", "hello-00001").await.ok_or("no key".to_owned())?;
             let figure = key["panic"]["concurrency"].as_f64().expect("a number");
@@ -153,11 +153,11 @@ async fn the_first_request_of_a_key_is_reported_at_once_and_once() {
         }
         delays.sort();
         println!("concurrency {concurrency}: a first request is known after {:?} (median of 20)", delays[10]);
-        // Far less than a period: it did not wait for the tick.
+        // Far less than a period: the report did not wait for the tick.
         assert!(delays[10] < Duration::from_secs(1), "{delays:?}");
 
-        // Fifty at once, over all workers: one report before the tick, and the tick does not double
-        // it.
+        // Fifty requests at once, over all workers: one report before the tick, and the tick does
+        // not repeat it.
         let mut clients = JoinSet::new();
         for _ in 0..50 {
             clients.spawn(http::ask(envoy.address, request("/work?ms=1000", "many")));
@@ -210,7 +210,7 @@ async fn five_thousand_keys_and_every_sum_is_exact() {
     let largest = tap.recorded().iter().map(|r| r.report.messages.len()).max();
     let grown = envoy.process.resident_bytes() - before;
     println!("largest report {largest:?} keys; Envoy grew by {} MiB", grown >> 20);
-    // Idle keys are reported as such, then not any more.
+    // Idle keys are reported as idle, and then no longer reported.
     wait::until_equal("keys in the last report", SETTLED, 0, async || {
         let before = tap.recorded().len();
         tokio::time::sleep(Duration::from_millis(2_500)).await;
@@ -223,8 +223,8 @@ async fn five_thousand_keys_and_every_sum_is_exact() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn beyond_max_keys_requests_flow_uncounted_until_other_keys_are_idle() {
     let (app, server) = (App::start().await, StatServer::start(None).await);
-    // A period that is longer than the requests below take: no key is idle for a whole one before
-    // they have come.
+    // The period is longer than the requests below take, so that no key is idle for a whole period
+    // before all of them have come.
     let mut bootstrap = by_headers(&app, server.address, "4s");
     bootstrap.configure("gateway", json!({"key": {"from": "headers"}, "max_keys": 300}));
     let envoy = Arc::new(Envoy::start(Version::Newest, &bootstrap, 4).await);
@@ -255,7 +255,8 @@ async fn beyond_max_keys_requests_flow_uncounted_until_other_keys_are_idle() {
     })
     .await;
     assert_eq!(app.counts.requests(), 302, "all of them flowed");
-    // Those names are idle now and make room. Stats of their own go to the first so many names.
+    // Those names are idle now, so there is capacity again. Only the first `max_keys` names get
+    // stats of their own.
     let counted = wait::until("another key is counted", Duration::from_secs(60), || async {
         http::ask(envoy.address, request("/work", "real")).await.expect("an answer");
         let counted = server.number("ns", "real", "requests_total").await;
@@ -288,7 +289,7 @@ async fn a_gateway_worker_that_panics_leaves_its_counts_and_nothing_in_flight() 
     fault.headers_mut().insert("x-inflight-fault", "panic".parse().expect("a value"));
     let _ = http::ask(envoy.address, fault).await;
     wait::until_equal("requests and in flight", SETTLED, Some((10, 0)), figures).await;
-    // The new VM goes on with the key.
+    // The new VM continues to count the key.
     wait::until("requests are served again", SETTLED, || async {
         match http::ask(envoy.address, request("/work", "kept")).await {
             Ok((status, _)) if status == 200 => Ok(()),
@@ -305,7 +306,8 @@ async fn what_a_gateway_counted_up_to_a_sigterm_is_reported() {
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let mut envoy = Envoy::start(Version::Newest, &by_headers(&app, server.address, "1s"), 2).await;
     let warm_up = || async {
-        // Keys in two reports in a row: Envoy's main thread leads, with a connection to the server.
+        // Keys in two reports in a row: Envoy's main thread leads, with an open connection to the
+        // server.
         http::ask(envoy.address, request("/work", "before")).await.expect("an answer");
         let sent = envoy.stat("inflight_reports_sent_total", &[]).await;
         if sent >= 3.0 { Ok(()) } else { Err(sent) }
@@ -337,13 +339,13 @@ async fn one_short_request_and_never_another_is_counted_then_idle_then_forgotten
     let reports = tap.recorded().len();
     let count = said_of(&tap, "once.with.dots").len();
     wait::until("the sidecar's period goes by", SETTLED, || async {
-        // Nothing to say, nothing sent; another key makes a report.
+        // A key without changes is in no report. Requests of another key cause reports.
         http::ask(envoy.address, request("/work", "other")).await.expect("an answer");
         if tap.recorded().len() >= reports + 5 { Ok(()) } else { Err(tap.recorded().len()) }
     })
     .await;
     assert_eq!(said_of(&tap, "once.with.dots").len(), count, "forgotten");
-    // Its stats, with the labels of the contract.
+    // The key's stats have the documented labels.
     let labels = [("namespace_name", "ns"), ("revision_name", "once.with.dots")];
     let codes = [labels[0], labels[1], ("response_code", "200"), ("response_code_class", "2xx")];
     assert_eq!(envoy.stat("activator_request_count", &codes).await, 1.0);
@@ -375,7 +377,7 @@ async fn nobody_outside_can_pass_for_the_gateway() {
     };
     let marking = Envoy::start(Version::Newest, &gateway(true), 1).await;
     http::ask(marking.address, faked("/work")).await.expect("an answer");
-    // Counted at the gateway, passed on as proxied: one.
+    // Counted at the gateway and passed on as proxied: counted once.
     wait::until_equal("the server's count", SETTLED, 1, || {
         server.number("default", "hello-00001", "requests_total")
     })
@@ -407,14 +409,14 @@ async fn the_ingress_gateways_envoyfilter_counts_in_a_real_envoy() {
         envoy.stat("activator_request_count", &labels)
     })
     .await;
-    // A direct response goes to no cluster.
+    // A direct response goes to no cluster, so it has no key.
     wait::until_equal("a request without a key", SETTLED, 1.0, || {
         envoy.stat("inflight_requests_without_key_total", &[])
     })
     .await;
 }
 
-/// Sends requests of one key after the other until it is told to stop.
+/// Sends requests of one key one after the other, until `stop` is set.
 async fn ask_on_and_on(envoy: SocketAddr, name: String, ms: u64, stop: Arc<AtomicBool>) {
     let path = format!("/work?ms={ms}&key={name}");
     let mut connection = Connection::open(envoy).await.expect("a connection");
@@ -423,7 +425,7 @@ async fn ask_on_and_on(envoy: SocketAddr, name: String, ms: u64, stop: Arc<Atomi
     }
 }
 
-/// What a receiver of these reports has counted of each key: requests and the integral of
+/// Returns what a receiver of these reports counts for each key: requests and the integral of
 /// concurrency. No total of a key may be lower at a later instant.
 fn received(reports: &[Report]) -> BTreeMap<String, (u64, u128)> {
     let mut known: BTreeMap<&str, (Snapshot, u64, u128)> = BTreeMap::new();
@@ -446,7 +448,7 @@ fn received(reports: &[Report]) -> BTreeMap<String, (u64, u128)> {
     known.into_iter().map(|(name, (_, requests, ns))| (name.to_owned(), (requests, ns))).collect()
 }
 
-/// STALLS="period:seconds ..." has other stalls than the two that `make test` has.
+/// STALLS="period:seconds ..." replaces the two stalls of `make test` by others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
     let stalls = std::env::var("STALLS").unwrap_or_else(|_| "100ms:1 1s:7".into());
@@ -465,7 +467,7 @@ async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
             };
             clients.spawn(ask_on_and_on(envoy.address, name, ms, Arc::clone(&stop)));
         }
-        // One that is in flight all the time, from connections at both workers.
+        // A key that is in flight all the time, from connections at both workers.
         for _ in 0..20 {
             let ms = 9_000.0 + 1_000.0 * seconds.parse::<f64>().expect("seconds");
             let path = format!("/work?ms={ms}&key=steady");
@@ -479,7 +481,8 @@ async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
         let mut stall = request("/work?ms=1&key=stall", "stall");
         stall.headers_mut().insert("x-stall", seconds.parse().expect("a value"));
         let stalled = tokio::spawn(http::ask(envoy.address, stall));
-        // Meanwhile and for some time after, what the server makes of it: never more than there is.
+        // During the stall and for some time after, the server must never show more requests than
+        // there are.
         let (mut most, began) = (0.0_f64, Instant::now());
         let mut after = None;
         while after.is_none_or(|after: Instant| after.elapsed() < Duration::from_secs(4)) {
@@ -509,7 +512,7 @@ async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
             expected.iter().map(|(name, (requests, _))| (name.clone(), *requests)).collect();
         wait::until_equal("the server's counts", SETTLED, counts.clone(), async || all_keys(&server).await)
             .await;
-        // It stays so when all keys are idle.
+        // This stays so when all keys are idle.
         wait::until_equal("keys in flight", SETTLED, 0, || server.number("ns", "steady", "in_flight")).await;
         let recorded = tap.recorded();
         let refused: Vec<_> =
@@ -532,8 +535,8 @@ async fn a_worker_that_stalls_loses_and_doubles_no_request_of_any_key() {
             off * 100.0
         );
         assert!(off.abs() < 0.005, "{off}");
-        // Where the machine is busy, several reports come in one second, a sixth of the window;
-        // seven seconds of ten requests in one would be more than that.
+        // On a busy machine, several reports come within one second, a sixth of the window. Seven
+        // seconds of ten requests within one second would be more than that.
         assert!(most < 20.0 * 1.5, "what came late looked like a burst: {most}");
     }
 }

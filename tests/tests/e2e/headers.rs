@@ -1,4 +1,4 @@
-//! What clients say of their requests in headers, and what of it goes on.
+//! The headers by which clients describe their requests, and which of them are passed on.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use serde_json::json;
 
 const SETTLED: Duration = Duration::from_secs(15);
 
-/// The headers that the app gets of a request with these.
+/// Returns the headers that the app gets of a request with these headers.
 async fn seen(envoy: &Envoy, headers: &[(&str, &str)]) -> Vec<String> {
     let request = Request::get("/headers").header("host", "app");
     let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
@@ -43,7 +43,7 @@ async fn the_app_behind_a_sidecar_never_sees_the_proxied_header() {
             let seen = seen(&envoy, headers).await;
             assert!(!has(&seen, "k-proxy-request") && has(&seen, "x-mine"), "{headers:?}: {seen:?}");
         }
-        // It was read before.
+        // The filter read the header before it removed it.
         wait::until_equal("proxied requests", SETTLED, 2.0, || {
             envoy.stat("queue_proxied_requests_total", &[])
         })

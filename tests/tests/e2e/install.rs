@@ -1,4 +1,4 @@
-//! What a user meets: the shipped configurations, refusals, probes, tokens, hostile reports.
+//! A user's first steps: the shipped configurations, refusals, probes, tokens, hostile reports.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ async fn the_envoyfilters_patch_counts_in_a_real_envoy() {
             Plan { requests: 500, connections: 10, average_ms: 5.0, mixed: true, seed: 3, ..Plan::default() };
         let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
         wait::until_equal("the server's count", SETTLED, sent, || {
-            // Who it is comes from the node's metadata.
+            // The workload's name comes from the node's metadata.
             server.number("shop", "cart-v2", "requests_total")
         })
         .await;

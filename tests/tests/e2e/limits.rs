@@ -1,5 +1,5 @@
-//! Every limit of the stats server: what goes beyond it is told so, and counted under the flag's
-//! name.
+//! Every limit of the stats server. A client over a limit gets an answer that says so, and is
+//! counted under the flag's name.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -43,7 +43,7 @@ fn frame(stats: usize, padding: usize) -> Message {
     Message::Binary(WireStatMessages { messages: vec![message; stats] }.encode_to_vec().into())
 }
 
-/// What a connection on which this was written is answered, up to its end.
+/// Writes bytes on a connection. Returns the whole answer, up to the end of the connection.
 async fn raw(to: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(to).await.expect("a connection");
     stream.write_all(bytes).await.expect("sent");
@@ -54,7 +54,7 @@ async fn raw(to: SocketAddr, bytes: &[u8]) -> String {
     answer
 }
 
-/// How often each limit was reached, out of the server's metrics.
+/// Returns how often each limit was reached, from the server's metrics.
 fn refused(text: &str) -> BTreeMap<String, u64> {
     let lines =
         text.lines().filter_map(|line| line.strip_prefix("inflight_statserver_refused_total{limit=\""));
@@ -121,7 +121,7 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408 "), "{answer}");
     let answer = raw(to, format!("{head}content-length: 100\r\n\r\nhalf").as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("--body-timeout"), "{answer}");
-    // Over gRPC a connection that says nothing is closed, too; it hears what HTTP/2 begins with.
+    // Over gRPC a silent connection is closed, too. The server first sends the beginning of HTTP/2.
     raw(server.grpc, b"").await;
 
     let (mut stream, _) = connect_async(format!("ws://{to}/")).await.expect("a websocket");
@@ -142,7 +142,8 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     let status = client.is_active(asked).await.expect_err("too large");
     assert_eq!(status.code(), tonic::Code::OutOfRange, "{status:?}");
 
-    // The unary call is over, so two streams go on; a third does when one of them has ended.
+    // The unary call is over, so two streams are accepted. A third is accepted when one of them has
+    // ended.
     let asked = || proto::ScaledObjectRef { name: "a".into(), namespace: "ns".into(), ..Default::default() };
     let first = client.stream_is_active(asked()).await.expect("a stream");
     let second = client.stream_is_active(asked()).await.expect("a stream");
@@ -157,7 +158,8 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     .await;
     drop(second);
 
-    // They say nothing, and so are gone after a second; until then nobody else gets in.
+    // These connections are silent, so they are closed after a second. Until then no other client
+    // gets in.
     let mut open = Vec::new();
     let full = loop {
         let mut stream = TcpStream::connect(to).await.expect("a connection");
@@ -171,7 +173,7 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     };
     assert!(full.starts_with("HTTP/1.1 503 ") && full.contains("--max-connections"), "{full}");
 
-    // As soon as one of them has timed out there is a place again.
+    // As soon as one of them has timed out, there is capacity again.
     let counts = wait::until("a place is free", SETTLED, || async {
         http::get(to, "/metrics").await.map(|metrics| refused(&metrics))
     })
@@ -208,7 +210,7 @@ async fn more_clients_than_connections_are_all_heard() {
         let body = Full::new(report(&format!("pod-{number}"), &["a"]));
         let status = connection.ask(request.body(body).expect("a request")).await;
         assert_eq!(status.expect("an answer"), 202, "{number}");
-        // It stays open, as an Envoy's does.
+        // The connection stays open, as an Envoy's does.
         connections.push(connection);
     }
     assert_eq!(server.number("ns", "a", "pods").await, 10);
@@ -229,7 +231,7 @@ async fn keys_and_their_pods_take_no_more_memory_than_they_may() {
             Request::post("/v1/reports").header("host", "test").header("content-type", CONTENT_TYPE);
         connection.ask(request.body(Full::new(body)).expect("a request")).await.expect("an answer")
     };
-    // As many keys as there may be, then pods of them.
+    // The largest number of keys, then pods that report them.
     for thousand in 0..5 {
         assert_eq!(post("pod", thousand * 1_000..(thousand + 1) * 1_000).await, 202);
     }
@@ -241,11 +243,12 @@ async fn keys_and_their_pods_take_no_more_memory_than_they_may() {
     let grown = server.process.resident_bytes().saturating_sub(before);
     println!("5,000 keys and {pods},000 pods: {} MiB more, of 32 allowed", grown / MIB);
     assert!((20..200).contains(&pods), "{pods}");
-    // Histories of 2,000 keys take 10 MiB beside it; what reports are read into, some.
+    // In addition, the history of 2,000 keys takes 10 MiB, and the buffers for reports take some
+    // memory.
     assert!(grown < (32 + 10 + 8) * MIB, "{grown}");
     let metrics = http::get(server.address, "/metrics").await.expect("metrics");
     let counts = refused(&metrics);
     assert_eq!((counts["max-keys"], counts["max-table-bytes"]), (1, 1), "{counts:?}");
-    // Who is known goes on.
+    // A known pod can still report.
     assert_eq!(post("pod-0", 0..1_000).await, 202);
 }

@@ -1,4 +1,5 @@
-//! Every end-to-end test, in one binary: to link one takes as long as some of them run.
+//! All end-to-end tests, in one binary: linking one binary takes as long as running some of the
+//! tests.
 
 mod attacks;
 mod autoscalers;

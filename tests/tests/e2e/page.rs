@@ -6,7 +6,7 @@ use inflight_e2e::statserver::StatServer;
 use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::json;
 
-/// So many requests at once, all through a second.
+/// Reports `concurrency` requests at once, throughout one second.
 async fn report(server: &StatServer, name: &str, concurrency: u64) {
     report_in(server, "ns", name, concurrency).await;
 }
@@ -28,7 +28,7 @@ async fn report_in(server: &StatServer, namespace: &str, name: &str, concurrency
     assert_eq!(answer.expect("an answer").0, 202);
 }
 
-/// The text of a key's row, by its columns.
+/// Returns the text of a key's row, column by column.
 fn row(name: &str) -> String {
     let rows = "[...document.querySelectorAll('#keys tr')]";
     format!(
@@ -46,13 +46,13 @@ async fn the_page_shows_what_the_server_knows_each_second() {
 
     report(&server, "b", 30).await;
     report(&server, "<img src=x onerror=alert(1)>", 1).await;
-    // Stable, panic, in flight, requests a second, pods, desired: the server's own figures, by
-    // hand.
+    // Stable, panic, in flight, requests per second, pods, desired: the server's figures, computed
+    // by hand.
     browser.until(&row("b"), json!("30 30 30 30 1 3")).await;
     browser.until("document.querySelectorAll('#keys tr').length", json!(2)).await;
     assert_eq!(browser.value("document.images.length").await, json!(0), "a name is text");
 
-    // By the keyboard alone: past the search to the second key.
+    // With the keyboard alone: past the search field to the second key.
     for _ in 0..3 {
         browser.press("Tab", 9, "").await;
     }
@@ -66,7 +66,7 @@ async fn the_page_shows_what_the_server_knows_each_second() {
     let panics = "getComputedStyle(document.querySelector('.chosen .panics')).display != 'none'";
     browser.until(panics, json!(true)).await;
 
-    // It goes on by itself.
+    // The page updates itself.
     report(&server, "b", 10).await;
     browser.until(&format!("{}.split(' ')[2]", row("b")), json!("40")).await;
 
@@ -107,7 +107,7 @@ async fn the_page_takes_any_name_and_any_address() {
         browser.until("document.querySelectorAll('tr.chosen').length", json!(1)).await;
     }
     browser.until(state, json!("4 keys")).await;
-    // An address of its own for each, also where the labels are the same.
+    // Each key has an address of its own, even where the labels are the same.
     browser.open("about:blank").await;
     browser.open(&format!("http://{}/#a/b%2Fc", server.address)).await;
     browser.until("document.querySelector('tr.chosen button')?.title", json!("namespace a, name b/c")).await;

@@ -1,4 +1,4 @@
-//! Half an hour of everything at once: nothing is miscounted, and nothing grows.
+//! Half an hour of everything at once: nothing is counted wrongly, and no memory grows.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -13,17 +13,17 @@ use inflight_e2e::{http, prometheus, wait};
 
 const SETTLED: Duration = Duration::from_secs(60);
 const LIMIT: i64 = 40;
-/// Until then buffers and caches find their size.
+/// Until then buffers and caches reach their size.
 const WARM_UP: Duration = Duration::from_secs(300);
-/// Less than this in the half hour is noise of the allocators.
+/// Growth below this, in half an hour, is noise of the allocators.
 const FLAT_BYTES: f64 = 16.0 * 1_048_576.0;
 
-/// What a process or the VMs had, and when.
+/// Times, and the memory of a process or of the VMs then.
 #[derive(Default)]
 struct Series(Vec<(f64, f64)>);
 
 impl Series {
-    /// Bytes a minute, by least squares.
+    /// Returns the slope in bytes per minute, by least squares.
     fn slope(&self) -> f64 {
         let count = self.0.len() as f64;
         let mean = |of: fn(&(f64, f64)) -> f64| self.0.iter().map(of).sum::<f64>() / count;
@@ -56,7 +56,7 @@ async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
     while began.elapsed().as_secs_f64() < minutes * 60.0 {
         tokio::time::sleep(Duration::from_secs(5)).await;
         let at = began.elapsed().as_secs_f64();
-        // What also comes in a cluster: scrapes, and somebody who looks.
+        // What also happens in a cluster: scrapes, and somebody who looks at the page.
         let stats = envoy.stats().await;
         http::get(server.address, "/metrics").await.expect("metrics");
         let wasm = prometheus::sum(&stats, "inflight_wasm_memory_bytes", &[]);
@@ -78,7 +78,7 @@ async fn half_an_hour_of_everything_miscounts_nothing_and_nothing_grows() {
     let (sent, mut failures) = load.finish_with_failures().await;
     failures.extend(tally.failures());
     if !failures.is_empty() {
-        // Why Envoy itself closed connections.
+        // Envoy's own stats say why it closed connections.
         let ended = http::get(envoy.admin, "/stats?filter=protocol_error|flood|cx_destroy&usedonly").await;
         let first = &failures[..failures.len().min(20)];
         panic!("{} requests failed, at first {first:#?}; connections: {ended:?}", failures.len());

@@ -23,7 +23,7 @@ async fn client(server: &StatServer, path: &str) -> Client {
     connect_async(format!("ws://{}{path}", server.address)).await.expect("a websocket").0
 }
 
-/// Hex and JSON of each line of a file of vectors.
+/// Returns the hex and the JSON of each line of a file of vectors.
 fn vectors(name: &str) -> Vec<(Vec<u8>, Value)> {
     let path = root().join("src/stats/vectors").join(name);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -38,7 +38,7 @@ fn vectors(name: &str) -> Vec<(Vec<u8>, Value)> {
         .collect()
 }
 
-/// What the vectors add up to by key: requests without the proxied ones.
+/// Adds up the vectors by key: the requests without the proxied ones.
 fn expected(frames: &[(Vec<u8>, Value)], count: &str, proxied: &str, sums: &mut BTreeMap<String, f64>) {
     for message in frames.iter().flat_map(|(_, json)| match json {
         Value::Array(messages) => messages.clone(),
@@ -47,7 +47,7 @@ fn expected(frames: &[(Vec<u8>, Value)], count: &str, proxied: &str, sums: &mut 
         let (key, stat) = (&message["Key"], &message["Stat"]);
         let name = |field: &str| key[field].as_str().unwrap_or_default().to_owned();
         let number = |field: &str| stat[field].as_f64().unwrap_or_default();
-        // A key without a namespace has no place here.
+        // A key without a namespace is not accepted.
         if !name("Namespace").is_empty() {
             let sum = sums.entry(format!("{}/{}", name("Namespace"), name("Name"))).or_default();
             *sum += number(count) - number(proxied);
@@ -93,7 +93,7 @@ async fn every_vector_arrives_by_protobuf_and_by_gob_and_what_is_neither_is_drop
     let (wire, gob) = (vectors("wire_stat_messages.tsv"), vectors("gob_stat_message.tsv"));
     for (frame, _) in wire.iter().chain(&gob) {
         client.send(Message::Binary(frame.clone().into())).await.expect("sent");
-        // In between, what has to be dropped without a word to the client.
+        // In between, frames that have to be dropped without an answer to the client.
         client.send(Message::Text("text".into())).await.expect("sent");
         client.send(Message::Binary(frame[..frame.len() * 2 / 3].to_vec().into())).await.expect("sent");
     }
@@ -108,7 +108,7 @@ async fn every_vector_arrives_by_protobuf_and_by_gob_and_what_is_neither_is_drop
     wait::until_equal("the totals", SETTLED, sums, || totals(&server)).await;
     let dropped = "inflight_statserver_stream_frames_dropped_total{reason=";
     assert_eq!(metric(&server, &format!("{dropped}\"Text\"}}")).await, 48.0);
-    // Two thirds of an empty frame are an empty frame, which is one.
+    // Two thirds of an empty frame are an empty frame, which decodes.
     let empty = wire.iter().filter(|(frame, _)| frame.is_empty()).count() as f64;
     assert_eq!(metric(&server, &format!("{dropped}\"Undecodable\"}}")).await, 48.0 - empty);
     let lines = server.process.log().matches("dropped a frame").count();
@@ -122,7 +122,7 @@ async fn at_its_end_every_client_is_told_to_connect_again() {
     for _ in 0..20 {
         clients.push(client(&server, "/").await);
     }
-    // One that never reads, and one that only opened a connection.
+    // One client that never reads, and one that only opened a connection.
     let _mute = client(&server, "/").await;
     let _idle = TcpStream::connect(server.address).await.expect("a connection");
     let probe = Request::get("/").header("host", "x").header("k-kubelet-probe", "1");
@@ -140,7 +140,7 @@ async fn at_its_end_every_client_is_told_to_connect_again() {
     assert!(server.process.wait(Duration::from_secs(30)).success());
 }
 
-/// The head of a masked frame of `length` bytes.
+/// Returns the head of a masked frame of `length` bytes.
 fn head(opcode: u8, length: u64) -> Vec<u8> {
     let mut head = vec![0x80 | opcode, 0x80 | 127];
     head.extend(length.to_be_bytes());
@@ -167,7 +167,7 @@ async fn a_thousand_hostile_clients_take_bounded_memory_and_nothing_from_the_oth
 
         let mut huge = http::websocket(server.address).await;
         writing.spawn(async move {
-            // Until the server has had enough of it.
+            // Writes until the server closes the connection.
             if huge.write_all(&head(2, 100 << 20)).await.is_ok() {
                 let chunk = vec![0; 64 << 10];
                 for _ in 0..(100 << 20) / chunk.len() {
@@ -181,7 +181,7 @@ async fn a_thousand_hostile_clients_take_bounded_memory_and_nothing_from_the_oth
 
         let mut mute = http::websocket(server.address).await;
         writing.spawn(async move {
-            // Asks for answers that it never reads.
+            // Requests answers that it never reads.
             let ping = [vec![0x89, 0x80 | 125, 0, 0, 0, 0], vec![7; 125]].concat().repeat(100);
             for _ in 0..200 {
                 if !matches!(
@@ -216,12 +216,12 @@ async fn a_thousand_hostile_clients_take_bounded_memory_and_nothing_from_the_oth
     wait::until_equal("streams", SETTLED, 1.0, || metric(&server, "inflight_statserver_streams")).await;
 }
 
-/// Keeps a connection open for as long as its task is.
+/// Keeps a connection open for as long as its task runs.
 async fn held_open(_stream: TcpStream) -> bool {
     std::future::pending().await
 }
 
-/// Stands in for Knative's autoscaler: takes one connection, and what comes over it.
+/// Stands in for Knative's autoscaler: accepts one connection.
 async fn autoscaler(listener: &TcpListener) -> WebSocketStream<TcpStream> {
     accept_async(listener.accept().await.expect("a connection").0).await.expect("a websocket")
 }
@@ -242,7 +242,7 @@ async fn every_stat_goes_on_to_an_autoscaler_also_when_that_was_away() {
             source.send(stat_frame("ns", "streamed", "activator-1", 3.0)).await.expect("sent");
             sent += 3.0;
         }
-        // A report of four seconds goes on as what each of them had.
+        // A report of four seconds is forwarded as one stat for each of these seconds.
         let since = Snapshot::starting_at(second);
         let until = Snapshot {
             as_of_ns: 5 * second,
@@ -279,7 +279,7 @@ async fn every_stat_goes_on_to_an_autoscaler_also_when_that_was_away() {
         );
         assert_eq!((stat.average_concurrent_requests, stat.average_proxied_concurrent_requests), (3.0, 1.0));
         assert_eq!(received, sent);
-        // Gone, without a word: what comes meanwhile waits.
+        // The autoscaler ends without a close; messages wait until it is back.
         drop(autoscaler);
         wait::until_equal("connected", SETTLED, 0.0, || {
             metric(&server, "inflight_statserver_forward_connected")
@@ -292,7 +292,7 @@ async fn every_stat_goes_on_to_an_autoscaler_also_when_that_was_away() {
     wait::until_equal("connected", SETTLED, 0.0, || metric(&server, "inflight_statserver_forward_connected"))
         .await;
     drop(listener);
-    // More than the queue holds: the oldest go, and are counted.
+    // More messages than the queue holds. The oldest are dropped and counted.
     for _ in 0..110 {
         let WireStatMessages { messages } =
             WireStatMessages::decode(stat_frame("ns", "streamed", "activator-1", 1.0).into_data())

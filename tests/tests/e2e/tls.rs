@@ -29,7 +29,7 @@ fn flags<'a>(server: &'a Identity, client_ca: &'a Path) -> [&'a str; 6] {
     ["--tls-cert", text(certificate), "--tls-key", text(key), "--tls-client-ca", text(client_ca)]
 }
 
-/// Has Envoy call the stats server over TLS, with a certificate of its own.
+/// Makes Envoy call the stats server over TLS, with a certificate of its own.
 fn over_tls(bootstrap: &mut Bootstrap, ca: &Path, client: &Identity) {
     let clusters = bootstrap.0["static_resources"]["clusters"].as_array_mut().expect("clusters");
     let cluster = clusters.iter_mut().find(|c| c["name"] == "inflight-statserver").expect("the cluster");
@@ -77,7 +77,7 @@ async fn over_mutual_tls_envoy_reports_and_keda_asks_and_nobody_else() {
         let client = authority.client(Some(&of_envoy));
         let sent = Load::start(PLAN, envoy.address, &app.counts).finish().await;
         wait::until_equal("the server's count", SETTLED, Some(sent), || total(&client, &server)).await;
-        // The last report leaves with Envoy, over a connection that is open.
+        // Envoy sends the last report at its end, over an open connection.
         envoy.reports(2).await;
         let more = Load::start(PLAN, envoy.address, &app.counts).finish().await;
         envoy.process.signal(libc::SIGTERM);
@@ -127,7 +127,7 @@ async fn certificates_are_taken_over_when_the_files_change_and_wrong_ones_are_no
     };
     assert_eq!(healthy(&old).await, Ok(200));
     assert!(healthy(&new).await.is_err());
-    // The same names, of another authority.
+    // The same names, issued by another authority.
     new.issue(folder, "server");
     wait::until_equal("the new certificate", SETTLED, Ok(200), || healthy(&new)).await;
     std::fs::write(&identity.certificate, "no certificate").expect("a file");

@@ -1,4 +1,4 @@
-//! A worker's VM ends, by a panic or by a trap.
+//! A worker's VM ends by a panic or by a trap.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -22,15 +22,15 @@ const SETTLED: Duration = Duration::from_secs(15);
 const STEADY: Plan =
     Plan { requests: u64::MAX, connections: 24, average_ms: 10.0, mixed: true, seed: 2, path: "/work" };
 
-/// The module that panics or traps on request.
+/// Returns a configuration with the module that panics or traps on request.
 fn faulty(app: &App, tap: &Tap) -> Bootstrap {
     let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
     bootstrap.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
     bootstrap
 }
 
-/// Another failure policy; without one it is Envoy's default, and that of Istio's WasmPlugin and
-/// TrafficExtension and of Envoy Gateway.
+/// Sets another failure policy. Without one, Envoy's default applies, which is also that of Istio's
+/// WasmPlugin and TrafficExtension and of Envoy Gateway.
 fn policy(bootstrap: &mut Bootstrap, policy: Option<&str>) {
     let config = bootstrap.filter()["typed_config"]["config"].as_object_mut().expect("a plugin");
     config.remove("failure_policy");
@@ -40,8 +40,8 @@ fn policy(bootstrap: &mut Bootstrap, policy: Option<&str>) {
     }
 }
 
-/// Envoy's older key, which lets also those requests go on that are open in the VM when it ends;
-/// the newer one, `failure_policy: FAIL_OPEN`, answers these 503.
+/// Sets Envoy's older key, which also lets the requests go on that are open in the VM when it ends.
+/// The newer key, `failure_policy: FAIL_OPEN`, answers these with 503.
 fn fail_open(bootstrap: &mut Bootstrap) {
     policy(bootstrap, None);
     bootstrap.filter()["typed_config"]["config"]["fail_open"] = true.into();
@@ -52,8 +52,8 @@ async fn fault(envoy: &Envoy, kind: &str) {
     let _ = http::ask(envoy.address, request.body(Full::<Bytes>::default()).expect("a request")).await;
 }
 
-/// The leader's VM ends by `kind`; nothing of a quiet pod is lost, and reports go on within three
-/// periods.
+/// Ends the leader's VM by `kind`. No count of an otherwise idle pod may be lost, and reports must
+/// go on within three periods.
 async fn another_leads_after(kind: &str) {
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let tap = Tap::start(Some(server.address)).await;
@@ -68,7 +68,7 @@ async fn another_leads_after(kind: &str) {
         async move { if fault_found(&log) { Ok(()) } else { Err(log) } }
     })
     .await;
-    // The fault comes after a report, so the last one's end is at most a tick older than the death.
+    // The fault comes after a report, so the last report ends at most one tick before the death.
     let last = tap.acknowledged().last().expect("a report").messages[0].until;
     let next = wait::until("another leads", SETTLED, || async {
         let until = tap.acknowledged().last().expect("a report").messages[0].until;
@@ -79,7 +79,8 @@ async fn another_leads_after(kind: &str) {
     assert_eq!(next.requests, sent + 1, "the request that asked for the fault, and none lost");
     let load = Load::start(Plan { requests: 500, ..STEADY }, envoy.address, &app.counts);
     let more = load.finish().await;
-    // The leader may have died before it read the answer to its last report: the server tells.
+    // The leader may have died before it read the answer to its last report, so the server's count
+    // decides.
     wait::until_equal("the server's count", SETTLED, sent + 1 + more, || server.total()).await;
 }
 
@@ -105,14 +106,14 @@ async fn a_worker_that_panics_leaves_its_counts_and_nothing_in_flight() {
     let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
     let sent = load.finish().await + 1;
     fault(&envoy, "panic").await;
-    // The panicking request had not been counted: the fault comes first.
+    // The request that panicked had not been counted: the fault comes first.
     let last = wait::until("its counts are reported", SETTLED, || async {
         let until = tap.acknowledged().last().map_or(Snapshot::default(), |r| r.messages[0].until);
         if (until.requests, until.in_flight) == (sent, 0) { Ok(until) } else { Err(until) }
     })
     .await;
     assert_eq!(envoy.stat("queue_requests_total", &[]).await as u64, sent);
-    // The worker got a new VM, which counts on.
+    // The worker got a new VM, which continues to count.
     let load = Load::start(Plan { requests: 300, ..STEADY }, envoy.address, &app.counts);
     let more = load.finish().await;
     wait::until_equal("the count goes on", SETTLED, (last.requests + more, 0), async || {
@@ -122,7 +123,7 @@ async fn a_worker_that_panics_leaves_its_counts_and_nothing_in_flight() {
     .await;
 }
 
-/// Asks for `path` in the background.
+/// Requests `path` in the background.
 fn ask(envoy: &Envoy, path: &str) -> JoinHandle<Result<(StatusCode, Bytes), String>> {
     let (to, request) = (envoy.address, Request::get(path).header("host", "app").body(Full::default()));
     tokio::spawn(async move { http::ask(to, request.expect("a request")).await })
@@ -133,8 +134,8 @@ async fn status(answer: JoinHandle<Result<(StatusCode, Bytes), String>>) -> u16 
     answer.expect("no panic").expect("an answer").0.as_u16()
 }
 
-/// One request is in the app, one waits for its slot, and the VM panics: what each of the two is
-/// answered.
+/// One request is in the app, one waits for a permit, and the VM panics. Returns the parts of the
+/// test, and the status codes of the two answers.
 async fn open_and_waiting(
     version: Version,
     change: impl FnOnce(&mut Bootstrap),
@@ -162,7 +163,8 @@ async fn with_fail_open_a_panic_fails_no_request_and_no_count_is_lost() {
     for version in [Version::Oldest, Version::Newest] {
         let (envoy, app, tap, answers) = open_and_waiting(version, fail_open).await;
         assert_eq!(answers, [200, 200], "the one in the app, the one that waited");
-        // From now on this worker passes everything, uncounted: no VM is there to count.
+        // From now on this worker passes all requests on without counting them: there is no VM to
+        // count.
         let plan = Plan { requests: 200, mixed: false, ..STEADY };
         assert_eq!(Load::start(plan, envoy.address, &app.counts).finish().await, 200);
         assert_eq!(app.counts.requests(), 202);
@@ -171,7 +173,8 @@ async fn with_fail_open_a_panic_fails_no_request_and_no_count_is_lost() {
     }
 }
 
-/// What 50 requests after the panic are answered, and how many of them the app has seen.
+/// Returns the answers to 50 requests after the panic, and how many of these requests the app has
+/// seen.
 async fn later(envoy: &Envoy, app: &App) -> (BTreeSet<u16>, u64) {
     let before = app.counts.requests();
     let mut answers = BTreeSet::new();
@@ -210,8 +213,8 @@ async fn with_the_policy_fail_open_the_open_ones_fail_and_later_ones_pass_uncoun
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_fail_reload_a_panic_answers_at_once_who_waited() {
     let (_envoy, app, _tap, answers) = open_and_waiting(Version::Newest, |_| ()).await;
-    // Envoy fails every stream of a VM that is gone, unless `fail_open` is set; but nobody is left
-    // hanging.
+    // Envoy fails every stream of a VM that is gone, unless `fail_open` is set. But no client waits
+    // for ever.
     assert_eq!(answers, [503, 503]);
     assert_eq!(app.counts.requests(), 2);
 }
@@ -236,7 +239,8 @@ async fn with_fail_reload_a_panic_under_load_fails_what_is_open_in_that_vm_alone
         let (sent, failures) = load.finish_with_failures().await;
         let failed = failures.len();
         assert!(failed as u64 <= STEADY.connections, "{failures:#?}");
-        // Those that failed were counted when they came; the one that asked for the fault was not.
+        // The requests that failed were counted when they came. The request that caused the fault
+        // was not.
         wait::until_equal("the server's count", SETTLED, sent, || server.total()).await;
         assert_eq!(tap.requests(), sent);
         println!("{version:?}: {sent} requests and a panic, {failed} of them failed, all counted");
