@@ -1,8 +1,8 @@
-//! The benchmarks' common parts: CPU time of a process, medians, pinning.
+//! Common parts of the benchmarks: CPU time of a process, medians, pinning.
 
 use std::process::Command;
 
-/// CPU seconds that the threads of a process have used so far, to the nanosecond.
+/// Returns the CPU seconds that the threads of a process have used so far, to the nanosecond.
 ///
 /// # Panics
 /// If the process is gone.
@@ -10,32 +10,32 @@ pub fn cpu_seconds(pid: u32) -> f64 {
     let path = format!("/proc/{pid}/task");
     let threads = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
     let nanoseconds = threads.flatten().map(|thread| {
-        // A thread that has just ended is no longer to be asked.
+        // A thread that has just ended has no statistics any more.
         let schedstat = std::fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
         schedstat.split(' ').next().and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0)
     });
     nanoseconds.sum::<u64>() as f64 / 1e9
 }
 
-/// The middle of the values, and the quartiles around it: (median, first, third).
+/// Returns the median of the values and their quartiles: (median, first, third).
 ///
 /// # Panics
-/// Without values.
+/// If there are no values.
 pub fn spread(values: &[f64]) -> (f64, f64, f64) {
     (quantile(values, 0.5), quantile(values, 0.25), quantile(values, 0.75))
 }
 
-/// The value below which so large a share of the values lies.
+/// Returns the value below which a given share of the values lies.
 ///
 /// # Panics
-/// Without values.
+/// If there are no values.
 pub fn quantile(values: &[f64], share: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[((sorted.len() as f64 * share) as usize).min(sorted.len() - 1)]
 }
 
-/// Ties a process, with all its threads, to some cores.
+/// Pins a process, with all its threads, to some cores.
 ///
 /// # Panics
 /// If there is no such core.
@@ -45,7 +45,7 @@ pub fn pin(pid: u32, cores: &str) {
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }
 
-/// What this was measured on: the processor, its cores, the day.
+/// Returns a description of this machine: the processor, its cores, and the date.
 pub fn machine() -> String {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let info = read("/proc/cpuinfo");
@@ -59,7 +59,7 @@ pub fn machine() -> String {
     format!("{}, {cores} cores, {}", model.trim_start_matches(['\t', ' ', ':']), date.unwrap_or_default())
 }
 
-/// Rows as a Markdown table, the first one its head.
+/// Formats rows as a Markdown table. The first row is the head.
 pub fn table(rows: &[Vec<String>]) -> String {
     let mut text = String::new();
     for (number, row) in rows.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! A proxy-wasm host that does next to nothing, on wasmi, to count what a module does: instructions
-//! (as fuel) and host calls. It is no mock of Envoy for tests of behaviour: those run on Envoy.
+//! A minimal proxy-wasm host on wasmi. It counts what a module does: instructions (as fuel) and
+//! host calls. It is not a mock of Envoy for tests of behaviour; those run on Envoy.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -14,7 +14,7 @@ const REQUEST_HEADERS: i32 = 0;
 const RESPONSE_HEADERS: i32 = 2;
 const PLENTY: u64 = u64::MAX / 2;
 
-/// What the host gives, and what it saw.
+/// The host's data, and what it has observed.
 #[derive(Default)]
 struct State {
     configuration: Vec<u8>,
@@ -26,10 +26,10 @@ struct State {
     calls: BTreeMap<String, u32>,
 }
 
-/// Compiles a module, so that it counts its instructions.
+/// Compiles a module in such a way that its instructions are counted.
 ///
 /// # Panics
-/// If it is no wasm.
+/// If the file is not wasm.
 pub fn compile(path: &std::path::Path) -> Module {
     let mut config = Config::default();
     config.consume_fuel(true);
@@ -44,17 +44,18 @@ pub struct Vm {
     contexts: i32,
 }
 
-/// What a stretch of work took.
+/// The cost of some work.
 #[derive(Clone, Debug, Default)]
 pub struct Cost {
-    /// wasm instructions, as wasmi's fuel counts them: what copies memory counts by its length.
+    /// wasm instructions, as wasmi's fuel counts them. An instruction that copies memory counts by
+    /// its length.
     pub instructions: u64,
-    /// Host calls by name.
+    /// Host calls, by name.
     pub calls: BTreeMap<String, u32>,
 }
 
 impl Cost {
-    /// All host calls.
+    /// Returns the number of all host calls.
     pub fn host_calls(&self) -> u32 {
         self.calls.values().sum()
     }
@@ -64,7 +65,7 @@ impl Vm {
     /// Starts a module and configures its plugin.
     ///
     /// # Panics
-    /// If the module is no proxy-wasm plugin, or refuses the configuration.
+    /// If the module is not a proxy-wasm plugin, or refuses the configuration.
     pub fn start(module: &Module, configuration: &str) -> Self {
         let engine = module.engine();
         let state = State { configuration: configuration.into(), now_ns: 1_000_000_000, ..State::default() };
@@ -100,9 +101,9 @@ impl Vm {
         vm
     }
 
-    /// Calls an export that returns a number, or nothing (0).
+    /// Calls an export that returns a number or nothing. Returns the number, or 0.
     fn call(&mut self, name: &str, arguments: &[i32]) -> i32 {
-        // As Envoy does: what is not exported is not called.
+        // As in Envoy, a missing export is not called.
         let Some(export) = self.instance.get_func(&self.store, name) else { return 0 };
         let arguments: Vec<Val> = arguments.iter().map(|a| Val::I32(*a)).collect();
         let mut results = vec![Val::I32(0); export.ty(&self.store).results().len()];
@@ -110,7 +111,7 @@ impl Vm {
         results.first().and_then(Val::i32).unwrap_or(0)
     }
 
-    /// Lets a second pass, and ticks.
+    /// Lets a second pass, and runs the tick.
     pub fn tick(&mut self) -> Cost {
         self.store.data_mut().now_ns += 1_000_000_000;
         self.cost(|vm| {
@@ -118,12 +119,12 @@ impl Vm {
         })
     }
 
-    /// In how many milliseconds the module asked to tick next.
+    /// Returns the milliseconds after which the module asked for its next tick.
     pub fn next_tick_ms(&self) -> i64 {
         self.store.data().tick_ms
     }
 
-    /// One request, from its headers to its end, with 200 as its code.
+    /// Runs one request from its headers to its end, with the response code 200.
     pub fn request(&mut self, headers: &[(&'static str, &'static str)]) -> Cost {
         self.contexts += 1;
         let id = self.contexts;
@@ -167,7 +168,7 @@ fn write(caller: &mut Caller<'_, State>, address: i64, bytes: &[u8]) {
     memory(caller).write(caller, address as usize, bytes).expect("an address");
 }
 
-/// Hands bytes over in memory that the module allocates.
+/// Gives bytes to the module, in memory that the module allocates.
 fn give(caller: &mut Caller<'_, State>, bytes: &[u8], data: i64, size: i64) -> i32 {
     let Some(Extern::Func(allocate)) = caller.get_export("proxy_on_memory_allocate") else {
         panic!("a module that allocates nothing");

@@ -1,5 +1,5 @@
-//! What a request may cost. A regression fails here, on any machine; an improvement lowers the
-//! budget.
+//! The budget of a request. A regression fails here, on any machine; after an improvement the
+//! budget is lowered.
 
 use std::path::PathBuf;
 
@@ -26,7 +26,7 @@ const PLAIN: &[(&str, &str)] = &[
     ("user-agent", "Mozilla/5.0 (X11; Linux x86_64)"),
 ];
 
-/// What a request costs when it is not the first, and no tick comes in between.
+/// Returns the cost of a request that is not the first, with no tick in between.
 fn steady(module: &Module, configuration: &str) -> Cost {
     let mut vm = Vm::start(module, configuration);
     for _ in 0..10 {
@@ -73,7 +73,7 @@ fn a_queue_timeout_costs_no_tick_while_nothing_waits() {
     for _ in 0..3 {
         vm.request(PLAIN);
         vm.tick();
-        // What is left of a period of a second.
+        // The rest of a period of one second.
         assert!(vm.next_tick_ms() > 900, "the next tick in {} ms", vm.next_tick_ms());
     }
 }

@@ -1,4 +1,5 @@
-//! A filter with every callback and no work: what proxy-wasm itself costs, to compare others with.
+//! A filter with every callback and no work. It shows the cost of proxy-wasm itself, for
+//! comparison.
 
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType};
@@ -35,7 +36,7 @@ impl HttpContext for Stream {
     fn on_log(&mut self) {}
 }
 
-/// What the host calls first. The macro's function carries no documentation of its own.
+/// The host's first call. The function that the macro makes has no documentation of its own.
 #[allow(missing_docs)]
 mod entry {
     proxy_wasm::main! {{

@@ -1,5 +1,5 @@
-//! What the filter costs a request: one Envoy after the other on one core, everything else on
-//! another; in turn, so that a machine's moods reach all of them.
+//! The filter's cost per request. One Envoy after the other runs on one core, everything else on
+//! another. The Envoys take turns, so that changes in the machine's speed affect all of them.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -40,7 +40,7 @@ struct Options {
 const KEYS: usize = 1_000;
 const CONNECTIONS: u32 = 32;
 
-/// Answers each request with two bytes; one for `/hold` never.
+/// Starts an app that answers each request with two bytes, and a request for `/hold` never.
 async fn app() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
@@ -73,7 +73,7 @@ async fn answer(mut stream: TcpStream) {
 
 const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
 
-/// The shipped sidecar configuration, without the exporter.
+/// Returns the shipped sidecar configuration, without the exporter.
 fn sidecar(app: SocketAddr, server: SocketAddr) -> Bootstrap {
     let mut bootstrap = Bootstrap::sidecar(app, server);
     at(&mut bootstrap.0, "/static_resources/listeners").as_array_mut().expect("listeners").truncate(1);
@@ -98,7 +98,8 @@ fn breaker(app: SocketAddr, server: SocketAddr) -> Bootstrap {
     bootstrap
 }
 
-/// As the sidecar, with the role gateway: the same routes, so that the filter alone differs.
+/// Returns the sidecar's configuration with the role `gateway`. The routes are the same, so that
+/// only the filter differs.
 fn gateway(app: SocketAddr, server: SocketAddr, key: Value) -> Bootstrap {
     let mut bootstrap = sidecar(app, server);
     let config = json!({"role": "gateway", "namespace": "default", "pod": "gateway-1", "gateway": {"key": key},
@@ -115,7 +116,7 @@ struct Subject {
 /// One measurement.
 #[derive(Clone, Copy)]
 struct Measured {
-    /// CPU of the Envoy process, in microseconds a request.
+    /// CPU time of the Envoy process, in microseconds per request.
     cpu: f64,
     per_second: f64,
     p50_us: f64,
@@ -130,7 +131,7 @@ enum Protocol {
     Http2,
 }
 
-/// Where the load's parts lie.
+/// The files that a load needs.
 struct Load {
     wrk: std::path::PathBuf,
     h2load: std::path::PathBuf,
@@ -140,8 +141,8 @@ struct Load {
 impl Load {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        // The same request for all: headers with one of a thousand keys, which only the gateway
-        // reads.
+        // The same requests for all subjects: headers with one of a thousand keys, which only the
+        // gateway reads.
         let script = format!(
             "local requests = {{}}\n\
              for i = 1, {KEYS} do\n\
@@ -162,8 +163,8 @@ impl Load {
         Self { wrk: debian("wrk", &["wrk"]), h2load, folder }
     }
 
-    /// So many seconds of load: requests, requests a second, and the latencies' quantiles in
-    /// microseconds.
+    /// Runs `seconds` of load. Returns the requests, the requests per second, and the quantiles of
+    /// the latency in microseconds.
     async fn run(&self, to: SocketAddr, protocol: Protocol, connections: u32, seconds: u64) -> [f64; 5] {
         let log = self.folder.path().join("h2.log");
         let mut command = Command::new("taskset");
@@ -224,19 +225,19 @@ async fn measure(load: &Load, envoy: &Envoy, protocol: Protocol, connections: u3
     Measured { cpu, per_second, p50_us, p99_us, p999_us, resident_mib }
 }
 
-/// The median over the rounds, of something.
+/// Returns the median of a figure over the rounds.
 fn median(rounds: &[Measured], of: impl Fn(&Measured) -> f64) -> f64 {
     spread(&rounds.iter().map(of).collect::<Vec<_>>()).0
 }
 
-/// What each subject adds to bare, as a share of something, round by round: median, lowest,
-/// highest.
+/// Returns what a subject adds to bare Envoy, as a share of something, computed for each round: the
+/// median and the quartiles.
 fn added(subject: &[Measured], bare: &[Measured], to: impl Fn(usize) -> f64) -> (f64, f64, f64) {
     let shares = subject.iter().zip(bare).enumerate().map(|(i, (s, b))| (s.cpu - b.cpu) / to(i));
     spread(&shares.collect::<Vec<_>>())
 }
 
-/// Each subject in turn, round after round.
+/// Measures each subject in turn, round after round.
 async fn compare(
     options: &Options,
     load: &Load,
@@ -261,7 +262,7 @@ async fn compare(
     rounds
 }
 
-/// A row for each subject; the columns' names first.
+/// Returns a row for each subject, after a row with the columns' names.
 fn rows(subjects: &[Subject], rounds: &[Vec<Measured>]) -> Vec<Vec<String>> {
     let header = [
         "",
@@ -278,7 +279,7 @@ fn rows(subjects: &[Subject], rounds: &[Vec<Measured>]) -> Vec<Vec<String>> {
     let (bare, empty) = (&rounds[0], &rounds[1]);
     for (subject, own) in subjects.iter().zip(rounds) {
         let of_bare = added(own, bare, |i| bare[i].cpu / 100.0);
-        // What empty adds is small: its median is steadier than each round's.
+        // The empty filter adds little: its median is steadier than its single rounds.
         let empty_adds = added(empty, bare, |_| 1.0).0;
         let of_empty = added(own, bare, |_| empty_adds);
         let adds = added(own, bare, |_| 1.0).0;
@@ -302,7 +303,7 @@ fn rows(subjects: &[Subject], rounds: &[Vec<Measured>]) -> Vec<Vec<String>> {
     rows
 }
 
-/// Bars of CPU a request, bare's share set apart.
+/// Draws bars of CPU time per request, with bare Envoy's share in a colour of its own.
 fn picture(subjects: &[Subject], rounds: &[Vec<Measured>], note: &str) -> String {
     let (width, left, bar, gap) = (720.0, 170.0, 22.0, 12.0);
     let most = rounds.iter().map(|own| median(own, |m| m.cpu)).fold(1.0, f64::max);
@@ -338,8 +339,8 @@ fn picture(subjects: &[Subject], rounds: &[Vec<Measured>], note: &str) -> String
     svg
 }
 
-/// An Envoy with four workers and so many keys that each have a request open, for as long as the
-/// connections are.
+/// Starts an Envoy with four workers and `keys` keys that each have an open request, for as long as
+/// the connections exist.
 async fn with_open_requests(app: SocketAddr, server: SocketAddr, keys: usize) -> (Envoy, Vec<TcpStream>) {
     let source = json!({"from": "headers"});
     let envoy = Envoy::quiet(Version::Any, &gateway(app, server, source), 4).await;
@@ -356,7 +357,8 @@ async fn with_open_requests(app: SocketAddr, server: SocketAddr, keys: usize) ->
     (envoy, open)
 }
 
-/// CPU of both kinds of Envoy in milliseconds a second, two seconds of each in turn.
+/// Returns the CPU time of both kinds of Envoy in milliseconds per second, measured for two seconds
+/// of each in turn.
 async fn tick_cost(app: SocketAddr, server: SocketAddr, keys: usize, rounds: usize) -> [(f64, f64, f64); 2] {
     let envoys = [with_open_requests(app, server, 0).await, with_open_requests(app, server, keys).await];
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -410,7 +412,7 @@ async fn main() {
         (Protocol::Http1, "HTTP/1.1, wrk, 32 connections"),
         (Protocol::Http2, "HTTP/2, h2load, 4 connections of 8 streams"),
     ] {
-        // h2load sends one key.
+        // h2load sends only one key.
         let subjects = if protocol == Protocol::Http1 { &subjects[..] } else { &subjects[..5] };
         let rounds = compare(&options, &load, subjects, protocol).await;
         let part = format!("\n{title}:\n\n{}", table(&rows(subjects, &rounds)));
@@ -421,8 +423,8 @@ async fn main() {
         }
     }
 
-    // A request's latency beside the ticks: with few connections, so that it is not its own queue
-    // that is measured.
+    // The latency of requests while ticks run: with few connections, so that the measurement is not
+    // dominated by the load's own queue.
     let mut rare = gateway(app, server, headers);
     let text_of =
         at(rare.filter(), "/typed_config/config/configuration/value").as_str().expect("text").to_owned();
@@ -458,7 +460,8 @@ async fn main() {
     }
 }
 
-/// Writes the tables between the two marks of `benchmarks.md`, and the picture beside it.
+/// Writes the tables between the two marks of `benchmarks.md`, and the picture into the same
+/// folder.
 fn write(docs: &Path, text: &str, svg: &str) {
     const MARKS: [&str; 2] = ["<!-- make bench -->\n", "<!-- end of make bench -->"];
     let page = docs.join("benchmarks.md");

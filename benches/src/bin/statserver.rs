@@ -1,5 +1,5 @@
-//! The stats server under load, on one core; the load comes from the other. Prints CPU seconds per
-//! million stats, resident memory, and how long a `GET` of one key takes meanwhile.
+//! The stats server under load, on one core; the load runs on the other. Prints the CPU seconds per
+//! million stats, the resident memory, and the duration of a `GET` of one key under this load.
 
 use std::time::{Duration, Instant};
 
@@ -55,7 +55,7 @@ fn stat(pod: usize, keys: usize) -> WireStatMessage {
     }
 }
 
-/// A masked binary frame, as a client must send it.
+/// Returns a masked binary frame, as a client must send it.
 fn frame(messages: Vec<WireStatMessage>) -> Vec<u8> {
     let payload = WireStatMessages { messages }.encode_to_vec();
     let mut frame = vec![0x82, 0x80 | 127];
@@ -72,19 +72,19 @@ async fn taken(server: &StatServer) -> u64 {
     line.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
-/// What a run showed.
+/// The results of a run.
 struct Measured {
     /// CPU seconds per million stats.
     per_million: f64,
-    /// CPU seconds a second.
+    /// CPU seconds per second.
     cores: f64,
     resident_mib: u64,
-    /// Of a GET of one key, in milliseconds.
+    /// Quantiles of the duration of a GET of one key, in milliseconds.
     p50: f64,
     p99: f64,
 }
 
-/// All pods report once a second over ten websockets, so many to a frame.
+/// All pods report once a second over ten websockets, with `to_a_frame` stats in each frame.
 async fn by_websocket(options: &Options, keys: usize, to_a_frame: usize) -> Measured {
     let server = StatServer::start(None).await;
     pin(server.process.id(), "0");
@@ -97,7 +97,7 @@ async fn by_websocket(options: &Options, keys: usize, to_a_frame: usize) -> Meas
             .collect();
         let mut stream = http::websocket(server.address).await;
         senders.spawn(async move {
-            // A hundredth of the frames every hundredth of a second.
+            // Sends a hundredth of the frames every hundredth of a second.
             let mut ticks = tokio::time::interval(Duration::from_millis(10));
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Burst);
             for part in (0..100).cycle() {
@@ -114,7 +114,7 @@ async fn by_websocket(options: &Options, keys: usize, to_a_frame: usize) -> Meas
     measured
 }
 
-/// Lets the load run for a while, and asks for keys all the time.
+/// Lets the load run for a while, and requests keys all the time.
 async fn measure(options: &Options, server: &StatServer, keys: usize) -> Measured {
     tokio::time::sleep(WARM_UP).await;
     let (stats, cpu, began) = (taken(server).await, cpu_seconds(server.process.id()), Instant::now());
@@ -146,8 +146,8 @@ async fn measure(options: &Options, server: &StatServer, keys: usize) -> Measure
     }
 }
 
-/// Reports of one pod each over kept-alive connections, as fast as one core takes them: (reports a
-/// second, CPU seconds per million).
+/// Sends reports of one pod each over kept-alive connections, as fast as one core handles them.
+/// Returns (reports per second, CPU seconds per million).
 async fn by_http(options: &Options, keys: usize) -> (f64, f64) {
     let server = StatServer::start(None).await;
     pin(server.process.id(), "0");
