@@ -1,4 +1,4 @@
-//! The key out of a cluster's name is one that a report can carry.
+//! A key that comes from a cluster's name is one that a report can carry.
 #![no_main]
 
 use inflight_stats::gateway::key_name::KeyName;

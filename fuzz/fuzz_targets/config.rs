@@ -1,4 +1,4 @@
-//! The plugin's configuration: taken, or refused in one line.
+//! The plugin's configuration is accepted, or refused with a short error.
 #![no_main]
 
 use inflight_stats::{Config, Identity};

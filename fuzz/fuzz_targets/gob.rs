@@ -1,4 +1,4 @@
-//! A gob stream, whatever it begins with.
+//! A gob stream, whatever it begins with, is decoded or refused.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,5 @@
-//! A report that is taken is the one that its bytes say, and a key takes it or says why not.
+//! An accepted report encodes to the bytes that it was decoded from, and a key records it or says
+//! why not.
 #![no_main]
 
 use std::sync::Arc;
@@ -13,8 +14,8 @@ fuzz_target!(|bytes: &[u8]| {
         let mut key = Key::new(Arc::default());
         let now_ns = 1_700_000_000_000_000_000;
         for message in &report.messages {
-            // Each key of a report is one of its own; here they are all one, so counters may go
-            // back.
+            // In a real report each message has a key of its own. Here they all go to one key, so
+            // its counters may go back.
             let _ = key.record(&report.pod, report.incarnation, message, now_ns);
         }
         let figures = key.decide(now_ns);

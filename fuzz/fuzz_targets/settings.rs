@@ -1,4 +1,5 @@
-//! Settings that are taken can be told again as they are shown, and a decider lives with them.
+//! Accepted settings are accepted again in the form in which they are shown, and a decider works
+//! with them.
 #![no_main]
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! A frame of the stream, of either kind, and what a key makes of its stats.
+//! A frame of the stat stream, of either kind, is decoded or refused, and a key records its stats.
 #![no_main]
 
 use std::sync::Arc;
