@@ -20,7 +20,7 @@ pub fn of_request(host: impl Host) {
     }
 }
 
-/// Handles such a note. The leader calls this after its report.
+/// Acts on a note that [`of_request`] left. The leader calls this after its report.
 pub fn of_leader(host: impl Host) {
     let Some((note, version)) = host.get(KEY) else { return };
     if note.is_empty() || !host.set(KEY, b"", Expect::Version(version)) {
