@@ -1,31 +1,49 @@
 //! The live page, in a headless Chromium.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
 use inflight_e2e::browser::Browser;
 use inflight_e2e::http;
 use inflight_e2e::statserver::StatServer;
 use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::json;
+use tokio::task::JoinSet;
 
 /// Reports `concurrency` requests at once, throughout one second.
-async fn report(server: &StatServer, name: &str, concurrency: u64) {
-    report_in(server, "ns", name, concurrency).await;
+async fn report(address: SocketAddr, name: &str, concurrency: u64) {
+    report_in(address, "ns", name, concurrency, 1).await;
 }
 
-async fn report_in(server: &StatServer, namespace: &str, name: &str, concurrency: u64) {
-    let since = Snapshot::starting_at(1);
-    let until = Snapshot {
-        as_of_ns: 1_000_000_001,
-        requests: concurrency,
-        request_ns: u128::from(concurrency * 1_000_000_000),
+/// Reports the same for the `second`th second of a sender.
+async fn report_in(address: SocketAddr, namespace: &str, name: &str, concurrency: u64, second: u64) {
+    let at = |seconds: u64| Snapshot {
+        as_of_ns: 1 + seconds * 1_000_000_000,
+        requests: seconds * concurrency,
+        request_ns: u128::from(seconds * concurrency * 1_000_000_000),
         in_flight: u32::try_from(concurrency).expect("a small number"),
         ..Snapshot::default()
     };
+    let (since, until) = (at(second - 1), at(second));
     let message =
         KeyReport { namespace: namespace.into(), name: name.into(), from_gateway: false, since, until };
     let report = Report { version: 1, pod: name.into(), incarnation: concurrency, messages: vec![message] };
     let body = report.encode().expect("a report").into();
-    let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
+    let answer = http::post(address, "/v1/reports", "application/x-bincode", body).await;
     assert_eq!(answer.expect("an answer").0, 202);
+}
+
+/// Reports once in each second, until the set is dropped: a machine may take long to start a browser.
+fn report_each_second(address: SocketAddr, name: &'static str, concurrency: u64) -> JoinSet<()> {
+    let mut reports = JoinSet::new();
+    reports.spawn(async move {
+        let mut seconds = tokio::time::interval(Duration::from_secs(1));
+        for second in 1.. {
+            seconds.tick().await;
+            report_in(address, "ns", name, concurrency, second).await;
+        }
+    });
+    reports
 }
 
 /// Returns the text of a key's row, column by column.
@@ -44,8 +62,8 @@ async fn the_page_shows_what_the_server_knows_each_second() {
     browser.open(&url).await;
     browser.until("document.getElementById('state').textContent.split(',')[0]", json!("0 keys")).await;
 
-    report(&server, "b", 30).await;
-    report(&server, "<img src=x onerror=alert(1)>", 1).await;
+    let reports = report_each_second(server.address, "b", 30);
+    report(server.address, "<img src=x onerror=alert(1)>", 1).await;
     // Stable, panic, in flight, requests per second, pods, desired: the server's figures, computed
     // by hand.
     browser.until(&row("b"), json!("30 30 30 30 1 3")).await;
@@ -67,7 +85,7 @@ async fn the_page_shows_what_the_server_knows_each_second() {
     browser.until(panics, json!(true)).await;
 
     // The page updates itself.
-    report(&server, "b", 10).await;
+    report(server.address, "b", 10).await;
     browser.until(&format!("{}.split(' ')[2]", row("b")), json!("40")).await;
 
     let ground = "getComputedStyle(document.body).backgroundColor";
@@ -82,7 +100,7 @@ async fn the_page_shows_what_the_server_knows_each_second() {
     let data = outside.iter().all(|asked| asked.starts_with("data:") || asked.starts_with("about:"));
     assert!(data, "{outside:?}");
 
-    drop(server);
+    drop((reports, server));
     let lost = "document.getElementById('state').className";
     browser.until(lost, json!("lost")).await;
 }
@@ -91,7 +109,7 @@ async fn the_page_shows_what_the_server_knows_each_second() {
 async fn the_page_takes_any_name_and_any_address() {
     let server = StatServer::start(None).await;
     for (namespace, name) in [("..", ".."), ("a/b", "c"), ("a", "b/c"), ("%", "#?&")] {
-        report_in(&server, namespace, name, 1).await;
+        report_in(server.address, namespace, name, 1, 1).await;
     }
     let mut browser = Browser::start(1100, 700).await;
     browser.open(&format!("http://{}/#%", server.address)).await;
