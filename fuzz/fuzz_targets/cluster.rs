@@ -6,7 +6,7 @@ use inflight_stats::protocol::report::is_name;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|names: (&str, &str)| {
-    if let Some(key) = KeyName::of_cluster(names.0, names.1) {
+    if let Some(key) = KeyName::from_cluster(names.0, names.1) {
         assert!(is_name(&key.namespace) && is_name(&key.name));
     }
 });

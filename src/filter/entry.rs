@@ -11,11 +11,11 @@ use crate::panic_hook;
 use crate::roles::exporter::ExporterStream;
 use crate::roles::gateway::GatewayStream;
 use crate::roles::sidecar::SidecarStream;
-use crate::root::{Role, Root};
-use crate::vm::workers::Workers;
+use crate::root::{ActiveRole, Root};
+use crate::vm::worker_registry::WorkerRegistry;
 
 thread_local! {
-    static WORKERS: Rc<Workers<Envoy>> = Rc::new(Workers::new(Envoy));
+    static WORKERS: Rc<WorkerRegistry<Envoy>> = Rc::new(WorkerRegistry::new(Envoy));
 }
 
 proxy_wasm::main! {{
@@ -54,11 +54,11 @@ impl RootContext for Root<Envoy> {
 
     fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
         Some(match self.role() {
-            Role::Sidecar(sidecar) => Box::new(SidecarStream::new(id, sidecar)),
-            Role::Gateway(gateway) => Box::new(GatewayStream::new(id, Rc::clone(gateway))),
-            Role::Exporter(exporter) => Box::new(ExporterStream(Rc::clone(exporter))),
+            ActiveRole::Sidecar(sidecar) => Box::new(SidecarStream::new(id, sidecar)),
+            ActiveRole::Gateway(gateway) => Box::new(GatewayStream::new(id, Rc::clone(gateway))),
+            ActiveRole::Exporter(exporter) => Box::new(ExporterStream(Rc::clone(exporter))),
             // A stream that begins before any configuration. For `None` the SDK would panic.
-            Role::Unconfigured => Box::new(Uncounted),
+            ActiveRole::Unconfigured => Box::new(Uncounted),
         })
     }
 }
@@ -68,7 +68,7 @@ impl Context for SidecarStream<Envoy> {}
 impl HttpContext for SidecarStream<Envoy> {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
         #[cfg(feature = "fault-injection")]
-        crate::fault_injection::of_request(Envoy);
+        crate::fault_injection::on_request(Envoy);
         self.on_request_headers()
     }
 
@@ -82,7 +82,7 @@ impl Context for GatewayStream<Envoy> {}
 impl HttpContext for GatewayStream<Envoy> {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
         #[cfg(feature = "fault-injection")]
-        crate::fault_injection::of_request(Envoy);
+        crate::fault_injection::on_request(Envoy);
         self.on_request_headers()
     }
 

@@ -1,6 +1,6 @@
 //! Inflight's Envoy plugin: glue between proxy-wasm's callbacks and `inflight-stats`, where the
 //! rules are. All of it runs over the trait [`Host`](host::Host), and so natively in this crate's
-//! tests. What only Envoy can show is tested in `tests/e2e`.
+//! tests. What only Envoy can show is tested in `tests/tests/e2e`.
 //!
 //! The layers, lowest first. A module imports only modules of its own layer or of lower layers, and
 //! no two modules import each other.

@@ -10,22 +10,22 @@ use crate::host::{HeaderMap, Host};
 use crate::roles::exporter::Exporter;
 use crate::roles::gateway::Gateway;
 use crate::roles::sidecar::Sidecar;
-use crate::vm::report_sender::{EncodedReport, post_report};
-use crate::vm::workers::{SharedWorker, Workers};
+use crate::vm::report_sender::{EncodedReport, send_report};
+use crate::vm::worker_registry::{SharedWorker, WorkerRegistry};
 
 /// A configured plugin. Before `on_configure` it has no configuration and counts nothing.
 pub struct Root<H: Host> {
     host: H,
     id: u32,
-    workers: Rc<Workers<H>>,
-    role: Role<H>,
+    workers: Rc<WorkerRegistry<H>>,
+    role: ActiveRole<H>,
     /// Calls that carry the final reports. While any of them is unanswered, `on_done` has returned
     /// false and this context is kept alive.
     last_calls: Vec<u32>,
 }
 
 /// The role for which a root context is configured.
-pub enum Role<H: Host> {
+pub enum ActiveRole<H: Host> {
     Unconfigured,
     Sidecar(Box<Sidecar<H>>),
     Gateway(Rc<Gateway<H>>),
@@ -39,7 +39,7 @@ struct Counting<'a, H: Host> {
     worker: &'a SharedWorker<H>,
 }
 
-impl<H: Host> Role<H> {
+impl<H: Host> ActiveRole<H> {
     fn counting(&self) -> Option<Counting<'_, H>> {
         match self {
             Self::Sidecar(sidecar) => {
@@ -57,12 +57,12 @@ impl<H: Host> Role<H> {
 
 impl<H: Host> Root<H> {
     /// Returns a root context of the VM that has these workers.
-    pub fn new(host: H, id: u32, workers: Rc<Workers<H>>) -> Self {
-        Self { host, id, workers, role: Role::Unconfigured, last_calls: Vec::new() }
+    pub fn new(host: H, id: u32, workers: Rc<WorkerRegistry<H>>) -> Self {
+        Self { host, id, workers, role: ActiveRole::Unconfigured, last_calls: Vec::new() }
     }
 
     /// Returns the role of this root context, which is also the role of its streams.
-    pub fn role(&self) -> &Role<H> {
+    pub fn role(&self) -> &ActiveRole<H> {
         &self.role
     }
 
@@ -84,23 +84,26 @@ impl<H: Host> Root<H> {
         }
     }
 
-    fn configure(&self) -> Result<Role<H>, String> {
+    fn configure(&self) -> Result<ActiveRole<H>, String> {
         let host = self.host;
         let node = Identity::from_istio(|path| self.node_metadata(path));
         let config = Config::parse(&host.plugin_configuration(), &node);
         let config = config.map_err(|error| error.to_string())?;
         if config.role == config::Role::Exporter {
             let pod = PodStore::new(&config.domain());
-            return Ok(Role::Exporter(Rc::new(Exporter { host, config, pod })));
+            return Ok(ActiveRole::Exporter(Rc::new(Exporter { host, config, pod })));
         }
         let token = self.token(&config)?;
-        let worker = self.workers.of(self.id, &config).map_err(|error| error.to_string())?;
+        let worker = self
+            .workers
+            .worker_for(self.id, &config)
+            .map_err(|error| format!("cannot apply the configuration: {error}"))?;
         if config.role == config::Role::Gateway {
             let root = self.id;
-            return Ok(Role::Gateway(Rc::new(Gateway { host, root, config, token, worker })));
+            return Ok(ActiveRole::Gateway(Rc::new(Gateway { host, root, config, token, worker })));
         }
         let proxied_header = config.proxied_header.as_str().into();
-        Ok(Role::Sidecar(Box::new(Sidecar { host, config, token, proxied_header, worker })))
+        Ok(ActiveRole::Sidecar(Box::new(Sidecar { host, config, token, proxied_header, worker })))
     }
 
     /// Returns the bearer token for the stats server, if one is configured.
@@ -109,8 +112,8 @@ impl<H: Host> Root<H> {
         let Some(name) = name else { return Ok(None) };
         let token = self.host.environment(name).ok_or_else(|| {
             format!(
-                "invalid configuration: `statserver.token_env` is \"{name}\"; expected the name of a variable \
-                 that vm_config.environment_variables sets"
+                "invalid configuration: `statserver.token_env` is \"{name}\"; expected the name of a \
+                 variable that vm_config.environment_variables sets"
             )
         })?;
         Ok(Some(token))
@@ -136,13 +139,13 @@ impl<H: Host> Root<H> {
         self.send(counting, tick.reports);
         #[cfg(feature = "fault-injection")]
         if tick.leads {
-            crate::fault_injection::of_leader(self.host);
+            crate::fault_injection::on_leader(self.host);
         }
     }
 
     /// Reads the messages that have come from other workers.
     pub fn on_queue_ready(&mut self) {
-        let Role::Sidecar(sidecar) = &self.role else { return };
+        let ActiveRole::Sidecar(sidecar) = &self.role else { return };
         let Ok(mut worker) = sidecar.worker.try_borrow_mut() else { return };
         let now = self.host.monotonic();
         let actions = worker.breaker.as_mut().map(|breaker| breaker.read_mailbox(now));
@@ -192,7 +195,7 @@ impl<H: Host> Root<H> {
         let mut calls = Vec::new();
         let Some(server) = &config.statserver else { return calls };
         for report in reports {
-            let call = post_report(self.host, server, token, &report.bytes);
+            let call = send_report(self.host, server, token, &report.bytes);
             let Ok(mut worker) = worker.try_borrow_mut() else { break };
             match call {
                 Ok(call) => {

@@ -16,7 +16,7 @@ pub const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Returns a pod's figures of the last period. The uptime is as of the end of the period, too, so a
 /// scraper that tells periods apart by it sees each period once, however often it asks. All figures
 /// are zero before the first period. The receiver sets the time.
-pub fn stat_of(pod_name: &str, state: Option<&PodState>) -> Stat {
+pub fn knative_stat(pod_name: &str, state: Option<&PodState>) -> Stat {
     let stat = Stat { pod_name: pod_name.as_bytes().to_vec().into(), ..Stat::default() };
     let Some(state) = state else { return stat };
     let [before, latest] = state.published;
@@ -46,20 +46,20 @@ pub fn prometheus(stat: &Stat, identity: &Identity) -> String {
         escape(&identity.pod)
     );
     let gauges = [
-        ("queue_requests_per_second", "Number of requests received since last Stat", stat.request_count),
+        ("queue_requests_per_second", "Requests per second over the last period", stat.request_count),
         (
             "queue_proxied_operations_per_second",
-            "Number of proxied requests received since last Stat",
+            "Proxied requests per second over the last period",
             stat.proxied_request_count,
         ),
         (
             "queue_average_concurrent_requests",
-            "Number of requests currently being handled by this pod",
+            "Average concurrent requests over the last period",
             stat.average_concurrent_requests,
         ),
         (
             "queue_average_proxied_concurrent_requests",
-            "Number of proxied requests currently being handled by this pod",
+            "Average concurrent proxied requests over the last period",
             stat.average_proxied_concurrent_requests,
         ),
     ];
@@ -127,7 +127,7 @@ mod tests {
             timestamp: 0,
         };
         assert!(stat.encoded_len() <= READ_BYTES, "{} bytes", stat.encoded_len());
-        assert_eq!(stat_of("pod", None).encode_to_vec(), b"\x0a\x03pod");
+        assert_eq!(knative_stat("pod", None).encode_to_vec(), b"\x0a\x03pod");
     }
 
     #[test]

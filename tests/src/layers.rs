@@ -6,8 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use proc_macro2::{TokenStream, TokenTree};
+use syn::punctuated::Punctuated;
 use syn::visit::{self, Visit};
-use syn::{Attribute, Item, ItemMod, Macro, UseTree};
+use syn::{Attribute, Item, ItemMod, Macro, Meta, Token, UseTree};
 
 /// A module, as its path below the crate without `crate`; empty for the root page.
 type Module = Vec<String>;
@@ -86,18 +87,22 @@ impl Crate {
     }
 }
 
+/// Returns whether an item is compiled for tests alone.
 fn is_for_tests(attributes: &[Attribute]) -> bool {
-    attributes.iter().any(|attribute| {
-        attribute.path().is_ident("cfg")
-            && attribute.meta.require_list().is_ok_and(|list| {
-                list.tokens.clone().into_iter().any(|token| match token {
-                    TokenTree::Ident(ident) => ident == "test",
-                    // `any(test, ...)`, but not `not(test)`.
-                    TokenTree::Group(group) => group.stream().to_string().starts_with("test"),
-                    _ => false,
-                })
-            })
-    })
+    let mut cfgs = attributes.iter().filter(|attribute| attribute.path().is_ident("cfg"));
+    cfgs.any(|cfg| cfg.parse_args().is_ok_and(|condition: Meta| asks_for_test(&condition)))
+}
+
+/// Returns whether `test` stands in a condition, other than under `not`.
+fn asks_for_test(condition: &Meta) -> bool {
+    match condition {
+        Meta::Path(path) => path.is_ident("test"),
+        Meta::List(list) if !list.path.is_ident("not") => {
+            let parts = list.parse_args_with(Punctuated::<Meta, Token![,]>::parse_terminated);
+            parts.is_ok_and(|parts| parts.iter().any(asks_for_test))
+        }
+        _ => false,
+    }
 }
 
 /// Reads a module's file and, recursively, the files of the modules that it declares.
@@ -214,12 +219,17 @@ impl Paths<'_> {
 impl<'ast> Visit<'ast> for Paths<'_> {
     fn visit_item(&mut self, item: &'ast Item) {
         let attributes = match item {
-            Item::Mod(item) => &item.attrs,
+            Item::Const(item) => &item.attrs,
+            Item::Enum(item) => &item.attrs,
             Item::Fn(item) => &item.attrs,
             Item::Impl(item) => &item.attrs,
-            Item::Use(item) => &item.attrs,
-            Item::Const(item) => &item.attrs,
+            Item::Macro(item) => &item.attrs,
+            Item::Mod(item) => &item.attrs,
+            Item::Static(item) => &item.attrs,
             Item::Struct(item) => &item.attrs,
+            Item::Trait(item) => &item.attrs,
+            Item::Type(item) => &item.attrs,
+            Item::Use(item) => &item.attrs,
             _ => return visit::visit_item(self, item),
         };
         if !is_for_tests(attributes) {
@@ -289,7 +299,7 @@ const PAGE: &str = "//! | `low` | x |\n//! | [`high`] | y |\npub mod high;\npub 
 #[test]
 fn imports_downwards_are_no_fault_and_tests_may_look_anywhere() {
     let high = "use crate::low::{self, A};\nuse std::fmt;\nfn f() -> A { println!(\"{}\", low::a()); }";
-    let low = "pub struct A;\n#[cfg(test)]\nmod tests { use crate::high::f; }\n#[cfg(test)]\nfn g() { crate::high::f(); }";
+    let low = "pub struct A;\n#[cfg(test)]\nmod tests { use crate::high::f; }\n#[cfg(test)]\nfn g() { crate::high::f(); }\n#[cfg(any(test, feature = \"x\"))]\nenum E { F(crate::high::F) }";
     assert_eq!(faults_in(&[("lib.rs", PAGE), ("high.rs", high), ("low.rs", low)]), [""; 0]);
 }
 
@@ -312,6 +322,12 @@ fn a_circle_an_import_upwards_and_one_from_the_root_page_are_found_wherever_they
         let faults = faults_in(&[("lib.rs", PAGE), ("high.rs", "use crate::low::A;"), ("low.rs", low)]);
         assert_eq!(faults, upwards, "{low}");
     }
+    let shipped =
+        "#[cfg(not(test))]\nfn f() { crate::high::f() }\n#[cfg(any(unix, not(test)))]\nuse crate::high;";
+    assert_eq!(
+        faults_in(&[("lib.rs", PAGE), ("high.rs", "use crate::low::A;"), ("low.rs", shipped)]),
+        upwards
+    );
     let root = faults_in(&[("lib.rs", PAGE), ("high.rs", "use crate::A;"), ("low.rs", "")]);
     assert_eq!(root, ["high imports from the root page"]);
     let inner = [

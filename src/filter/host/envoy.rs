@@ -6,7 +6,9 @@ use std::ptr::null_mut;
 use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::pod::store::{Expect, Store};
 
-use crate::host::{HeaderMap, Host, HttpCall, Mailbox, MetricKind};
+use proxy_wasm::types::Status;
+
+use crate::host::{CallError, HeaderMap, Host, HttpCall, Mailbox, MetricKind};
 
 const OK: u32 = 0;
 /// Buffers, by proxy-wasm's numbers.
@@ -242,10 +244,14 @@ impl Host for Envoy {
     }
 
     /// Goes through the SDK, which passes the answer to the context that made the call.
-    fn http_call(self, call: HttpCall) -> Result<u32, String> {
+    fn http_call(self, call: HttpCall) -> Result<u32, CallError> {
         let HttpCall { cluster, headers, body, timeout } = call;
-        proxy_wasm::hostcalls::dispatch_http_call(cluster, headers, Some(body), vec![], timeout)
-            .map_err(|status| format!("{status:?}"))
+        proxy_wasm::hostcalls::dispatch_http_call(cluster, headers, Some(body), vec![], timeout).map_err(
+            |status| match status {
+                Status::BadArgument => CallError::UnknownCluster,
+                _ => CallError::NoHost,
+            },
+        )
     }
 
     fn call_response_body(self, max_bytes: usize) -> Vec<u8> {
@@ -259,7 +265,7 @@ impl Host for Envoy {
         (status == OK).then_some(Mailbox(id))
     }
 
-    fn post(self, mailbox: Mailbox, message: &[u8]) -> bool {
+    fn send_message(self, mailbox: Mailbox, message: &[u8]) -> bool {
         // SAFETY: the host reads the message.
         unsafe { proxy_enqueue_shared_queue(mailbox.0, message.as_ptr(), message.len()) == OK }
     }
@@ -278,7 +284,7 @@ impl Host for Envoy {
         // SAFETY: the host reads the name and writes four bytes at a valid address.
         let status = unsafe { proxy_define_metric(kind as u32, name.as_ptr(), name.len(), &mut id) };
         if status != OK {
-            log::error!("inflight: the host refused the stat {name} (status {status})");
+            log::error!("inflight: the host refused the stat {name} (status {status}); it will not be shown");
             return None;
         }
         Some(id)

@@ -47,6 +47,15 @@ pub struct HttpCall<'a> {
     pub timeout: Duration,
 }
 
+/// Why the host refused an HTTP call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallError {
+    /// Envoy has no cluster of that name (its status `BadArgument`).
+    UnknownCluster,
+    /// The cluster has no host to call (its status `InternalFailure`).
+    NoHost,
+}
+
 /// The host. No call panics. A call that fails returns a value that says so, or has no effect.
 ///
 /// Contexts, including streams, are identified by the numbers that the host gave them. A call
@@ -97,7 +106,7 @@ pub trait Host: Store + Copy + 'static {
     ///
     /// # Errors
     /// Why the host refused the call.
-    fn http_call(self, call: HttpCall) -> Result<u32, String>;
+    fn http_call(self, call: HttpCall) -> Result<u32, CallError>;
 
     /// Returns the beginning of the body of the answer to an HTTP call.
     fn call_response_body(self, max_bytes: usize) -> Vec<u8>;
@@ -107,7 +116,7 @@ pub trait Host: Store + Copy + 'static {
     fn mailbox(self, name: &str) -> Option<Mailbox>;
 
     /// Posts a message to another worker's mailbox. Returns whether that succeeded.
-    fn post(self, mailbox: Mailbox, message: &[u8]) -> bool;
+    fn send_message(self, mailbox: Mailbox, message: &[u8]) -> bool;
 
     /// Takes the next message out of a mailbox, if there is one.
     fn next_message(self, mailbox: Mailbox) -> Option<Vec<u8>>;

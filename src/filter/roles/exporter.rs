@@ -4,7 +4,7 @@
 use std::rc::Rc;
 
 use inflight_stats::Config;
-use inflight_stats::exporter::{PROTOBUF, Route, TEXT, prometheus, route, stat_of};
+use inflight_stats::exporter::{PROTOBUF, Route, TEXT, knative_stat, prometheus, route};
 use inflight_stats::pod::pod_state::PodStore;
 use prost::Message;
 use proxy_wasm::types::Action;
@@ -27,7 +27,7 @@ impl<H: Host> ExporterStream<H> {
         let Exporter { host, config, pod } = &*self.0;
         let header = |name| host.header(HeaderMap::Request, name);
         let (method, path) = (header(":method").unwrap_or_default(), header(":path").unwrap_or_default());
-        let stat = || stat_of(&config.identity.pod, pod.state(host).ok().as_ref());
+        let stat = || knative_stat(&config.identity.pod, pod.state(host).ok().as_ref());
         match route(&method, &path, header("accept").as_deref()) {
             Route::Protobuf => host.respond(200, &stat().encode_to_vec(), &[("content-type", PROTOBUF)]),
             Route::Text => {

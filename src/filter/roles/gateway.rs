@@ -15,8 +15,8 @@ use proxy_wasm::types::Action;
 
 use crate::host::{HeaderMap, Host};
 use crate::vm::keyed_worker::KeyedRequest;
-use crate::vm::report_sender::post_report;
-use crate::vm::workers::SharedWorker;
+use crate::vm::report_sender::send_report;
+use crate::vm::worker_registry::SharedWorker;
 
 /// The data that all requests through one gateway share.
 pub struct Gateway<H: Host> {
@@ -75,7 +75,7 @@ impl<H: Host> GatewayStream<H> {
         match &config.gateway.key {
             KeySource::Cluster => {
                 let cluster = host.property("xds\0cluster_name")?;
-                KeyName::of_cluster(std::str::from_utf8(&cluster).ok()?, &config.identity.namespace)
+                KeyName::from_cluster(std::str::from_utf8(&cluster).ok()?, &config.identity.namespace)
             }
             KeySource::Headers { namespace, name } => {
                 let value = |header: &str| String::from_utf8(host.header(HeaderMap::Request, header)?).ok();
@@ -137,7 +137,7 @@ impl<H: Host> GatewayStream<H> {
         };
         if let Ok(bytes) = report.encode() {
             host.in_context(*root, self.id, || {
-                let _ = post_report(*host, server, token.as_deref(), &bytes);
+                let _ = send_report(*host, server, token.as_deref(), &bytes);
             });
         }
     }

@@ -13,7 +13,7 @@ use proxy_wasm::types::Action;
 use crate::host::{HeaderMap, Host};
 use crate::vm::local_breaker::{PLAIN_TEXT, PermitState, QUEUE_FULL, SharedPermitState};
 use crate::vm::worker::Latency;
-use crate::vm::workers::SharedWorker;
+use crate::vm::worker_registry::SharedWorker;
 
 /// The data that all requests to one sidecar share.
 pub struct Sidecar<H: Host> {
@@ -78,7 +78,7 @@ impl<H: Host> SidecarStream<H> {
         }
         let mut worker = self.worker.try_borrow_mut().ok()?;
         if queue == Queue::Requests {
-            let origin = Origin::of_header(mark.as_deref());
+            let origin = Origin::from_header(mark.as_deref());
             worker.request_in(now, origin);
             self.counted = Some(CountedRequest { since: now, origin });
         }

@@ -6,7 +6,7 @@ use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::pod::store::{Expect, Store};
 
 use super::world::World;
-use crate::host::{HeaderMap, Host, HttpCall, Mailbox, MetricKind};
+use crate::host::{CallError, HeaderMap, Host, HttpCall, Mailbox, MetricKind};
 
 /// The host as one VM sees it.
 #[derive(Clone, Copy)]
@@ -169,12 +169,13 @@ impl Host for SimulatedHost {
         self.stream(|stream| (stream.code, stream.body) = (Some(code), Some(body.into())));
     }
 
-    fn http_call(self, call: HttpCall) -> Result<u32, String> {
+    fn http_call(self, call: HttpCall) -> Result<u32, CallError> {
         assert!(call.headers.contains(&(":path", "/v1/reports")));
         assert_eq!((call.cluster, call.timeout.as_millis()), ("stats", 100));
         let root = self.side(|side| side.effective);
         if self.world.network_fails() {
-            return Err("BadArgument".into());
+            let errors = [CallError::NoHost, CallError::UnknownCluster];
+            return Err(errors[self.world.roll(2) as usize]);
         }
         Ok(self.world.send(self.vm, root, call.body))
     }
@@ -188,7 +189,7 @@ impl Host for SimulatedHost {
         Some(Mailbox(self.world.register_mailbox(name, self.vm, root)))
     }
 
-    fn post(self, mailbox: Mailbox, message: &[u8]) -> bool {
+    fn send_message(self, mailbox: Mailbox, message: &[u8]) -> bool {
         self.world.post(mailbox.0, message)
     }
 

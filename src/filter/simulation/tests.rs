@@ -222,12 +222,12 @@ fn without_faults_every_stat_says_what_happened() {
     let (requests, _) = world.truth.borrow()[&("ns".into(), "rev".into())];
     let turned_away = i64::try_from(world.refused.get() + world.timed_out.get()).unwrap();
     let requests = i64::try_from(requests).unwrap();
-    let of_code = |name: &str, code: u16| world.stat(&format!("{name}.response_code.{code}"));
+    let metrics = |name: &str, code: u16| world.stat(&format!("{name}.response_code.{code}"));
     assert_eq!(world.stat("revision_request_count"), requests);
     assert_eq!(world.stat("revision_request_latencies"), requests);
-    assert_eq!(of_code("revision_app_request_count", 200), of_code("revision_request_count", 200));
-    assert_eq!(of_code("revision_request_count", 503), turned_away);
-    assert_eq!(of_code("revision_app_request_count", 503), 0);
+    assert_eq!(metrics("revision_app_request_count", 200), metrics("revision_request_count", 200));
+    assert_eq!(metrics("revision_request_count", 503), turned_away);
+    assert_eq!(metrics("revision_app_request_count", 503), 0);
     assert!(turned_away > 0);
     assert_eq!(world.stat("queue_requests_total"), requests);
     assert_eq!(world.stat("queue_in_flight_requests"), 0);
@@ -245,7 +245,7 @@ fn the_exporter_shows_what_the_pods_workers_published() {
     let exporter = EXPORTER.replace("NAME", "rev");
     let text = world.scrape(&exporter);
     assert!(text.contains("queue_average_concurrent_requests{destination_namespace=\"ns\""), "{text}");
-    // The figures of the last period, in a world that has settled.
+    // The figures of the last period, in a world that has fully_collected.
     assert!(text.contains("destination_pod=\"pod\"} 0\n"), "{text}");
     assert_eq!(world.scrape(&EXPORTER.replace("NAME", "another")), text.replace("\"rev\"", "\"another\""));
     world.end();

@@ -15,15 +15,15 @@ use crate::host::MetricKind;
 use crate::roles::exporter::ExporterStream;
 use crate::roles::gateway::GatewayStream;
 use crate::roles::sidecar::SidecarStream;
-use crate::root::{Role, Root};
-use crate::vm::workers::Workers;
+use crate::root::{ActiveRole, Root};
+use crate::vm::worker_registry::WorkerRegistry;
 
 /// A namespace and a name.
 pub type Key = (String, String);
 
 /// One VM. The first is Envoy's main thread, which receives no requests.
 pub struct Vm {
-    workers: Rc<Workers<SimulatedHost>>,
+    workers: Rc<WorkerRegistry<SimulatedHost>>,
     /// The root contexts by their numbers, the newest last.
     roots: Vec<(u32, Root<SimulatedHost>)>,
     streams: Vec<Stream>,
@@ -318,7 +318,7 @@ impl World {
     pub fn scrape(&'static self, configuration: &str) -> String {
         let (id, root) = self.root(0, configuration);
         assert!(root.1, "refused");
-        let Role::Exporter(exporter) = root.0.role() else { panic!("no exporter") };
+        let ActiveRole::Exporter(exporter) = root.0.role() else { panic!("no exporter") };
         let headers = [(":method", "GET"), (":path", "/metrics")];
         let headers = headers.map(|(name, value)| (name.to_owned(), value.as_bytes().to_vec()));
         let side = StreamSide { headers: headers.into(), ..StreamSide::default() };
@@ -342,7 +342,7 @@ impl World {
         let host = SimulatedHost { vm: index, world: self };
         let side = RootSide { configuration: configuration.into(), ..RootSide::default() };
         self.hosts[index].borrow_mut().roots.insert(id, side);
-        let mut root = Root::new(host, id, Rc::new(Workers::new(host)));
+        let mut root = Root::new(host, id, Rc::new(WorkerRegistry::new(host)));
         self.put_into_effect(index, id);
         let accepted = root.on_configure();
         self.hosts[index].borrow_mut().roots.remove(&id);
@@ -361,7 +361,7 @@ impl World {
     fn new_vm(&'static self, index: usize) -> Vm {
         let host = SimulatedHost { vm: index, world: self };
         let mut vm = Vm {
-            workers: Rc::new(Workers::new(host)),
+            workers: Rc::new(WorkerRegistry::new(host)),
             roots: Vec::new(),
             streams: Vec::new(),
             ending: Vec::new(),
@@ -461,12 +461,12 @@ impl World {
         self.hosts[index].borrow_mut().streams.insert(id, side);
         self.put_into_effect(index, id);
         let (action, logic, key) = match root.role() {
-            Role::Sidecar(sidecar) => {
+            ActiveRole::Sidecar(sidecar) => {
                 let mut stream = SidecarStream::new(id, sidecar);
                 let key = (!is_probe).then(|| ("ns".into(), "rev".into()));
                 (stream.on_request_headers(), Logic::Sidecar(stream), key)
             }
-            Role::Gateway(gateway) => {
+            ActiveRole::Gateway(gateway) => {
                 let mut stream = GatewayStream::new(id, Rc::clone(gateway));
                 let action = stream.on_request_headers();
                 // Only counted requests are marked.
@@ -474,7 +474,7 @@ impl World {
                 let is_counted = side.streams[&id].headers.contains_key("k-proxy-request");
                 (action, Logic::Gateway(stream), is_counted.then(|| ("ns".into(), format!("key{busy}"))))
             }
-            Role::Exporter(_) | Role::Unconfigured => panic!("no role that counts"),
+            ActiveRole::Exporter(_) | ActiveRole::Unconfigured => panic!("no role that counts"),
         };
         if action == Action::Continue {
             self.hosts[index].borrow_mut().streams.get_mut(&id).unwrap().is_in_app = true;

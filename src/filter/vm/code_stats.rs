@@ -11,10 +11,10 @@ pub struct CodeStats {
     /// The beginning of the stats' names.
     point: &'static str,
     /// Sorted by code. There are few, and a search must be cheap.
-    by_code: Vec<OfCode>,
+    by_code: Vec<CodeMetrics>,
 }
 
-struct OfCode {
+struct CodeMetrics {
     code: u16,
     count: Counter,
     latencies: Histogram,
@@ -38,33 +38,33 @@ impl CodeStats {
         latency_ns: u64,
         labels: impl FnOnce() -> String,
     ) {
-        let position = self.by_code.binary_search_by_key(&code, |of_code| of_code.code);
+        let position = self.by_code.binary_search_by_key(&code, |metrics| metrics.code);
         let position = position.unwrap_or_else(|position| {
             self.define(host, position, code, &labels());
             position
         });
-        if let Some(of_code) = self.by_code.get_mut(position) {
-            of_code.pending += 1;
-            of_code.latencies.observe(host, latency_ns / 1_000_000);
+        if let Some(metrics) = self.by_code.get_mut(position) {
+            metrics.pending += 1;
+            metrics.latencies.observe(host, latency_ns / 1_000_000);
         }
     }
 
     #[cold]
     fn define(&mut self, host: impl Host, position: usize, code: u16, labels: &str) {
         let (point, suffix) = (self.point, code_suffix(code));
-        let of_code = OfCode {
+        let metrics = CodeMetrics {
             code,
             count: Counter::define(host, &format!("{point}_count{labels}{suffix}")),
             latencies: Histogram::define(host, &format!("{point}_latencies{labels}{suffix}")),
             pending: 0,
         };
-        self.by_code.insert(position.min(self.by_code.len()), of_code);
+        self.by_code.insert(position.min(self.by_code.len()), metrics);
     }
 
     /// Adds what was counted since the last flush to Envoy's counters.
     pub fn flush(&mut self, host: impl Host) {
-        for of_code in &mut self.by_code {
-            of_code.count.add(host, std::mem::take(&mut of_code.pending));
+        for metrics in &mut self.by_code {
+            metrics.count.add(host, std::mem::take(&mut metrics.pending));
         }
     }
 }

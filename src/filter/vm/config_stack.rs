@@ -18,7 +18,7 @@ impl ConfigStack {
     /// Removes a root context. If its configuration was in effect, returns the root context and the
     /// configuration that are in effect again: Envoy does not call a root context whose
     /// configuration comes back while the context still exists.
-    pub fn part(&mut self, root: u32) -> Option<(u32, Config)> {
+    pub fn leave(&mut self, root: u32) -> Option<(u32, Config)> {
         let before = self.0.last().map(|(newest, _)| *newest);
         self.0.retain(|(other, _)| *other != root);
         self.0.last().filter(|(newest, _)| before != Some(*newest)).cloned()
@@ -59,10 +59,10 @@ mod tests {
         configs.join(2, &config("1s"));
         configs.join(3, &config("2s"));
         assert_eq!(configs.shortest_period_ns(), Some(1_000_000_000));
-        assert_eq!(configs.part(2), None, "it was not in force");
-        assert_eq!(configs.part(3), Some((1, config("3s"))));
+        assert_eq!(configs.leave(2), None, "it was not in force");
+        assert_eq!(configs.leave(3), Some((1, config("3s"))));
         assert_eq!(configs.shortest_period_ns(), Some(3_000_000_000));
-        assert_eq!(configs.part(1), None);
+        assert_eq!(configs.leave(1), None);
         assert!(configs.is_empty());
         assert_eq!(configs.shortest_period_ns(), None);
     }
@@ -74,6 +74,6 @@ mod tests {
         configs.join(2, &config("2s"));
         configs.join(1, &config("3s"));
         assert_eq!(configs.shortest_period_ns(), Some(2_000_000_000));
-        assert_eq!(configs.part(1), Some((2, config("2s"))));
+        assert_eq!(configs.leave(1), Some((2, config("2s"))));
     }
 }

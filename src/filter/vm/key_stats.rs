@@ -11,14 +11,14 @@ use crate::vm::code_stats::CodeStats;
 
 /// The stats of all keys that have any, and of the requests that were counted under no key.
 pub struct KeyStats {
-    by_key: BTreeMap<KeyName, OfKey>,
+    by_key: BTreeMap<KeyName, KeyMetrics>,
     over_key_limit: Counter,
     without_key: Counter,
     pending_over_key_limit: u64,
     pending_without_key: u64,
 }
 
-struct OfKey {
+struct KeyMetrics {
     concurrency: Option<Gauge>,
     shown: Option<u64>,
     by_code: CodeStats,
@@ -39,7 +39,7 @@ impl KeyStats {
     pub fn add_key(&mut self, key: &KeyName) {
         if !self.by_key.contains_key(key) {
             let by_code = CodeStats::new("activator_request");
-            self.by_key.insert(key.clone(), OfKey { concurrency: None, shown: None, by_code });
+            self.by_key.insert(key.clone(), KeyMetrics { concurrency: None, shown: None, by_code });
         }
     }
 
@@ -55,32 +55,32 @@ impl KeyStats {
 
     /// Counts the end of a request of a key.
     pub fn request_done(&mut self, host: impl Host, key: &KeyName, code: u16, latency_ns: u64) {
-        if let Some(of_key) = self.by_key.get_mut(key) {
-            of_key.by_code.request_done(host, code, latency_ns, || labels(key));
+        if let Some(metrics) = self.by_key.get_mut(key) {
+            metrics.by_code.request_done(host, code, latency_ns, || labels(key));
         }
     }
 
     /// Sets a key's gauge, if it shows another value.
     pub fn show_average(&mut self, host: impl Host, key: &KeyName, milli: u64) {
-        let Some(of_key) = self.by_key.get_mut(key) else { return };
-        let gauge = of_key.concurrency.get_or_insert_with(|| {
+        let Some(metrics) = self.by_key.get_mut(key) else { return };
+        let gauge = metrics.concurrency.get_or_insert_with(|| {
             Gauge::define(host, &format!("activator_request_concurrency_milli{}", labels(key)))
         });
-        if of_key.shown.replace(milli) != Some(milli) {
+        if metrics.shown.replace(milli) != Some(milli) {
             gauge.set(host, milli);
         }
     }
 
     /// Forgets what the gauges show, because another worker sets them from now on.
     pub fn forget_shown(&mut self) {
-        self.by_key.values_mut().for_each(|of_key| of_key.shown = None);
+        self.by_key.values_mut().for_each(|metrics| metrics.shown = None);
     }
 
     /// Adds what was counted since the last flush to Envoy's counters.
     pub fn flush(&mut self, host: impl Host) {
         self.over_key_limit.add(host, std::mem::take(&mut self.pending_over_key_limit));
         self.without_key.add(host, std::mem::take(&mut self.pending_without_key));
-        self.by_key.values_mut().for_each(|of_key| of_key.by_code.flush(host));
+        self.by_key.values_mut().for_each(|metrics| metrics.by_code.flush(host));
     }
 }
 

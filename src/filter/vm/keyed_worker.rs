@@ -93,7 +93,8 @@ impl<H: Host> KeyedWorker<H> {
         departed: &[u64],
         as_of_ns: u64,
     ) -> Option<(&KeyTotals, Vec<u64>)> {
-        let Led { with_stats, left, settled } = self.member.lead(&self.host, workers, departed, as_of_ns)?;
+        let Led { with_stats, left, fully_collected } =
+            self.member.lead(&self.host, workers, departed, as_of_ns)?;
         with_stats.iter().for_each(|key| self.stats.add_key(key));
         left.iter().for_each(|key| self.stats.show_average(self.host, key, 0));
         let totals = self.member.totals()?;
@@ -101,7 +102,7 @@ impl<H: Host> KeyedWorker<H> {
             let period = total.until.since(&total.before);
             self.stats.show_average(self.host, key, period.map_or(0, |period| period.average_milli()));
         }
-        Some((totals, settled))
+        Some((totals, fully_collected))
     }
 
     /// At the end of a worker: collects all outboxes, and returns the totals.

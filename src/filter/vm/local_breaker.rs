@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use inflight_stats::Config;
-use inflight_stats::breaker::rules::{Answer, Breaker, Limits, Queue};
+use inflight_stats::breaker::rules::{Breaker, BreakerLimits, EnterOutcome, Queue};
 use inflight_stats::breaker::worker_side::{Outcome, WorkerSide};
 use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::pod::pod_state::PodStore;
@@ -100,7 +100,7 @@ impl<H: Host> LocalBreaker<H> {
     /// Applies another configuration's limits. Registers the mailbox anew, because the host calls
     /// the root context that registered it last.
     pub fn configure(&mut self, config: &Config) {
-        const NONE: Limits = Limits { concurrency: u32::MAX, queue_depth: u32::MAX };
+        const NONE: BreakerLimits = BreakerLimits { concurrency: u32::MAX, queue_depth: u32::MAX };
         // If there are more permits now, waiting requests get them at the tick.
         self.side.breaker.limits = config.limits.unwrap_or(NONE);
         self.timeout_ns = timeout_ns(config);
@@ -116,7 +116,7 @@ impl<H: Host> LocalBreaker<H> {
             permit.set(PermitState::Waiting(number));
             Paused { stream, permit: Rc::clone(&permit) }
         };
-        if self.side.enter(&self.host, queue, now, paused) == Answer::Admitted {
+        if self.side.enter(&self.host, queue, now, paused) == EnterOutcome::Admitted {
             permit.set(PermitState::Held(now));
         }
         if let (PermitState::Waiting(_), Some(timeout_ns)) = (permit.get(), self.timeout_ns) {
@@ -149,8 +149,8 @@ impl<H: Host> LocalBreaker<H> {
     /// Reads the messages that have come. They grant permits to waiting requests of this worker.
     pub fn read_mailbox(&mut self, now: MonotonicNs) -> StreamActions {
         let mut actions = StreamActions::default();
-        if self.side.is_late(now) {
-            let outcome = self.side.settle(&self.host, now);
+        if self.side.may_be_forgotten(now) {
+            let outcome = self.side.reconcile(&self.host, now);
             self.deliver(outcome, now, &mut actions);
         }
         while let Some(message) = self.host.next_message(Mailbox(self.side.mailbox)) {
@@ -170,7 +170,7 @@ impl<H: Host> LocalBreaker<H> {
             let (outcome, _) = self.side.leave(&self.host, || false);
             self.deliver(outcome, now, &mut actions);
         }
-        let outcome = self.side.settle(&self.host, now);
+        let outcome = self.side.reconcile(&self.host, now);
         self.deliver(outcome, now, &mut actions);
         if let Some(latest_ns) = self.timeout_ns.and_then(|timeout_ns| now.0.checked_sub(timeout_ns)) {
             for number in self.side.waiting_since(MonotonicNs(latest_ns)) {
@@ -209,8 +209,8 @@ impl<H: Host> LocalBreaker<H> {
 
     /// Forgets a worker that is no longer a member. Returns `None` as long as it may only be slow,
     /// and then the streams of this worker that get its permits.
-    pub fn forget_late(&mut self, worker: u64, now: MonotonicNs) -> Option<StreamActions> {
-        let outcome = self.side.forget_late(&self.host, worker, now)?;
+    pub fn forget_if_silent(&mut self, worker: u64, now: MonotonicNs) -> Option<StreamActions> {
+        let outcome = self.side.forget_if_silent(&self.host, worker, now)?;
         let mut actions = StreamActions::default();
         self.deliver(outcome, now, &mut actions);
         Some(actions)
@@ -237,7 +237,7 @@ impl<H: Host> LocalBreaker<H> {
         }
         for grant in outcome.grants {
             // If the message cannot be posted, that worker finds the permit at its tick.
-            self.host.post(Mailbox(grant.mailbox), &grant.message());
+            self.host.send_message(Mailbox(grant.mailbox), &grant.message());
         }
     }
 }

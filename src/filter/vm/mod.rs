@@ -1,4 +1,4 @@
-//! The state of one VM, that is, of one worker of Envoy.
+//! What one VM keeps: a [`Worker`](worker::Worker) for each pod that it counts for.
 
 pub mod code_stats;
 pub mod config_stack;
@@ -8,4 +8,4 @@ pub mod local_breaker;
 pub mod pod_stats;
 pub mod report_sender;
 pub mod worker;
-pub mod workers;
+pub mod worker_registry;

@@ -9,7 +9,7 @@ use inflight_stats::protocol::report::{CONTENT_TYPE, VERSION, Verdict};
 use inflight_stats::{Config, Identity, KeyReport, Report, Snapshot};
 
 use crate::host::metric::Counter;
-use crate::host::{Host, HttpCall};
+use crate::host::{CallError, Host, HttpCall};
 use crate::vm::config_stack::period_ns;
 
 /// A report that is ready to be sent.
@@ -72,7 +72,7 @@ impl<H: Host> ReportSender<H> {
 
     /// Notes that a call could not be made.
     pub fn on_dispatch_error(&mut self, reason: &str) {
-        self.log_failure(|| reason.to_owned());
+        self.count_failure(|| format!("could not report: {reason}; the counts go out with a later report"));
     }
 
     /// Handles the stats server's answer. Returns what the server knows from now on, or has refused
@@ -86,25 +86,40 @@ impl<H: Host> ReportSender<H> {
         let position = self.pending.iter().position(|report| report.call == call)?;
         let scope = self.pending.swap_remove(position).scope;
         let verdict = Verdict::of_status(status);
-        if verdict == Verdict::Acknowledged {
-            self.sent.add(self.host, 1);
-            if std::mem::take(&mut self.failing) {
-                log::info!("inflight: the stats server acknowledges reports again");
+        match verdict {
+            Verdict::Acknowledged => {
+                self.sent.add(self.host, 1);
+                if std::mem::take(&mut self.failing) {
+                    log::info!("inflight: the stats server acknowledges reports again");
+                }
             }
-        } else {
-            self.log_failure(|| format!("answered {status}: {}", body()));
+            Verdict::Refused => {
+                self.count_failure(|| {
+                    format!(
+                        "the stats server refused a report for good with {status}: {}; its counts stay in \
+                         Envoy's stats only",
+                        body()
+                    )
+                });
+            }
+            Verdict::TryAgain => {
+                self.count_failure(|| {
+                    format!(
+                        "could not report: the stats server answered {status}: {}; the counts go out with \
+                         a later report",
+                        body()
+                    )
+                });
+            }
         }
         (verdict != Verdict::TryAgain).then_some(scope)
     }
 
-    /// Logs the first of several failures in a row. The counter counts all of them.
-    fn log_failure(&mut self, reason: impl FnOnce() -> String) {
+    /// Counts a failure. The log has the first of several: the counter has the rest.
+    fn count_failure(&mut self, message: impl FnOnce() -> String) {
         self.failed.add(self.host, 1);
         if !std::mem::replace(&mut self.failing, true) {
-            log::warn!(
-                "inflight: report failed: the stats server {}; what it missed goes into a later report",
-                reason()
-            );
+            log::warn!("inflight: {}", message());
         }
     }
 }
@@ -129,7 +144,8 @@ pub fn key_reports(config: &Config, incarnation: u64, totals: &KeyTotals) -> Vec
 }
 
 fn encode(report: &Report, scope: ReportScope) -> Option<EncodedReport> {
-    let bytes = report.encode().inspect_err(|error| log::error!("inflight: {error}")).ok()?;
+    let bytes =
+        report.encode().inspect_err(|error| log::error!("inflight: cannot encode a report: {error}")).ok()?;
     Some(EncodedReport { bytes, scope })
 }
 
@@ -137,7 +153,7 @@ fn encode(report: &Report, scope: ReportScope) -> Option<EncodedReport> {
 ///
 /// # Errors
 /// Why the host refused the call.
-pub fn post_report(
+pub fn send_report(
     host: impl Host,
     server: &StatServer,
     token: Option<&str>,
@@ -152,6 +168,9 @@ pub fn post_report(
         ("content-type", CONTENT_TYPE),
     ];
     headers.extend(authorization.as_ref().map(|value| ("authorization", value.as_str())));
-    host.http_call(HttpCall { cluster, headers, body: report, timeout: *timeout })
-        .map_err(|status| format!("cannot be called: cluster \"{cluster}\", {status}"))
+    let call = HttpCall { cluster, headers, body: report, timeout: *timeout };
+    host.http_call(call).map_err(|error| match error {
+        CallError::UnknownCluster => format!("Envoy has no cluster \"{cluster}\""),
+        CallError::NoHost => format!("cluster \"{cluster}\" has no hosts"),
+    })
 }

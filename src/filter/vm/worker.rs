@@ -22,7 +22,7 @@ use crate::vm::report_sender::{EncodedReport, ReportScope, ReportSender, key_rep
 
 /// How long after a boundary workers tick: one millisecond for the timer's resolution, and one to
 /// spare.
-const SETTLE_NS: u64 = 2_000_000;
+const TICK_DELAY_NS: u64 = 2_000_000;
 
 /// This VM's counters for one pod.
 pub struct Worker<H> {
@@ -202,13 +202,13 @@ impl<H: Host> Worker<H> {
         match step {
             LeaderStep::Published { previous, latest, since, incarnation } => {
                 let departed = self.departed();
-                let settled;
-                (reports, settled) = if self.keyed.is_some() {
+                let fully_collected;
+                (reports, fully_collected) = if self.keyed.is_some() {
                     self.lead_keys(config, incarnation, latest, departed, now)
                 } else {
                     (self.lead_pod(config, incarnation, [previous, since, latest], now), departed)
                 };
-                actions.resume.extend(self.clear_up(settled, reading));
+                actions.resume.extend(self.clear_up(fully_collected, reading));
             }
             LeaderStep::Follow => {
                 if let Some(keyed) = &mut self.keyed {
@@ -264,7 +264,7 @@ impl<H: Host> Worker<H> {
         let state = self.member.pod().state(&self.host);
         let workers: Vec<u64> = state.map(|state| state.workers().collect()).unwrap_or_default();
         let Some(keyed) = &mut self.keyed else { return (Vec::new(), departed) };
-        let Some((totals, settled)) = keyed.lead(&workers, &departed, latest.as_of_ns) else {
+        let Some((totals, fully_collected)) = keyed.lead(&workers, &departed, latest.as_of_ns) else {
             return (Vec::new(), Vec::new());
         };
         if config.statserver.is_none() {
@@ -272,15 +272,15 @@ impl<H: Host> Worker<H> {
             // everything.
             let known: Vec<_> = totals.keys().map(|(key, total)| (key.clone(), total.until)).collect();
             keyed.acknowledged(known);
-            return (Vec::new(), settled);
+            return (Vec::new(), fully_collected);
         }
         let reports = if may_send { key_reports(config, incarnation, totals) } else { Vec::new() };
-        (reports, settled)
+        (reports, fully_collected)
     }
 
     fn next_tick_ms(&self, step: LeaderStep, reading: MonotonicNs, now: PodNs) -> u64 {
         let grid = self.recorder.grid();
-        let boundary_ns = grid.after(now.0).saturating_add(SETTLE_NS);
+        let boundary_ns = grid.after(now.0).saturating_add(TICK_DELAY_NS);
         let wait_ns = boundary_ns.saturating_sub(now.0);
         let wait_ns = match step {
             // Another worker is about to close this boundary, or is dead. Look again soon.
@@ -311,7 +311,7 @@ impl<H: Host> Worker<H> {
             log::warn!(
                 "inflight: this worker stalled for more than 2.5 periods, was declared dead and has rejoined"
             );
-            self.clock.follow(state.clock_offset_ns);
+            self.clock.advance_to(state.clock_offset_ns);
         }
         self.member.lead(&self.host, now, self.clock.offset_ns())
     }
@@ -327,7 +327,7 @@ impl<H: Host> Worker<H> {
         let mut done = Vec::new();
         for worker in departed {
             let actions = match &mut self.breaker {
-                Some(breaker) => breaker.forget_late(worker, now),
+                Some(breaker) => breaker.forget_if_silent(worker, now),
                 None => Some(StreamActions::default()),
             };
             if let Some(actions) = actions {
@@ -364,7 +364,9 @@ impl<H: Host> Worker<H> {
             Some(ReportScope::Pod(incarnation, until)) => {
                 let pod = self.member.pod();
                 if let Err(error) = pod.acknowledge(&self.host, incarnation, &until) {
-                    log::warn!("inflight: an acknowledged report will be sent again: {error}");
+                    log::warn!(
+                        "inflight: could not store an acknowledgement, so the report goes out again: {error}"
+                    );
                 }
             }
             None => {}
@@ -375,7 +377,7 @@ impl<H: Host> Worker<H> {
     /// figure, and a last report is made, whether this worker led or not: no worker knows which one
     /// is the last of all.
     pub fn root_done(&mut self, root: u32, config: &Config) -> Vec<EncodedReport> {
-        if let Some((newest, config)) = self.configs.part(root) {
+        if let Some((newest, config)) = self.configs.leave(root) {
             // In the context of the root that stays: the breaker's messages must not go to the root
             // that ends.
             self.host.in_context(newest, root, || {

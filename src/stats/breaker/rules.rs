@@ -10,10 +10,10 @@
 //! look dead.
 //!
 //! A worker whose release passes a permit to another worker's request informs that worker by a
-//! message ([`Grant`]). A worker's permits and waiting requests are recorded twice: here, and in
-//! its [`WorkerSide`](crate::breaker::worker_side::WorkerSide). The worker reconciles the two at
-//! each tick ([`Breaker::settle`]), and so recovers from lost messages. If its entry is gone, its
-//! next change of any kind makes a new entry.
+//! message ([`PermitGrant`]). A worker's permits and waiting requests are recorded twice: here, and
+//! in its [`WorkerSide`](crate::breaker::worker_side::WorkerSide). The worker reconciles the two at
+//! each tick ([`Breaker::reconcile`]), and so recovers from lost messages. If its entry is gone,
+//! its next change of any kind makes a new entry.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -28,7 +28,7 @@ use crate::pod::store::{self, Attempt, Store, StoreError};
 const ATTEMPTS: usize = 4096;
 
 /// The largest number of waiting probes.
-pub const MOST_WAITING_PROBES: usize = 4;
+pub const MAX_WAITING_PROBES: usize = 4;
 
 /// How long a worker keeps its permits after its membership has ended. The worker may only be slow,
 /// with its requests in the app all the time. The time is longer than for a membership: a worker
@@ -38,7 +38,7 @@ pub const PATIENCE_NS: u64 = 6_000_000_000;
 
 /// The limits of a breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct BreakerLimits {
     /// The largest number of requests in the app at once.
     pub concurrency: u32,
     /// The largest number of waiting requests, probes not included.
@@ -65,18 +65,18 @@ pub struct Ticket {
 
 /// A permit that was passed on to a waiting request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grant {
+pub struct PermitGrant {
     /// The request that received the permit.
     pub ticket: Ticket,
-    /// The epoch of its worker's entry. When that entry is gone, so is the permit.
-    pub epoch: u32,
+    /// The entry_number of its worker's entry. When that entry is gone, so is the permit.
+    pub entry_number: u32,
     /// The mailbox of its worker, as the worker's entry has it.
     pub mailbox: u32,
 }
 
 /// The answer to an arriving request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum EnterOutcome {
     /// The request has a permit and goes on.
     Admitted,
     /// The request waits for a grant.
@@ -103,10 +103,10 @@ pub struct LocalView<'a, W> {
     pub worker: u64,
     /// Its mailbox: the message queue on which it receives grants.
     pub mailbox: u32,
-    /// The epoch of its entry. A new entry has the next one.
-    pub epoch: u32,
+    /// The entry_number of its entry. A new entry has the next one.
+    pub entry_number: u32,
     /// The number of permits that its requests hold.
-    pub holding: u32,
+    pub permits: u32,
     /// Its waiting requests, as far as it knows, by their numbers: in order of arrival.
     pub waiting: &'a BTreeMap<u64, Waiter<W>>,
 }
@@ -117,7 +117,7 @@ pub struct Update<R> {
     /// The change's own result.
     pub result: R,
     /// The permits that the change passed on to waiting requests.
-    pub grants: Vec<Grant>,
+    pub grants: Vec<PermitGrant>,
     /// Whether the worker's entry had to be made first. Then messages under an earlier entry are
     /// void.
     pub new_entry: bool,
@@ -125,18 +125,18 @@ pub struct Update<R> {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct BreakerState {
-    entries: Vec<Entry>,
+    entries: Vec<WorkerEntry>,
     probes: VecDeque<Ticket>,
     waiting: VecDeque<Ticket>,
 }
 
 /// An entry: one worker's part of the breaker's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Entry {
+struct WorkerEntry {
     worker: u64,
-    epoch: u32,
+    entry_number: u32,
     mailbox: u32,
-    running: u32,
+    permits: u32,
     /// Since when the worker is believed to be gone, by the monotonic clock.
     gone_since: Option<MonotonicNs>,
 }
@@ -148,11 +148,11 @@ impl BreakerState {
         bincode::deserialize(bytes).unwrap_or_default()
     }
 
-    fn running(&self) -> u32 {
-        self.entries.iter().fold(0, |sum, entry| sum.saturating_add(entry.running))
+    fn taken(&self) -> u32 {
+        self.entries.iter().fold(0, |sum, entry| sum.saturating_add(entry.permits))
     }
 
-    fn entry(&mut self, worker: u64) -> Option<&mut Entry> {
+    fn entry(&mut self, worker: u64) -> Option<&mut WorkerEntry> {
         self.entries.iter_mut().find(|entry| entry.worker == worker)
     }
 
@@ -165,11 +165,11 @@ impl BreakerState {
             let believed_gone = entry.gone_since.take().is_some();
             return if believed_gone { EntryState::Returned } else { EntryState::Present };
         }
-        self.entries.push(Entry {
+        self.entries.push(WorkerEntry {
             worker: local.worker,
-            epoch: local.epoch.wrapping_add(1),
+            entry_number: local.entry_number.wrapping_add(1),
             mailbox: local.mailbox,
-            running: local.holding,
+            permits: local.permits,
             gone_since: None,
         });
         for (&number, waiter) in local.waiting {
@@ -187,7 +187,7 @@ impl BreakerState {
 
     fn release(&mut self, worker: u64) {
         if let Some(entry) = self.entry(worker) {
-            entry.running = entry.running.saturating_sub(1);
+            entry.permits = entry.permits.saturating_sub(1);
         }
     }
 
@@ -202,16 +202,16 @@ impl BreakerState {
     }
 
     /// Gives free permits to the requests that have waited longest, probes first.
-    fn grant(&mut self, concurrency: u32) -> Vec<Grant> {
+    fn grant(&mut self, concurrency: u32) -> Vec<PermitGrant> {
         let mut grants = Vec::new();
-        let mut running = self.running();
+        let mut running = self.taken();
         while running < concurrency
             && let Some(ticket) = self.probes.pop_front().or_else(|| self.waiting.pop_front())
         {
             if let Some(entry) = self.entry(ticket.worker) {
-                entry.running = entry.running.saturating_add(1);
+                entry.permits = entry.permits.saturating_add(1);
                 running = running.saturating_add(1);
-                grants.push(Grant { ticket, epoch: entry.epoch, mailbox: entry.mailbox });
+                grants.push(PermitGrant { ticket, entry_number: entry.entry_number, mailbox: entry.mailbox });
             }
         }
         grants
@@ -236,10 +236,10 @@ enum Changed {
 
 /// Which permits a change gives to waiting requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Grants {
+enum Granting {
     /// All permits that are free after the change.
-    Free,
-    None,
+    FreePermits,
+    Nothing,
 }
 
 /// A pod's breaker.
@@ -247,12 +247,12 @@ enum Grants {
 pub struct Breaker {
     key: String,
     /// Its limits.
-    pub limits: Limits,
+    pub limits: BreakerLimits,
 }
 
 impl Breaker {
     /// Returns the breaker whose state is stored under `key`.
-    pub fn new(key: String, limits: Limits) -> Self {
+    pub fn new(key: String, limits: BreakerLimits) -> Self {
         Self { key, limits }
     }
 
@@ -266,31 +266,32 @@ impl Breaker {
         local: &LocalView<'_, W>,
         queue: Queue,
         number: u64,
-    ) -> Result<Update<Answer>, StoreError> {
-        let Limits { concurrency, queue_depth } = self.limits;
-        let capacity = if queue == Queue::Probes { MOST_WAITING_PROBES } else { queue_depth as usize };
+    ) -> Result<Update<EnterOutcome>, StoreError> {
+        let BreakerLimits { concurrency, queue_depth } = self.limits;
+        let capacity = if queue == Queue::Probes { MAX_WAITING_PROBES } else { queue_depth as usize };
         // No grants: joining the queue gives no permit, even where there is capacity for both.
-        self.update_local(store, local, Grants::None, |state| {
+        self.update_local(store, local, Granting::Nothing, |state| {
             // Only probes overtake waiting requests.
             let first = state.probes.is_empty() && (queue == Queue::Probes || state.waiting.is_empty());
-            if first && state.running() < concurrency {
+            if first && state.taken() < concurrency {
                 if let Some(entry) = state.entry(local.worker) {
-                    entry.running = entry.running.saturating_add(1);
+                    entry.permits = entry.permits.saturating_add(1);
                 }
-                return (Answer::Admitted, Changed::Yes);
+                return (EnterOutcome::Admitted, Changed::Yes);
             }
             if state.queue(queue).len() >= capacity {
-                return (Answer::Full, Changed::No);
+                return (EnterOutcome::Full, Changed::No);
             }
             state.queue(queue).push_back(Ticket { worker: local.worker, number });
-            (Answer::Queued, Changed::Yes)
+            (EnterOutcome::Queued, Changed::Yes)
         })
     }
 
     /// Releases the permit of a finished request, for other requests, and returns `true`. If
     /// `must_linger` says that the app may still be working on the request, the permit stays taken,
-    /// and the result is `false`: call again later. `must_linger` is called only while more than
-    /// half of the permits are taken; with fewer, the app is far from seeing one request too many.
+    /// and the result is `false`: call again later. `must_linger` is called only while requests
+    /// wait or more than half of the permits are taken; otherwise the app is far from seeing one
+    /// request too many.
     ///
     /// # Errors
     /// [`StoreError`]; the permit is still taken.
@@ -300,9 +301,9 @@ impl Breaker {
         local: &LocalView<'_, W>,
         mut must_linger: impl FnMut() -> bool,
     ) -> Result<Update<bool>, StoreError> {
-        self.update_local(store, local, Grants::Free, |state| {
+        self.update_local(store, local, Granting::FreePermits, |state| {
             let wait = !state.waiting.is_empty() || !state.probes.is_empty();
-            let crowded = wait || state.running() > self.limits.concurrency / 2;
+            let crowded = wait || state.taken() > self.limits.concurrency / 2;
             if crowded && must_linger() {
                 return (false, Changed::No);
             }
@@ -323,7 +324,7 @@ impl Breaker {
         number: u64,
     ) -> Result<Update<()>, StoreError> {
         let ticket = Ticket { worker: local.worker, number };
-        self.update_local(store, local, Grants::Free, |state| {
+        self.update_local(store, local, Granting::FreePermits, |state| {
             let before = state.probes.len() + state.waiting.len();
             state.keep_tickets(|waiting| *waiting != ticket);
             if state.probes.len() + state.waiting.len() == before {
@@ -339,12 +340,12 @@ impl Breaker {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn settle<W>(
+    pub fn reconcile<W>(
         &self,
         store: &impl Store,
         local: &LocalView<'_, W>,
     ) -> Result<Update<Vec<u64>>, StoreError> {
-        self.update_local(store, local, Grants::Free, |state| {
+        self.update_local(store, local, Granting::FreePermits, |state| {
             let mut still = Vec::new();
             let mut unknown = false;
             for ticket in state.probes.iter().chain(&state.waiting).filter(|t| t.worker == local.worker) {
@@ -361,10 +362,10 @@ impl Breaker {
             still.sort_unstable();
             let granted: Vec<u64> =
                 local.waiting.keys().filter(|number| still.binary_search(number).is_err()).copied().collect();
-            let running = local.holding.saturating_add(u32::try_from(granted.len()).unwrap_or(u32::MAX));
-            let differs = state.entry(local.worker).is_some_and(|entry| entry.running != running);
+            let running = local.permits.saturating_add(u32::try_from(granted.len()).unwrap_or(u32::MAX));
+            let differs = state.entry(local.worker).is_some_and(|entry| entry.permits != running);
             if let Some(entry) = state.entry(local.worker) {
-                entry.running = running;
+                entry.permits = running;
             }
             (granted, if differs || unknown { Changed::Yes } else { Changed::No })
         })
@@ -374,8 +375,8 @@ impl Breaker {
     ///
     /// # Errors
     /// [`StoreError`]; the caller has to try again.
-    pub fn forget(&self, store: &impl Store, worker: u64) -> Result<Vec<Grant>, StoreError> {
-        let (_, grants) = self.update(store, Grants::Free, |state| {
+    pub fn forget(&self, store: &impl Store, worker: u64) -> Result<Vec<PermitGrant>, StoreError> {
+        let (_, grants) = self.update(store, Granting::FreePermits, |state| {
             state.remove(worker);
             ((), Changed::Yes)
         })?;
@@ -388,13 +389,13 @@ impl Breaker {
     ///
     /// # Errors
     /// [`StoreError`]; the caller has to try again.
-    pub fn forget_late(
+    pub fn forget_if_silent(
         &self,
         store: &impl Store,
         worker: u64,
         now: MonotonicNs,
-    ) -> Result<Option<Vec<Grant>>, StoreError> {
-        let (gone, grants) = self.update(store, Grants::Free, |state| {
+    ) -> Result<Option<Vec<PermitGrant>>, StoreError> {
+        let (gone, grants) = self.update(store, Granting::FreePermits, |state| {
             let Some(entry) = state.entry(worker) else { return (true, Changed::No) };
             match entry.gone_since {
                 Some(since) if now.since(since) < PATIENCE_NS => (false, Changed::No),
@@ -420,7 +421,7 @@ impl Breaker {
     /// Returns the numbers of requests in the app and of waiting requests, probes included.
     pub fn depth(&self, store: &impl Store) -> (u64, u64) {
         let state = self.read(store);
-        (u64::from(state.running()), (state.probes.len() + state.waiting.len()) as u64)
+        (u64::from(state.taken()), (state.probes.len() + state.waiting.len()) as u64)
     }
 
     fn read(&self, store: &impl Store) -> BreakerState {
@@ -431,7 +432,7 @@ impl Breaker {
         &self,
         store: &impl Store,
         local: &LocalView<'_, W>,
-        which: Grants,
+        which: Granting,
         mut change: impl FnMut(&mut BreakerState) -> (R, Changed),
     ) -> Result<Update<R>, StoreError> {
         let ((result, new_entry), grants) = self.update(store, which, |state| {
@@ -447,15 +448,15 @@ impl Breaker {
     fn update<R>(
         &self,
         store: &impl Store,
-        which: Grants,
+        which: Granting,
         mut change: impl FnMut(&mut BreakerState) -> (R, Changed),
-    ) -> Result<(R, Vec<Grant>), StoreError> {
+    ) -> Result<(R, Vec<PermitGrant>), StoreError> {
         store::update_bytes(store, &self.key, ATTEMPTS, |found| {
             let mut state = found.map(BreakerState::decode).unwrap_or_default();
             let (result, changed) = change(&mut state);
             let grants = match which {
-                Grants::Free => state.grant(self.limits.concurrency),
-                Grants::None => Vec::new(),
+                Granting::FreePermits => state.grant(self.limits.concurrency),
+                Granting::Nothing => Vec::new(),
             };
             if changed == Changed::No && grants.is_empty() {
                 return Attempt::Keep((result, grants));
@@ -475,9 +476,9 @@ mod tests {
     use super::*;
     use crate::testing::{Dice, Map};
 
-    const ONE: Limits = Limits { concurrency: 1, queue_depth: 2 };
+    const ONE: BreakerLimits = BreakerLimits { concurrency: 1, queue_depth: 2 };
 
-    fn breaker(limits: Limits) -> Breaker {
+    fn breaker(limits: BreakerLimits) -> Breaker {
         Breaker::new("b".into(), limits)
     }
 
@@ -485,18 +486,18 @@ mod tests {
     fn local(worker: u64) -> LocalView<'static, ()> {
         static NOBODY: BTreeMap<u64, Waiter<()>> = BTreeMap::new();
         let mailbox = u32::try_from(worker).unwrap() + 100;
-        LocalView { worker, mailbox, epoch: 0, holding: 0, waiting: &NOBODY }
+        LocalView { worker, mailbox, entry_number: 0, permits: 0, waiting: &NOBODY }
     }
 
-    fn enter(breaker: &Breaker, store: &Map, worker: u64, number: u64) -> Answer {
+    fn enter(breaker: &Breaker, store: &Map, worker: u64, number: u64) -> EnterOutcome {
         breaker.enter(store, &local(worker), Queue::Requests, number).unwrap().result
     }
 
-    fn leave(breaker: &Breaker, store: &Map, worker: u64) -> Vec<Grant> {
+    fn leave(breaker: &Breaker, store: &Map, worker: u64) -> Vec<PermitGrant> {
         breaker.leave(store, &local(worker), || false).unwrap().grants
     }
 
-    fn abandon(breaker: &Breaker, store: &Map, ticket: Ticket) -> Vec<Grant> {
+    fn abandon(breaker: &Breaker, store: &Map, ticket: Ticket) -> Vec<PermitGrant> {
         breaker.abandon(store, &local(ticket.worker), ticket.number).unwrap().grants
     }
 
@@ -504,15 +505,15 @@ mod tests {
     fn one_runs_some_wait_in_order_and_one_more_is_turned_away() {
         let (store, breaker) = (Map::default(), breaker(ONE));
         let enter = |worker, number| enter(&breaker, &store, worker, number);
-        assert_eq!(enter(1, 0), Answer::Admitted);
-        assert_eq!(enter(2, 0), Answer::Queued);
-        assert_eq!(enter(1, 1), Answer::Queued);
-        assert_eq!(enter(3, 0), Answer::Full);
+        assert_eq!(enter(1, 0), EnterOutcome::Admitted);
+        assert_eq!(enter(2, 0), EnterOutcome::Queued);
+        assert_eq!(enter(1, 1), EnterOutcome::Queued);
+        assert_eq!(enter(3, 0), EnterOutcome::Full);
         assert_eq!(breaker.depth(&store), (1, 2));
-        let second = Grant { ticket: Ticket { worker: 2, number: 0 }, epoch: 1, mailbox: 102 };
+        let second = PermitGrant { ticket: Ticket { worker: 2, number: 0 }, entry_number: 1, mailbox: 102 };
         assert_eq!(leave(&breaker, &store, 1), [second]);
-        assert_eq!(enter(3, 0), Answer::Queued, "a place in the queue, not the permit");
-        let third = Grant { ticket: Ticket { worker: 1, number: 1 }, epoch: 1, mailbox: 101 };
+        assert_eq!(enter(3, 0), EnterOutcome::Queued, "a place in the queue, not the permit");
+        let third = PermitGrant { ticket: Ticket { worker: 1, number: 1 }, entry_number: 1, mailbox: 101 };
         assert_eq!(leave(&breaker, &store, 2), [third]);
     }
 
@@ -521,14 +522,14 @@ mod tests {
         let (store, breaker) = (Map::default(), breaker(ONE));
         let probe =
             |worker, number| breaker.enter(&store, &local(worker), Queue::Probes, number).unwrap().result;
-        assert_eq!(probe(1, 0), Answer::Admitted);
-        assert_eq!(enter(&breaker, &store, 2, 0), Answer::Queued, "the probe has the permit");
-        assert_eq!(enter(&breaker, &store, 2, 1), Answer::Queued);
-        assert_eq!(enter(&breaker, &store, 2, 2), Answer::Full);
+        assert_eq!(probe(1, 0), EnterOutcome::Admitted);
+        assert_eq!(enter(&breaker, &store, 2, 0), EnterOutcome::Queued, "the probe has the permit");
+        assert_eq!(enter(&breaker, &store, 2, 1), EnterOutcome::Queued);
+        assert_eq!(enter(&breaker, &store, 2, 2), EnterOutcome::Full);
         for number in 1..=4 {
-            assert_eq!(probe(1, number), Answer::Queued, "a full queue keeps no probe out");
+            assert_eq!(probe(1, number), EnterOutcome::Queued, "a full queue keeps no probe out");
         }
-        assert_eq!(probe(1, 5), Answer::Full);
+        assert_eq!(probe(1, 5), EnterOutcome::Full);
         assert_eq!(breaker.depth(&store), (1, 6));
         let mut served = Vec::new();
         for _ in 0..6 {
@@ -556,7 +557,7 @@ mod tests {
 
     #[test]
     fn the_permits_of_a_worker_that_ends_go_to_others_at_once() {
-        let (store, breaker) = (Map::default(), breaker(Limits { concurrency: 2, queue_depth: 10 }));
+        let (store, breaker) = (Map::default(), breaker(BreakerLimits { concurrency: 2, queue_depth: 10 }));
         for (worker, number) in [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)] {
             enter(&breaker, &store, worker, number);
         }
@@ -569,10 +570,10 @@ mod tests {
     fn who_shows_a_sign_of_life_is_waited_for_anew() {
         let (store, breaker) = (Map::default(), breaker(ONE));
         enter(&breaker, &store, 1, 0);
-        let gone = |ns| breaker.forget_late(&store, 1, MonotonicNs(ns)).unwrap().is_some();
+        let gone = |ns| breaker.forget_if_silent(&store, 1, MonotonicNs(ns)).unwrap().is_some();
         assert!(!gone(5) && !gone(4 + PATIENCE_NS));
-        let holding = LocalView { holding: 1, ..local(1) };
-        assert_eq!(breaker.settle(&store, &holding).unwrap().grants, []);
+        let permits = LocalView { permits: 1, ..local(1) };
+        assert_eq!(breaker.reconcile(&store, &permits).unwrap().grants, []);
         assert!(!gone(5 + PATIENCE_NS) && !gone(4 + 2 * PATIENCE_NS));
         assert_eq!(breaker.depth(&store), (1, 0));
         assert!(gone(5 + 2 * PATIENCE_NS) && gone(6 + 2 * PATIENCE_NS));
@@ -581,7 +582,7 @@ mod tests {
 
     #[test]
     fn a_permit_lingers_only_while_the_app_is_half_full() {
-        let (store, breaker) = (Map::default(), breaker(Limits { concurrency: 4, queue_depth: 0 }));
+        let (store, breaker) = (Map::default(), breaker(BreakerLimits { concurrency: 4, queue_depth: 0 }));
         for number in 0..3 {
             enter(&breaker, &store, 1, number);
         }
@@ -599,7 +600,7 @@ mod tests {
         for number in 0..3 {
             enter(&breaker(ONE), &store, 1, number);
         }
-        let wider = breaker(Limits { concurrency: 3, queue_depth: 2 });
+        let wider = breaker(BreakerLimits { concurrency: 3, queue_depth: 2 });
         assert_eq!(leave(&wider, &store, 1).len(), 2);
     }
 
@@ -609,25 +610,26 @@ mod tests {
     fn it_does_what_one_queue_would_do() {
         for seed in 0..200 {
             let mut dice = Dice(seed);
-            let (store, breaker) = (Map::default(), breaker(Limits { concurrency: 3, queue_depth: 5 }));
+            let (store, breaker) =
+                (Map::default(), breaker(BreakerLimits { concurrency: 3, queue_depth: 5 }));
             let (mut running, mut queue) = (Vec::new(), VecDeque::new());
             let mut pending = HashMap::new();
             for number in 0..400 {
                 let worker = dice.roll(4);
                 if dice.roll(2) == 0 {
                     let expected = match (running.len(), queue.len()) {
-                        (..3, 0) => Answer::Admitted,
-                        (_, ..5) => Answer::Queued,
-                        _ => Answer::Full,
+                        (..3, 0) => EnterOutcome::Admitted,
+                        (_, ..5) => EnterOutcome::Queued,
+                        _ => EnterOutcome::Full,
                     };
                     assert_eq!(enter(&breaker, &store, worker, number), expected, "seed {seed}");
                     match expected {
-                        Answer::Admitted => running.push(worker),
-                        Answer::Queued => {
+                        EnterOutcome::Admitted => running.push(worker),
+                        EnterOutcome::Queued => {
                             queue.push_back(Ticket { worker, number });
                             pending.insert(number, worker);
                         }
-                        Answer::Full => {}
+                        EnterOutcome::Full => {}
                     }
                     continue;
                 }
@@ -658,14 +660,14 @@ mod tests {
     fn threads_never_exceed_the_limit() {
         use std::sync::atomic::{AtomicU32, Ordering};
         let (store, now, done) = (Map::default(), AtomicU32::new(0), AtomicU32::new(0));
-        let limits = Limits { concurrency: 3, queue_depth: 0 };
+        let limits = BreakerLimits { concurrency: 3, queue_depth: 0 };
         std::thread::scope(|scope| {
             for worker in 0..4 {
                 let (store, now, done) = (&store, &now, &done);
                 scope.spawn(move || {
                     let breaker = breaker(limits);
                     for number in 0..2_000 {
-                        if enter(&breaker, store, worker, number) == Answer::Admitted {
+                        if enter(&breaker, store, worker, number) == EnterOutcome::Admitted {
                             assert!(now.fetch_add(1, Ordering::SeqCst) < 3);
                             now.fetch_sub(1, Ordering::SeqCst);
                             done.fetch_add(1, Ordering::SeqCst);

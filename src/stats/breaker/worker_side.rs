@@ -8,7 +8,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::breaker::rules::{Answer, Breaker, Grant, LocalView, PATIENCE_NS, Queue, Update, Waiter};
+use crate::breaker::rules::{
+    Breaker, EnterOutcome, LocalView, PATIENCE_NS, PermitGrant, Queue, Update, Waiter,
+};
 use crate::counting::time::MonotonicNs;
 use crate::pod::store::{Store, StoreError};
 
@@ -20,11 +22,11 @@ pub struct WorkerSide<W> {
     /// The worker's mailbox: its message queue.
     pub mailbox: u32,
     worker: u64,
-    epoch: u32,
-    holding: u32,
+    entry_number: u32,
+    permits: u32,
     waiting: BTreeMap<u64, Waiter<W>>,
     next_number: u64,
-    settled: MonotonicNs,
+    reconciled: MonotonicNs,
 }
 
 /// The outcome of an operation: requests of this worker that go on, and permits of other workers'
@@ -33,9 +35,9 @@ pub struct WorkerSide<W> {
 pub struct Outcome<W> {
     /// The requests that hold permits now.
     pub admitted: Vec<W>,
-    /// Grants to post to the mailboxes of their workers ([`Grant::message`]). If a message is lost,
-    /// its worker finds the permit at its next [`WorkerSide::settle`].
-    pub grants: Vec<Grant>,
+    /// Granting to post to the mailboxes of their workers ([`PermitGrant::message`]). If a message
+    /// is lost, its worker finds the permit at its next [`WorkerSide::reconcile`].
+    pub grants: Vec<PermitGrant>,
 }
 
 impl<W> Default for Outcome<W> {
@@ -44,13 +46,13 @@ impl<W> Default for Outcome<W> {
     }
 }
 
-impl Grant {
+impl PermitGrant {
     /// Returns the message for the worker of the request.
     pub fn message(&self) -> [u8; 12] {
         let mut message = [0; 12];
-        let (number, epoch) = message.split_at_mut(8);
+        let (number, entry_number) = message.split_at_mut(8);
         number.copy_from_slice(&self.ticket.number.to_le_bytes());
-        epoch.copy_from_slice(&self.epoch.to_le_bytes());
+        entry_number.copy_from_slice(&self.entry_number.to_le_bytes());
         message
     }
 }
@@ -62,11 +64,11 @@ impl<W> WorkerSide<W> {
             breaker,
             mailbox,
             worker,
-            epoch: 0,
-            holding: 0,
+            entry_number: 0,
+            permits: 0,
             waiting: BTreeMap::new(),
             next_number: 0,
-            settled: MonotonicNs::default(),
+            reconciled: MonotonicNs::default(),
         }
     }
 
@@ -78,21 +80,21 @@ impl<W> WorkerSide<W> {
         queue: Queue,
         now: MonotonicNs,
         waiter: impl FnOnce(u64) -> W,
-    ) -> Answer {
+    ) -> EnterOutcome {
         let number = self.next_number;
         self.next_number += 1;
         // If the store does not answer, nobody knows whether there is capacity.
         let Ok(done) = self.breaker.enter(store, &self.local(), queue, number) else {
-            return Answer::Full;
+            return EnterOutcome::Full;
         };
         let answer = done.result;
-        self.apply(Ok(done));
+        self.take_over(Ok(done));
         match answer {
-            Answer::Admitted => self.holding = self.holding.saturating_add(1),
-            Answer::Queued => {
+            EnterOutcome::Admitted => self.permits = self.permits.saturating_add(1),
+            EnterOutcome::Queued => {
                 self.waiting.insert(number, Waiter { queue, since: now, data: waiter(number) });
             }
-            Answer::Full => {}
+            EnterOutcome::Full => {}
         }
         answer
     }
@@ -100,16 +102,16 @@ impl<W> WorkerSide<W> {
     /// Releases the permit of a finished request. Returns the outcome, and whether the permit stays
     /// taken for now ([`Breaker::leave`]). Other requests may be admitted in that case, too.
     pub fn leave(&mut self, store: &impl Store, must_linger: impl FnMut() -> bool) -> (Outcome<W>, bool) {
-        if self.holding == 0 {
+        if self.permits == 0 {
             // This worker has ended and has released everything.
             return (Outcome::default(), false);
         }
         let left = self.breaker.leave(store, &self.local(), must_linger);
         let lingers = matches!(left, Ok(Update { result: false, .. }));
         if !lingers {
-            self.holding = self.holding.saturating_sub(1);
+            self.permits = self.permits.saturating_sub(1);
         }
-        (self.apply(left), lingers)
+        (self.take_over(left), lingers)
     }
 
     /// Ends the wait of a request. Returns its data, unless the request had already been admitted.
@@ -119,53 +121,62 @@ impl<W> WorkerSide<W> {
         }
         let abandoned = self.breaker.abandon(store, &self.local(), number);
         let waiter = self.waiting.remove(&number)?;
-        Some((waiter.data, self.apply(abandoned)))
+        Some((waiter.data, self.take_over(abandoned)))
     }
 
     /// Handles a message. Returns the request that it admits.
     pub fn receive(&mut self, message: &[u8]) -> Option<W> {
-        let (number, epoch) = message.split_first_chunk()?;
-        let epoch = <[u8; 4]>::try_from(epoch).ok()?;
+        let (number, entry_number) = message.split_first_chunk()?;
+        let entry_number = <[u8; 4]>::try_from(entry_number).ok()?;
         // If the number is unknown here, its permit has been released already, or is released when
-        // this side is settled.
-        if u32::from_le_bytes(epoch) == self.epoch { self.admit(u64::from_le_bytes(*number)) } else { None }
+        // this side is reconciled.
+        if u32::from_le_bytes(entry_number) == self.entry_number {
+            self.admit(u64::from_le_bytes(*number))
+        } else {
+            None
+        }
     }
 
     /// Reconciles this side with the breaker. To be called at each tick, and before messages are
-    /// read if [`WorkerSide::is_late`]. Finds permits whose messages were lost, and releases those
-    /// that no request here holds.
-    pub fn settle(&mut self, store: &impl Store, now: MonotonicNs) -> Outcome<W> {
-        self.settled = now;
-        if self.epoch == 0 {
+    /// read if [`WorkerSide::may_be_forgotten`]. Finds permits whose messages were lost, and
+    /// releases those that no request here holds.
+    pub fn reconcile(&mut self, store: &impl Store, now: MonotonicNs) -> Outcome<W> {
+        self.reconciled = now;
+        if self.entry_number == 0 {
             return Outcome::default();
         }
-        let Ok(mut done) = self.breaker.settle(store, &self.local()) else { return Outcome::default() };
+        let Ok(mut done) = self.breaker.reconcile(store, &self.local()) else { return Outcome::default() };
         let granted = std::mem::take(&mut done.result);
-        let mut outcome = self.apply(Ok(done));
+        let mut outcome = self.take_over(Ok(done));
         outcome.admitted.extend(granted.into_iter().filter_map(|number| self.admit(number)));
         outcome
     }
 
-    /// Returns whether this worker may have been forgotten since it settled.
-    pub fn is_late(&self, now: MonotonicNs) -> bool {
-        now.since(self.settled) >= PATIENCE_NS
+    /// Returns whether this worker may have been forgotten since it reconciled.
+    pub fn may_be_forgotten(&self, now: MonotonicNs) -> bool {
+        now.since(self.reconciled) >= PATIENCE_NS
     }
 
-    /// Forgets another worker that is believed to be gone ([`Breaker::forget_late`]). Returns
+    /// Forgets another worker that is believed to be gone ([`Breaker::forget_if_silent`]). Returns
     /// `None` while it is too early.
-    pub fn forget_late(&mut self, store: &impl Store, worker: u64, now: MonotonicNs) -> Option<Outcome<W>> {
-        let grants = self.breaker.forget_late(store, worker, now).ok()??;
+    pub fn forget_if_silent(
+        &mut self,
+        store: &impl Store,
+        worker: u64,
+        now: MonotonicNs,
+    ) -> Option<Outcome<W>> {
+        let grants = self.breaker.forget_if_silent(store, worker, now).ok()??;
         Some(self.deliver(grants))
     }
 
     /// Ends this worker: its permits go to others at once. Returns its waiting requests.
-    pub fn close(&mut self, store: &impl Store) -> (Vec<W>, Vec<Grant>) {
-        let grants = match self.epoch {
+    pub fn close(&mut self, store: &impl Store) -> (Vec<W>, Vec<PermitGrant>) {
+        let grants = match self.entry_number {
             0 => Vec::new(),
             // If this fails, the leader does it later.
             _ => self.breaker.forget(store, self.worker).unwrap_or_default(),
         };
-        self.holding = 0;
+        self.permits = 0;
         let waiting = std::mem::take(&mut self.waiting);
         (waiting.into_values().map(|waiter| waiter.data).collect(), grants)
     }
@@ -184,23 +195,23 @@ impl<W> WorkerSide<W> {
         LocalView {
             worker: self.worker,
             mailbox: self.mailbox,
-            epoch: self.epoch,
-            holding: self.holding,
+            entry_number: self.entry_number,
+            permits: self.permits,
             waiting: &self.waiting,
         }
     }
 
     /// Applies the outcome of a change. If the store did not take the change, the breaker's value
-    /// has a permit or a waiting request too many for this worker until the side is settled.
-    fn apply<R>(&mut self, change: Result<Update<R>, StoreError>) -> Outcome<W> {
+    /// has a permit or a waiting request too many for this worker until the side is reconciled.
+    fn take_over<R>(&mut self, change: Result<Update<R>, StoreError>) -> Outcome<W> {
         let Ok(done) = change else { return Outcome::default() };
         if done.new_entry {
-            self.epoch = self.epoch.wrapping_add(1);
+            self.entry_number = self.entry_number.wrapping_add(1);
         }
         self.deliver(done.grants)
     }
 
-    fn deliver(&mut self, grants: Vec<Grant>) -> Outcome<W> {
+    fn deliver(&mut self, grants: Vec<PermitGrant>) -> Outcome<W> {
         let mut outcome = Outcome::default();
         for grant in grants {
             if grant.ticket.worker == self.worker {
@@ -214,7 +225,7 @@ impl<W> WorkerSide<W> {
 
     fn admit(&mut self, number: u64) -> Option<W> {
         let waiter = self.waiting.remove(&number)?;
-        self.holding = self.holding.saturating_add(1);
+        self.permits = self.permits.saturating_add(1);
         Some(waiter.data)
     }
 }
@@ -224,11 +235,11 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::breaker::rules::Limits;
+    use crate::breaker::rules::BreakerLimits;
     use crate::testing::{Dice, Map};
 
     const SECOND: u64 = 1_000_000_000;
-    const LIMITS: Limits = Limits { concurrency: 3, queue_depth: 8 };
+    const LIMITS: BreakerLimits = BreakerLimits { concurrency: 3, queue_depth: 8 };
 
     fn breaker() -> Breaker {
         Breaker::new("b".into(), LIMITS)
@@ -299,12 +310,12 @@ mod tests {
 
         fn tick(&mut self, at: usize) {
             self.workers[at].departed = false;
-            let outcome = self.workers[at].side.settle(&self.store, MonotonicNs(self.now_ns));
+            let outcome = self.workers[at].side.reconcile(&self.store, MonotonicNs(self.now_ns));
             self.take(at, outcome);
         }
 
         fn read_mail(&mut self, at: usize, message: [u8; 12]) {
-            if self.workers[at].side.is_late(MonotonicNs(self.now_ns)) {
+            if self.workers[at].side.may_be_forgotten(MonotonicNs(self.now_ns)) {
                 self.tick(at);
             }
             let admitted = self.workers[at].side.receive(&message);
@@ -329,7 +340,7 @@ mod tests {
                         number
                     };
                     let now = MonotonicNs(self.now_ns);
-                    if worker.side.enter(&self.store, queue, now, waiter) == Answer::Admitted {
+                    if worker.side.enter(&self.store, queue, now, waiter) == EnterOutcome::Admitted {
                         worker.in_app += 1;
                     }
                 }
@@ -368,7 +379,7 @@ mod tests {
                 let (id, in_app) = (at as u64 + 1, worker.in_app);
                 let had_entry = self.workers[leader].side.breaker.has_entry(&self.store, id);
                 let now = MonotonicNs(self.now_ns);
-                if let Some(outcome) = self.workers[leader].side.forget_late(&self.store, id, now) {
+                if let Some(outcome) = self.workers[leader].side.forget_if_silent(&self.store, id, now) {
                     self.beyond += if had_entry { in_app } else { 0 };
                     self.take(leader, outcome);
                 }
@@ -505,16 +516,16 @@ mod tests {
         let mut first = WorkerSide::new(breaker(), 1, 0);
         let mut second = WorkerSide::new(breaker(), 2, 1);
         for _ in 0..3 {
-            assert_eq!(first.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
+            assert_eq!(first.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), EnterOutcome::Admitted);
         }
-        assert_eq!(second.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Queued);
+        assert_eq!(second.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), EnterOutcome::Queued);
         let granted = first.leave(&store, || false).0.grants;
         // The message has not been read; its worker is forgotten, and the permit goes to another
         // request.
-        assert_eq!(first.forget_late(&store, 2, MonotonicNs(SECOND)), None);
-        assert!(first.forget_late(&store, 2, MonotonicNs(SECOND + PATIENCE_NS)).is_some());
-        assert_eq!(first.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
-        assert_eq!(second.settle(&store, MonotonicNs(SECOND + PATIENCE_NS)), Outcome::default());
+        assert_eq!(first.forget_if_silent(&store, 2, MonotonicNs(SECOND)), None);
+        assert!(first.forget_if_silent(&store, 2, MonotonicNs(SECOND + PATIENCE_NS)).is_some());
+        assert_eq!(first.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), EnterOutcome::Admitted);
+        assert_eq!(second.reconcile(&store, MonotonicNs(SECOND + PATIENCE_NS)), Outcome::default());
         assert_eq!(second.receive(&granted[0].message()), None);
         assert_eq!(second.receive(b"too short"), None);
         assert_eq!(breaker().depth(&store), (3, 1));
@@ -529,9 +540,9 @@ mod tests {
         let store = Map::default();
         let mut side = WorkerSide::new(breaker(), 1, 0);
         for _ in 0..3 {
-            assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Admitted);
+            assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), EnterOutcome::Admitted);
         }
-        assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), Answer::Queued);
+        assert_eq!(side.enter(&store, Queue::Requests, MonotonicNs(0), |n| n), EnterOutcome::Queued);
         // Another configuration allows more. The first operation that sees it is the end of a
         // request that was broken off.
         side.breaker.limits.concurrency = 4;
@@ -554,9 +565,9 @@ mod tests {
         other.enter(&store, Queue::Requests, MonotonicNs(0), |n| n);
         assert_eq!(breaker().depth(&store), (3, 2));
         // This worker forgets what it had, as after a change that the store did not take.
-        lost.holding = 1;
+        lost.permits = 1;
         lost.waiting.clear();
-        let outcome = lost.settle(&store, MonotonicNs(1));
+        let outcome = lost.reconcile(&store, MonotonicNs(1));
         assert_eq!(outcome.grants.iter().map(|g| g.ticket.worker).collect::<Vec<_>>(), [2]);
         assert_eq!(breaker().depth(&store), (2, 0));
     }

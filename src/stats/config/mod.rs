@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use crate::breaker::rules::Limits;
+use crate::breaker::rules::BreakerLimits;
 use crate::config::fields::Fields;
 pub use crate::config::fields::{ConfigError, parse_duration};
 use crate::config::identity::Identity;
@@ -44,7 +44,7 @@ pub struct StatServer {
 /// Where a gateway's key comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeySource {
-    /// The cluster that the request goes to ([`crate::gateway::key_name::KeyName::of_cluster`]).
+    /// The cluster that the request goes to ([`crate::gateway::key_name::KeyName::from_cluster`]).
     Cluster,
     /// Two headers, in lower case.
     Headers {
@@ -80,7 +80,7 @@ pub struct Config {
     /// For the role `gateway`.
     pub gateway: Gateway,
     /// What the breaker lets through; without it, everything.
-    pub limits: Option<Limits>,
+    pub limits: Option<BreakerLimits>,
     /// The longest wait in the breaker's queue.
     pub queue_timeout: Option<Duration>,
     /// Whether probes pass by the breaker instead of through it; for the role `sidecar`.
@@ -200,14 +200,14 @@ impl KeySource {
 /// When a gateway's key names headers.
 const FROM_HEADERS: &str = r#"it only with "from": "headers""#;
 
-fn limits(fields: &mut Fields) -> Result<Option<Limits>, ConfigError> {
+fn limits(fields: &mut Fields) -> Result<Option<BreakerLimits>, ConfigError> {
     let key = keys::CONTAINER_CONCURRENCY;
     let concurrency = fields.integer(key.name, key.expected, |n| n <= MAX_CONCURRENCY)?.unwrap_or(0);
     let key = keys::QUEUE_DEPTH;
     let queue_depth = fields.integer(key.name, key.expected, |n| n <= MAX_QUEUE_DEPTH)?;
     let queue_depth =
         queue_depth.unwrap_or(concurrency.saturating_mul(QUEUE_DEPTH_FACTOR).min(MAX_QUEUE_DEPTH));
-    Ok((concurrency > 0).then_some(Limits { concurrency, queue_depth }))
+    Ok((concurrency > 0).then_some(BreakerLimits { concurrency, queue_depth }))
 }
 
 impl StatServer {

@@ -50,7 +50,7 @@ impl Clock {
     }
 
     /// Adopts the time of workers that are ahead, by their offset. The clock never goes back.
-    pub fn follow(&mut self, offset_ns: u64) {
+    pub fn advance_to(&mut self, offset_ns: u64) {
         self.now = self.now.max(PodNs(self.last.0.wrapping_add(offset_ns)));
     }
 
@@ -114,9 +114,9 @@ mod tests {
     fn a_clock_that_is_behind_follows_and_never_goes_back() {
         let mut clock = Clock::new(0, MonotonicNs(50), 100);
         clock.read(MonotonicNs(1_000));
-        clock.follow(0);
+        clock.advance_to(0);
         assert_eq!(clock.read(MonotonicNs(1_010)), PodNs(1_010));
-        clock.follow(0u64.wrapping_sub(500));
+        clock.advance_to(0u64.wrapping_sub(500));
         assert_eq!(clock.read(MonotonicNs(1_020)), PodNs(1_020));
     }
 

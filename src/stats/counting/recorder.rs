@@ -15,9 +15,9 @@ use crate::counting::snapshot::Snapshot;
 use crate::counting::time::PodNs;
 
 /// How many closed boundaries a worker keeps. The leader sums at the newest boundary that every
-/// live worker has closed. A worker that is three periods behind no longer counts as alive, so the
-/// others are never further ahead than this.
-pub const KEPT: usize = 6;
+/// live worker has closed. A worker that is 2.5 periods behind is declared dead at the leader's
+/// next step, so the others are never further ahead than this.
+pub const KEPT_BOUNDARIES: usize = 6;
 
 /// One worker's counters.
 #[derive(Clone, Debug)]
@@ -35,7 +35,7 @@ impl Recorder {
             now: Snapshot::starting_at(now.0),
             grid,
             next_boundary_ns: grid.after(now.0),
-            closed: VecDeque::with_capacity(KEPT + 1),
+            closed: VecDeque::with_capacity(KEPT_BOUNDARIES + 1),
         }
     }
 
@@ -75,7 +75,7 @@ impl Recorder {
         self.grid
     }
 
-    /// Returns the snapshots at the last boundaries, oldest first, at most [`KEPT`].
+    /// Returns the snapshots at the last boundaries, oldest first, at most [`KEPT_BOUNDARIES`].
     pub fn closed(&self) -> impl DoubleEndedIterator<Item = &Snapshot> {
         self.closed.iter()
     }
@@ -86,12 +86,12 @@ impl Recorder {
         }
         // After a long silence nobody reads any boundaries but the last few.
         let newest = self.grid.at_or_before(now_ns);
-        let span = (KEPT as u64 - 1).saturating_mul(self.grid.period_ns.max(1));
+        let span = (KEPT_BOUNDARIES as u64 - 1).saturating_mul(self.grid.period_ns.max(1));
         let mut boundary =
             self.next_boundary_ns.max(self.grid.after(newest.saturating_sub(span).saturating_sub(1)));
         while boundary <= newest {
             self.now.advance(boundary);
-            if self.closed.len() == KEPT {
+            if self.closed.len() == KEPT_BOUNDARIES {
                 self.closed.pop_front();
             }
             self.closed.push_back(self.now);
@@ -141,7 +141,7 @@ mod tests {
         recorder.request_in(PodNs(1_000), Origin::Proxied);
         recorder.advance(PodNs(1_000_000_049));
         let closed: Vec<_> = recorder.closed().map(|s| s.as_of_ns).collect();
-        assert_eq!(closed.len(), KEPT);
+        assert_eq!(closed.len(), KEPT_BOUNDARIES);
         assert_eq!(closed.last(), Some(&1_000_000_000));
         assert_eq!(closed.first(), Some(&999_999_500));
         assert_eq!(recorder.current().request_ns, 1_000_000_049 - 1_000);

@@ -28,7 +28,7 @@ pub enum Origin {
 
 impl Origin {
     /// Returns the origin that the value of the proxied header says.
-    pub fn of_header(value: Option<&[u8]>) -> Self {
+    pub fn from_header(value: Option<&[u8]>) -> Self {
         if value == Some(PROXIED_VALUE) { Self::Proxied } else { Self::Direct }
     }
 }
@@ -61,10 +61,10 @@ mod tests {
 
     #[test]
     fn only_the_activators_value_makes_a_request_proxied() {
-        assert_eq!(Origin::of_header(Some(b"activator")), Origin::Proxied);
-        assert_eq!(Origin::of_header(Some(b"Activator")), Origin::Direct);
-        assert_eq!(Origin::of_header(Some(b"")), Origin::Direct);
-        assert_eq!(Origin::of_header(None), Origin::Direct);
+        assert_eq!(Origin::from_header(Some(b"activator")), Origin::Proxied);
+        assert_eq!(Origin::from_header(Some(b"Activator")), Origin::Direct);
+        assert_eq!(Origin::from_header(Some(b"")), Origin::Direct);
+        assert_eq!(Origin::from_header(None), Origin::Direct);
     }
 
     #[test]

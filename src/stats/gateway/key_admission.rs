@@ -72,12 +72,12 @@ struct Bucket<'a> {
     led_since_ns: u64,
     floor: Snapshot,
     #[serde(borrow)]
-    entries: Vec<Entry<'a>>,
+    entries: Vec<BucketEntry<'a>>,
 }
 
 /// A key that is tracked, or that has stats.
 #[derive(Serialize, Deserialize)]
-struct Entry<'a> {
+struct BucketEntry<'a> {
     #[serde(borrow)]
     namespace: Cow<'a, str>,
     #[serde(borrow)]
@@ -86,7 +86,7 @@ struct Entry<'a> {
     has_stats: bool,
 }
 
-impl Entry<'_> {
+impl BucketEntry<'_> {
     fn is(&self, key: &KeyName) -> bool {
         *self.namespace == *key.namespace && *self.name == *key.name
     }
@@ -97,14 +97,14 @@ impl Entry<'_> {
 }
 
 impl<'a> Bucket<'a> {
-    fn find(&mut self, key: &KeyName) -> Option<&mut Entry<'a>> {
+    fn find(&mut self, key: &KeyName) -> Option<&mut BucketEntry<'a>> {
         self.entries.iter_mut().find(|entry| entry.is(key))
     }
 
     fn track(&mut self, key: &KeyName, has_stats: bool) {
         match self.find(key) {
             Some(entry) => entry.tracked = true,
-            None => self.entries.push(Entry {
+            None => self.entries.push(BucketEntry {
                 namespace: Cow::Owned(key.namespace.to_string()),
                 name: Cow::Owned(key.name.to_string()),
                 tracked: true,

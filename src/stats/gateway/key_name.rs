@@ -16,8 +16,8 @@ impl KeyName {
     /// `outbound|80|subset|svc.ns.svc.cluster.local` (the subset may be empty) gives the namespace
     /// and the service. Any other cluster name is the key's name, in `namespace`. Returns `None`
     /// for names that no report could carry.
-    pub fn of_cluster(cluster: &str, namespace: &str) -> Option<Self> {
-        let (namespace, name) = of_istio(cluster).unwrap_or((namespace, cluster));
+    pub fn from_cluster(cluster: &str, namespace: &str) -> Option<Self> {
+        let (namespace, name) = from_istio(cluster).unwrap_or((namespace, cluster));
         Self::checked(namespace, name)
     }
 
@@ -28,7 +28,7 @@ impl KeyName {
     }
 }
 
-fn of_istio(cluster: &str) -> Option<(&str, &str)> {
+fn from_istio(cluster: &str) -> Option<(&str, &str)> {
     let mut parts = cluster.split('|');
     let ("outbound", Some(port), Some(_subset), Some(host), None) =
         (parts.next()?, parts.next(), parts.next(), parts.next(), parts.next())
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     fn name_of(cluster: &str) -> Option<(String, String)> {
-        KeyName::of_cluster(cluster, "default").map(|key| (key.namespace.to_string(), key.name.to_string()))
+        KeyName::from_cluster(cluster, "default").map(|key| (key.namespace.to_string(), key.name.to_string()))
     }
 
     #[test]
@@ -69,6 +69,6 @@ mod tests {
         assert_eq!(name_of(""), None);
         assert_eq!(name_of("outbound|80||.b.svc.c"), None);
         assert_eq!(name_of("a\nb"), None);
-        assert_eq!(KeyName::of_cluster("app", ""), None);
+        assert_eq!(KeyName::from_cluster("app", ""), None);
     }
 }

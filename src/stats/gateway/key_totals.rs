@@ -33,12 +33,12 @@ pub struct KeyTotal {
     pub before: Snapshot,
     /// Whether nothing happened in the last whole period.
     pub idle: bool,
-    late: Option<Late>,
+    late: Option<Backdated>,
 }
 
 /// Marks a total with a worker's batch that came later than those of the other workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Late {
+struct Backdated {
     from_ns: u64,
     collected_ns: u64,
 }
@@ -85,7 +85,7 @@ impl KeyTotals {
     }
 
     /// Returns the boundary up to which each worker's batches are included.
-    pub fn collected(&self) -> &[(u64, u64)] {
+    pub fn collected_boundaries(&self) -> &[(u64, u64)] {
         &self.collected
     }
 
@@ -139,7 +139,7 @@ impl KeyTotals {
                     }
                     if batch.from_ns < before_ns {
                         let from_ns = total.late.map_or(u64::MAX, |late| late.from_ns).min(batch.from_ns);
-                        total.late = Some(Late { from_ns, collected_ns: as_of_ns });
+                        total.late = Some(Backdated { from_ns, collected_ns: as_of_ns });
                     }
                 }
                 let held = batch.keys.iter().filter(|(_, delta)| delta.in_flight > 0);
@@ -256,8 +256,8 @@ mod tests {
     }
 
     fn acknowledge_all(totals: &mut KeyTotals) {
-        let said: Vec<_> = totals.keys().map(|(key, total)| (key.clone(), total.until)).collect();
-        totals.acknowledge(&said);
+        let known: Vec<_> = totals.keys().map(|(key, total)| (key.clone(), total.until)).collect();
+        totals.acknowledge(&known);
     }
 
     #[test]
@@ -275,7 +275,7 @@ mod tests {
             assert_eq!(figures(&totals, "x"), Some((2, 90 + 20, 1, false)));
             assert_eq!(figures(&totals, "y"), Some((1, 50, 1, false)));
         }
-        a.collected(totals.collected_until(1));
+        a.drop_collected(totals.collected_until(1));
         assert_eq!(a.outbox().len(), 0);
         // b's batch is still in its outbox, and is skipped.
         a.request_out(&key("x"), PodNs(1_160), Origin::Direct);

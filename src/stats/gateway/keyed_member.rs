@@ -56,7 +56,7 @@ pub struct Led {
     /// Keys that left.
     pub left: Vec<KeyName>,
     /// The departed workers that have nothing left to collect.
-    pub settled: Vec<u64>,
+    pub fully_collected: Vec<u64>,
 }
 
 impl KeyedMember {
@@ -110,7 +110,7 @@ impl KeyedMember {
         self.recorder.advance(now);
         let collected: Vec<(u64, u64)> = store::read(store, &self.collected_key()).unwrap_or_default();
         let until_ns = collected.iter().find(|(id, _)| *id == self.id).map_or(0, |(_, until_ns)| *until_ns);
-        self.recorder.collected(until_ns);
+        self.recorder.drop_collected(until_ns);
         self.write_outbox(store);
     }
 
@@ -145,11 +145,11 @@ impl KeyedMember {
             (left, came)
         })?;
         let (_, totals) = self.totals.as_ref()?;
-        store::write(store, &self.collected_key(), &totals.collected());
+        store::write(store, &self.collected_key(), &totals.collected_boundaries());
         let mut led = Led {
             with_stats: self.admission.admit(store, &came),
             left: left.into_iter().filter(|key| !totals.has(key)).collect(),
-            settled: settled(totals, departed, &outboxes),
+            fully_collected: fully_collected(totals, departed, &outboxes),
         };
         let sweeps = as_of_ns.saturating_sub(self.swept_ns)
             >= self.recorder.grid().period_ns.saturating_mul(SWEEP_PERIODS);
@@ -254,7 +254,7 @@ impl KeyedMember {
     }
 }
 
-fn settled(totals: &KeyTotals, departed: &[u64], outboxes: &[(u64, Vec<Batch>)]) -> Vec<u64> {
+fn fully_collected(totals: &KeyTotals, departed: &[u64], outboxes: &[(u64, Vec<Batch>)]) -> Vec<u64> {
     let all_in = |id: &u64| {
         let batches = outboxes.iter().filter(|(worker, _)| worker == id).flat_map(|(_, batches)| batches);
         batches.map(Batch::until_ns).all(|until_ns| until_ns <= totals.collected_until(*id))
@@ -326,7 +326,7 @@ mod tests {
     struct Server {
         known: BTreeMap<KeyName, Snapshot>,
         counted: BTreeMap<KeyName, (u64, u128)>,
-        said: Vec<(KeyName, Snapshot)>,
+        reported: Vec<(KeyName, Snapshot)>,
     }
 
     impl Server {
@@ -337,7 +337,7 @@ mod tests {
                 let sum = self.counted.entry(key.clone()).or_default();
                 *sum = (sum.0 + period.requests, sum.1 + period.request_ns);
                 self.known.insert(key.clone(), known.map_or(*until, |known| known.ceiling(until)));
-                self.said.push((key.clone(), *until));
+                self.reported.push((key.clone(), *until));
             }
         }
     }
@@ -474,7 +474,7 @@ mod tests {
             let departed = pod.state(&self).unwrap().departed;
             let workers: Vec<u64> = pod.state(&self).unwrap().workers().collect();
             let Some(led) = worker.keyed.lead(&self, &workers, &departed, latest.as_of_ns) else { return };
-            pod.forget_departed(&self, &led.settled).unwrap();
+            pod.forget_departed(&self, &led.fully_collected).unwrap();
             worker.sending = worker.sending.filter(|(_, deadline)| now < *deadline);
             if worker.sending.is_none() {
                 let number = self.send(index, worker.keyed.totals().unwrap());
@@ -575,10 +575,14 @@ mod tests {
                 server.counted.clone().into_iter().filter(|(key, _)| truth.contains_key(key)).collect();
             assert_eq!(counted, *truth, "seed {seed}");
             for key in truth.keys() {
-                let mut said: Vec<Snapshot> =
-                    server.said.iter().filter(|(said, _)| said == key).map(|(_, until)| *until).collect();
-                said.sort_by_key(|until| (until.as_of_ns, until.requests, until.request_ns));
-                for pair in said.windows(2) {
+                let mut reported: Vec<Snapshot> = server
+                    .reported
+                    .iter()
+                    .filter(|(reported, _)| reported == key)
+                    .map(|(_, until)| *until)
+                    .collect();
+                reported.sort_by_key(|until| (until.as_of_ns, until.requests, until.request_ns));
+                for pair in reported.windows(2) {
                     assert!(pair[1].holds_totals_of(&pair[0]), "seed {seed}: {pair:?}");
                 }
             }

@@ -108,7 +108,7 @@ impl KeyedRecorder {
     }
 
     /// Drops the batches that the leader has collected.
-    pub fn collected(&mut self, until_ns: u64) {
+    pub fn drop_collected(&mut self, until_ns: u64) {
         self.outbox.retain(|batch| batch.until_ns > until_ns);
     }
 

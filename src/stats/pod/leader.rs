@@ -161,10 +161,10 @@ fn publish(state: &mut PodState, live: &[Slot], now: PodNs) -> LeaderStep {
 /// period has not written that into its slot yet, so a new grid stays for as long as that may take.
 fn agree_on_a_period(state: &mut PodState, live: &[Slot], now: PodNs) {
     let Grid { anchor_ns, period_ns } = state.grid;
-    let settled_ns = anchor_ns.saturating_add(period_ns.saturating_mul(SILENT_PERIODS_X2) / 2);
+    let old_enough_ns = anchor_ns.saturating_add(period_ns.saturating_mul(SILENT_PERIODS_X2) / 2);
     if let Some(asked_ns) = live.iter().map(|slot| slot.period_ns).min()
         && asked_ns != period_ns
-        && now.0 >= settled_ns
+        && now.0 >= old_enough_ns
     {
         state.grid = Grid { anchor_ns: now.0, period_ns: asked_ns };
     }

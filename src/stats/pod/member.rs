@@ -54,7 +54,7 @@ impl Member {
 
     /// Writes the closed boundaries to this worker's slot, and joins the pod if this worker is not
     /// a member. Returns `true` if the slot had been sealed because the worker was silent. Then its
-    /// clock may be behind ([`crate::counting::clock::Clock::follow`]).
+    /// clock may be behind ([`crate::counting::clock::Clock::advance_to`]).
     ///
     /// # Errors
     /// [`StoreError`]; the next post includes everything.
@@ -117,7 +117,7 @@ impl Member {
         update(store, &key, ATTEMPTS, |found: Option<Slot>| {
             if let Some(found) = found.filter(|slot| slot.sealed) {
                 // Only a slot that is in the ledger may be overwritten.
-                if let Err(error) = self.pod.fold(store, &found) {
+                if let Err(error) = self.pod.add_to_ledger(store, &found) {
                     return Attempt::Keep(Err(error));
                 }
                 if found.member == self.membership {

@@ -35,7 +35,7 @@ pub struct PodState {
     pub(super) members: Vec<Membership>,
     /// The workers whose slots are in the last published figure.
     pub(super) summed: Vec<Membership>,
-    late: Option<Late>,
+    late: Option<Backdated>,
     pub(super) last_worker: u64,
 }
 
@@ -48,7 +48,7 @@ pub(super) struct Lease {
 /// Marks a figure that includes a worker that was not in the previous figure although it had
 /// already counted: the worker had been declared dead, or has just joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Late {
+struct Backdated {
     from_ns: u64,
     published_ns: u64,
 }
@@ -137,7 +137,7 @@ impl PodState {
         for slot in live.iter().filter(|slot| !self.summed.contains(&slot.member)) {
             if slot.born_ns < previous.as_of_ns {
                 let from_ns = self.late.map_or(u64::MAX, |late| late.from_ns).min(slot.born_ns);
-                self.late = Some(Late { from_ns, published_ns: latest.as_of_ns });
+                self.late = Some(Backdated { from_ns, published_ns: latest.as_of_ns });
                 let Some(before) = slot.at(previous.as_of_ns) else { continue };
                 previous = previous.plus(&Snapshot { requests: 0, proxied_requests: 0, ..before.finished() });
             }
@@ -281,7 +281,7 @@ impl PodStore {
     }
 
     /// Adds a sealed slot to the ledger, unless that was already done.
-    pub(super) fn fold(&self, store: &impl Store, slot: &Slot) -> Result<(), StoreError> {
+    pub(super) fn add_to_ledger(&self, store: &impl Store, slot: &Slot) -> Result<(), StoreError> {
         self.update(store, |state| {
             let members = state.members.len();
             state.members.retain(|member| *member != slot.member);

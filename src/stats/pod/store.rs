@@ -1,5 +1,6 @@
 //! The store that all workers of an Envoy share: a key-value map whose writes can be conditional on
-//! a version (compare-and-swap, CAS). Every read-modify-write in Inflight goes through [`update`].
+//! a version (compare-and-swap, CAS). A read-modify-write goes through
+//! [`update`] or [`update_bytes`], apart from those that need only one attempt.
 
 use std::fmt;
 

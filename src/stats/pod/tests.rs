@@ -41,8 +41,8 @@ impl Worker {
     }
 }
 
-fn published(stock: LeaderStep) -> Snapshot {
-    match stock {
+fn published(step: LeaderStep) -> Snapshot {
+    match step {
         LeaderStep::Published { latest, .. } => latest,
         other => panic!("{other:?}"),
     }

@@ -33,7 +33,8 @@ async fn report_in(address: SocketAddr, namespace: &str, name: &str, concurrency
     assert_eq!(answer.expect("an answer").0, 202);
 }
 
-/// Reports once in each second, until the set is dropped: a machine may take long to start a browser.
+/// Reports once in each second, until the set is dropped: a machine may take long to start a
+/// browser.
 fn report_each_second(address: SocketAddr, name: &'static str, concurrency: u64) -> JoinSet<()> {
     let mut reports = JoinSet::new();
     reports.spawn(async move {

@@ -18,12 +18,12 @@ const NO_CONTEXT: u32 = 0;
 pub type SharedWorker<H> = Rc<RefCell<Worker<H>>>;
 
 /// All workers of one VM, by domain ([`Config::domain`]).
-pub struct Workers<H> {
+pub struct WorkerRegistry<H> {
     host: H,
     by_domain: RefCell<Vec<(String, SharedWorker<H>)>>,
 }
 
-impl<H: Host> Workers<H> {
+impl<H: Host> WorkerRegistry<H> {
     /// Returns an empty list of workers.
     pub const fn new(host: H) -> Self {
         Self { host, by_domain: RefCell::new(Vec::new()) }
@@ -34,7 +34,7 @@ impl<H: Host> Workers<H> {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn of(&self, root: u32, config: &Config) -> Result<SharedWorker<H>, StoreError> {
+    pub fn worker_for(&self, root: u32, config: &Config) -> Result<SharedWorker<H>, StoreError> {
         let domain = config.domain();
         let (now, wall_ns) = (self.host.monotonic(), self.host.wall_ns());
         let pod = PodStore::new(&domain);
