@@ -2,7 +2,8 @@
 .DEFAULT_GOAL := all
 CARGO ?= cargo
 PYTHON ?= python3
-# Panics name the file that they are in: not where this machine keeps it, or each machine would build another module.
+# Panic messages contain the paths of source files. Without the remapping, each machine would build
+# a different module.
 CARGO_HOME ?= $(HOME)/.cargo
 WASM_BUILD := RUSTFLAGS="$(RUSTFLAGS) --remap-path-prefix=$(CARGO_HOME)/registry/src=/crates" $(CARGO) build --locked \
 	--target wasm32-wasip1 --release
@@ -15,7 +16,7 @@ CONCURRENCY ?= 2
 all: module ## The module and the stats server, in release builds
 	$(CARGO) build --locked --release --package inflight-statserver
 
-# What rustup has to add on a fresh machine, for every command alike.
+# Adds what the Rust toolchain of a fresh machine lacks.
 toolchain:
 	@tools/toolchain.sh
 
@@ -27,7 +28,8 @@ module: toolchain
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# The module with faults on request lies apart, so that it cannot be mistaken for the shipped one.
+# The module with fault injection has a folder of its own, so that it is not mistaken for the
+# shipped one.
 build-tests: module
 	CARGO_TARGET_DIR=target/faulty $(WASM) --features fault-injection
 	$(PYTHON) tools/exports.py target/faulty/wasm32-wasip1/release/inflight_filter.wasm
@@ -38,12 +40,12 @@ envoys:
 	@$(PYTHON) tools/envoy.py oldest >/dev/null
 	@$(PYTHON) tools/envoy.py newest >/dev/null
 
-# All tests of one profile and one choice of packages, so that what they stand on is built once.
+# All tests have the same profile and packages, so that their dependencies are built only once.
 TESTED := --locked --profile e2e --package inflight-stats --package inflight-filter --package inflight-statserver \
 	--package inflight-budget --package inflight-e2e
 TESTS := $(CARGO) test $(TESTED)
 
-unit: toolchain ## The rules' tests, without Envoy
+unit: toolchain ## The tests without Envoy: rules, filter, stats server, layers
 	$(TESTS) --lib --bins
 	$(TESTS) --doc
 
@@ -54,8 +56,8 @@ budget: module ## What a request costs in instructions and host calls
 reproducible: module ## The module built once more, elsewhere: the same bytes
 	tools/reproducible.sh
 
-# These have the machine to themselves, because they load it and compare with what a log says to the half percent. The others
-# wait for most of their time.
+# These tests run alone, because they load the machine and compare with a log to half a percent. The
+# others wait most of the time.
 ALONE := breaker:: count::
 IN_PAIRS := gateway::
 
@@ -66,7 +68,8 @@ e2e: build-tests envoys ## The tests against real Envoys, the oldest and the new
 
 test: unit budget reproducible e2e ## Every test
 
-# What measures or runs for long has the stats server as it is shipped, the rest the tests': built in minutes less.
+# Benchmarks and long runs use the stats server of the release profile. The other tests use that of
+# the profile e2e, which builds minutes faster.
 soak bench: export STATSERVER = $(CURDIR)/target/release/inflight-statserver
 
 MINUTES ?= 30
@@ -96,7 +99,7 @@ screenshot: module ## The README's picture of the live page: two minutes of the 
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	target/e2e/inflight-demo --duration 120 --screenshot docs/page.png
 
-reference: ## Write the tables of docs/ that the code makes: flags, keys, settings, metrics
+reference: ## Write the tables of docs/ that are made from the code: flags, keys, settings, metrics
 	UPDATE_REFERENCE=1 $(TESTS) --bin inflight-statserver reference
 
 lint: ## Format and clippy, for both targets

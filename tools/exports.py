@@ -1,7 +1,7 @@
-"""Keeps of a proxy-wasm module's exports only what its filter has work in: exports.py MODULE.
+"""Removes a proxy-wasm module's exports without work for the filter: exports.py MODULE.
 
-The SDK exports every callback there is, and Envoy enters the VM for each that it finds: for a plain request eight times
-where five have something to do. Entering is what a filter costs.
+The SDK exports every callback, and Envoy enters the VM for each exported one: eight times for a
+plain request, of which only five have work. Entering the VM is most of a filter's cost.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ HEADER, EXPORTS = 8, 7
 
 
 def number(data, at):
-    """An unsigned LEB128 number, and where it ends."""
+    """Returns an unsigned LEB128 number, and where it ends."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -49,7 +49,7 @@ def encoded(value):
 
 
 def kept(body):
-    """The export section with what is kept, and the names of that."""
+    """Returns the export section with the kept exports only, and their names."""
     count, at = number(body, 0)
     entries, names = [], []
     for _ in range(count):
@@ -64,7 +64,8 @@ def kept(body):
 
 
 path = pathlib.Path(sys.argv[1])
-# Two makes at once: one after the other. It is written in place, because cargo would put another file's name right again.
+# The lock is for two runs of make at once. The file is written in place, because cargo would undo a
+# rename.
 lock = path.open("rb")
 fcntl.flock(lock, fcntl.LOCK_EX)
 module = lock.read()

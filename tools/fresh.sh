@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs a command as on a fresh machine: fresh.sh COMMAND... It runs in a copy of the sources in an empty folder, with an empty
-# home, an empty cargo registry, and a Rust toolchain with the host's target alone that rustup adds nothing to by itself. What reaches
-# the registries (cargo's and pip's configuration) and what Debian's packages installed stay the machine's. Nothing is left behind.
+# Runs a command as on a fresh machine: fresh.sh COMMAND... It runs in a copy of the sources in an
+# empty folder, with an empty home, an empty cargo registry, and a Rust toolchain that has only the
+# host's target and to which rustup adds nothing by itself. The configuration of cargo and pip and
+# the installed Debian packages are the machine's. Nothing is left behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { echo "usage: fresh.sh COMMAND..." >&2 && exit 2; }
@@ -11,7 +12,7 @@ fresh=$(mktemp -d)
 trap 'rm -rf "$fresh"' EXIT
 mkdir -p "$fresh"/{sources,home/.cargo,home/.config,"rustup/toolchains/$name"}
 
-# Tracked or not, but for what is built, downloaded or found.
+# Tracked or not, without built and downloaded files and the fuzzer's findings.
 tar -c --exclude-vcs --exclude-from <(sed 's,^/,./,' .gitignore) . | tar -x -C "$fresh/sources"
 
 for file in .cargo/config.toml .cargo/config .config/pip .pip; do
@@ -19,7 +20,8 @@ for file in .cargo/config.toml .cargo/config .config/pip .pip; do
 done
 [ -z "${CARGO_HOME:-}" ] || cp "$CARGO_HOME"/config* "$fresh/home/.cargo/" 2>/dev/null || true
 
-# A copy: the machine's own toolchain stays as it is. Without the books, which are half of it.
+# A copy, so that the machine's own toolchain stays as it is. The books are half of it, and left
+# out.
 tar -C "$sysroot" -c --exclude=./share/doc/rust/html . | tar -x -C "$fresh/rustup/toolchains/$name"
 cat > "$fresh/rustup/settings.toml" <<END
 version = "12"

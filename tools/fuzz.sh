@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs each fuzz target for so many seconds: fuzz.sh SECONDS [TARGET...]. A finding is left in fuzz/artifacts.
+# Runs each fuzz target for some seconds: fuzz.sh SECONDS [TARGET...]. A finding is left in
+# fuzz/artifacts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=$1
@@ -14,9 +15,9 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
 fi
 targets=("$@")
 [ ${#targets[@]} -gt 0 ] || mapfile -t targets < <(cd fuzz/fuzz_targets && basename -s .rs ./*.rs)
-# Without sanitizers the stable compiler will do; overflow checks and assertions are on.
+# Without sanitizers the stable compiler is enough; overflow checks and assertions are on.
 for target in "${targets[@]}"; do
-    # What was found before is in a test by now.
+    # Earlier findings are tests by now.
     rm -rf "fuzz/artifacts/$target"
     mkdir -p "fuzz/corpus/$target"
     cp -n fuzz/seeds/"$target"/* "fuzz/corpus/$target/" 2>/dev/null || true

@@ -1,4 +1,5 @@
-# Sourced: `packages WHAT PACKAGE...` installs Debian's packages for WHAT, one make at a time, or says in one line what to install.
+# Sourced: `packages WHAT PACKAGE...` installs Debian's packages for WHAT, one process at a time, or
+# says in one line what to install.
 # shellcheck source=tools/lock.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lock.sh"
 
@@ -8,14 +9,14 @@ packages() {
     local ask="install it, on Debian with \`apt-get install --no-install-recommends $*\`"
     command -v apt-get >/dev/null || { echo "$what is not there: $ask" >&2 && return 1; }
     [ "$(id -u)" = 0 ] || { echo "$what is not there, and only root can install it: $ask" >&2 && return 1; }
-    # The package lists of a fresh machine are missing, those of an old one name what is no longer there.
+    # A fresh machine has no package lists, and old lists name packages that no longer exist.
     said=$(install_packages "$@" 2>&1) || said=$(apt-get -qq update 2>&1 9>&- && install_packages "$@" 2>&1) || {
         echo "$what is not there, and apt-get cannot install it ($(grep -m1 '^E:' <<<"$said" || tail -n1 <<<"$said")): $ask" >&2
         return 1
     }
 }
 
-# What apt-get starts must not hold the lock.
+# Processes that apt-get starts must not hold the lock.
 install_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" 9>&-
 }

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Prints the path of a Python in .cache with pip, and, unless it is called as `python.sh bare`, with the packages of requirements.txt.
+# Prints the path of a Python in .cache with pip and the packages of requirements.txt. `python.sh
+# bare` leaves the packages out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$PWD/.cache/python
 source tools/packages.sh
 if [ ! -x "$folder/bin/pip" ]; then
-    # Debian's Python makes environments, but puts no pip into them without one more package.
+    # Without python3-venv, the environments of Debian's Python have no pip.
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages "Python's ensurepip" python3-venv
     rm -rf "$folder"
-    # Under a name of its own until it is whole.
+    # Under another name until it is complete.
     python3 -m venv "$folder.$$"
     mv "$folder.$$" "$folder"
 fi

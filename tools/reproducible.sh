@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The module must be the same, byte for byte, whoever builds it and wherever: builds it once more, from a copy of the sources in
-# another folder and with another cargo home, and compares.
+# The module must be the same, byte for byte, wherever it is built. Builds it once more, from a copy
+# of the sources in another folder and with another cargo home, and compares.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 built=$PWD/target/wasm32-wasip1/release/inflight_filter.wasm
@@ -8,7 +8,7 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 mkdir "$copy/sources" "$copy/cargo"
 cp -r Cargo.toml Cargo.lock Makefile rust-toolchain.toml src tests benches tools "$copy/sources"
-# What was downloaded is the same, by other names.
+# The same downloads, under other paths.
 home=${CARGO_HOME:-$HOME/.cargo}
 for part in registry config.toml; do
     [ ! -e "$home/$part" ] || ln -s "$home/$part" "$copy/cargo/$part"

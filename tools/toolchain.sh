@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Adds to the Rust toolchain what it lacks: the target that the module is built for, and the components that are named
-# (toolchain.sh [rustfmt] [clippy]). rustup adds what rust-toolchain.toml lists by itself, but not where RUSTUP_AUTO_INSTALL=0.
+# Adds to the Rust toolchain what it lacks: the module's target, and the components named
+# (toolchain.sh [rustfmt] [clippy]). rustup adds by itself what rust-toolchain.toml lists, unless
+# RUSTUP_AUTO_INSTALL is 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=wasm32-wasip1
@@ -10,7 +11,7 @@ fail() {
     exit 1
 }
 
-# What is missing: nothing, "toolchain", or rustup's words for the parts.
+# Prints what is missing: nothing, "toolchain", or a line for each target and component.
 missing() {
     local folder component
     folder=$(rustc --print target-libdir --target "$target" 2>/dev/null) || { echo toolchain && return; }
@@ -28,7 +29,7 @@ command -v rustc >/dev/null || fail "rustc is not on the PATH: install Rust with
 [ -n "$(missing "$@")" ] || exit 0
 command -v rustup >/dev/null || fail "Rust in $(rustc --print sysroot) lacks its $(missing "$@" | paste -sd,), and there is no" \
     "rustup to add it: install Rust with rustup (https://rustup.rs)"
-# One at a time, whichever clone asks: rustup itself does not see to that.
+# One process at a time, over all clones: rustup itself has no lock.
 home=${RUSTUP_HOME:-$HOME/.rustup}
 mkdir -p "$home"
 exec 9<"$home"
@@ -42,5 +43,5 @@ missing "$@" | while read -r kind name; do
     said=$(RUST_BACKTRACE=0 "${command[@]}" 2>&1 9>&-) || fail "the Rust $kind${name:+ $name} cannot be had" \
         "($(grep -m1 '^error:' <<<"$said" || tail -n1 <<<"$said")): run \`${command[*]}\` where the network can be reached"
 done
-# A toolchain that was just installed may lack parts of its own.
+# A toolchain that was just installed may still lack parts.
 [ -z "$(missing "$@")" ] || fail "Rust still lacks its $(missing "$@" | paste -sd,): see \`rustup show\`"
