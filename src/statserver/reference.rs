@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::Arg;
-use inflight_stats::config::keys::CONFIG_KEYS;
+use inflight_stats::config::options::CONFIG_KEYS;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::scaling::key::Figures;
 use inflight_stats::scaling::settings::{KeySettings, READY_PODS, SETTINGS};

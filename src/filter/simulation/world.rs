@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use inflight_stats::protocol::addition::addition;
+use inflight_stats::protocol::report_delta::addition;
 use inflight_stats::testing::{Dice, Map};
 use inflight_stats::{Report, Snapshot};
 use proxy_wasm::types::Action;

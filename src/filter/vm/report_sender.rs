@@ -1,7 +1,7 @@
 //! The report sender: the content of reports, the reports on their way, and the meaning of an
 //! answer.
 
-use inflight_stats::config::StatServer;
+use inflight_stats::config::StatServerConfig;
 use inflight_stats::counting::time::PodNs;
 use inflight_stats::gateway::key_name::KeyName;
 use inflight_stats::gateway::key_totals::KeyTotals;
@@ -85,7 +85,7 @@ impl<H: Host> ReportSender<H> {
     ) -> Option<ReportScope> {
         let position = self.pending.iter().position(|report| report.call == call)?;
         let scope = self.pending.swap_remove(position).scope;
-        let verdict = Verdict::of_status(status);
+        let verdict = Verdict::from_status(status);
         match verdict {
             Verdict::Acknowledged => {
                 self.sent.add(self.host, 1);
@@ -155,11 +155,11 @@ fn encode(report: &Report, scope: ReportScope) -> Option<EncodedReport> {
 /// Why the host refused the call.
 pub fn send_report(
     host: impl Host,
-    server: &StatServer,
+    server: &StatServerConfig,
     token: Option<&str>,
     report: &[u8],
 ) -> Result<u32, String> {
-    let StatServer { cluster, authority, path, timeout, .. } = server;
+    let StatServerConfig { cluster, authority, path, timeout, .. } = server;
     let authorization = token.map(|token| format!("Bearer {token}"));
     let mut headers = vec![
         (":method", "POST"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use crate::config::keys::{A_BOOLEAN, A_HEADER, A_LABEL, A_NAME, A_PATH, AN_OBJECT};
+use crate::config::options::{A_BOOLEAN, A_HEADER, A_LABEL, A_NAME, A_PATH, AN_OBJECT};
 use crate::config::suggestion::closest;
 use crate::protocol::report::{MAX_NAME_BYTES, is_name};
 

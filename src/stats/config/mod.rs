@@ -3,7 +3,7 @@
 
 pub(crate) mod fields;
 pub mod identity;
-pub mod keys;
+pub mod options;
 pub mod suggestion;
 
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub enum Role {
 
 /// Where reports go.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StatServer {
+pub struct StatServerConfig {
     /// The Envoy cluster to call.
     pub cluster: String,
     /// The `:authority` of the call.
@@ -57,10 +57,10 @@ pub enum KeySource {
 
 /// What is particular to the role `gateway`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Gateway {
+pub struct GatewayConfig {
     /// Where the key comes from.
     pub key: KeySource,
-    /// The most keys that are told apart in the life of an Envoy.
+    /// Maximum number of keys tracked at once; only the first so many names get Envoy stats.
     pub max_keys: u32,
     /// Whether requests go on marked as proxied.
     pub mark: bool,
@@ -78,7 +78,7 @@ pub struct Config {
     /// The header that marks a proxied request, in lower case.
     pub proxied_header: String,
     /// For the role `gateway`.
-    pub gateway: Gateway,
+    pub gateway: GatewayConfig,
     /// What the breaker lets through; without it, everything.
     pub limits: Option<BreakerLimits>,
     /// The longest wait in the breaker's queue.
@@ -86,7 +86,7 @@ pub struct Config {
     /// Whether probes pass by the breaker instead of through it; for the role `sidecar`.
     pub probes_bypass_breaker: bool,
     /// Where reports go; without it, only Envoy stats are kept.
-    pub statserver: Option<StatServer>,
+    pub statserver: Option<StatServerConfig>,
 }
 
 /// Knative's own limit of a revision's containerConcurrency is 1000.
@@ -112,40 +112,41 @@ impl Config {
             false => serde_json::from_slice(json),
         };
         let document = parsed.map_err(|error| ConfigError::not_json(DOCUMENT, &error))?;
-        let mut fields = Fields::new(DOCUMENT, "", document, &keys::OF_DOCUMENT)?;
-        let statserver = fields.object(keys::STATSERVER.name, &keys::OF_STATSERVER)?;
-        let gateway = fields.object(keys::GATEWAY.name, &keys::OF_GATEWAY)?;
-        let gateway = gateway.map(Gateway::parse).transpose()?.unwrap_or_default();
+        let mut fields = Fields::new(DOCUMENT, "", document, &options::DOCUMENT_KEYS)?;
+        let statserver = fields.object(options::STATSERVER.name, &options::STATSERVER_KEYS)?;
+        let gateway = fields.object(options::GATEWAY.name, &options::GATEWAY_KEYS)?;
+        let gateway = gateway.map(GatewayConfig::parse).transpose()?.unwrap_or_default();
         let roles = [("sidecar", Role::Sidecar), ("gateway", Role::Gateway), ("exporter", Role::Exporter)];
-        let role = fields.one_of(keys::ROLE.name, keys::ROLE.expected, &roles)?.unwrap_or(Role::Sidecar);
+        let role =
+            fields.one_of(options::ROLE.name, options::ROLE.expected, &roles)?.unwrap_or(Role::Sidecar);
         // A gateway stands for no revision; its namespace only completes clusters that name none.
         let name = if role == Role::Gateway { Fields::label } else { Fields::name };
         Ok(Self {
             role,
             identity: Identity {
-                namespace: name(&mut fields, keys::NAMESPACE.name, &node.namespace)?,
-                service: fields.label(keys::SERVICE.name, &node.service)?,
-                configuration: fields.label(keys::CONFIGURATION.name, &node.configuration)?,
-                revision: name(&mut fields, keys::REVISION.name, &node.revision)?,
-                pod: fields.name(keys::POD.name, &node.pod)?,
+                namespace: name(&mut fields, options::NAMESPACE.name, &node.namespace)?,
+                service: fields.label(options::SERVICE.name, &node.service)?,
+                configuration: fields.label(options::CONFIGURATION.name, &node.configuration)?,
+                revision: name(&mut fields, options::REVISION.name, &node.revision)?,
+                pod: fields.name(options::POD.name, &node.pod)?,
             },
             gateway,
             reporting_period: fields
-                .duration(keys::REPORTING_PERIOD.name, keys::REPORTING_PERIOD.expected, |period| {
+                .duration(options::REPORTING_PERIOD.name, options::REPORTING_PERIOD.expected, |period| {
                     (Duration::from_millis(100)..=Duration::from_secs(60)).contains(&period)
                 })?
                 .unwrap_or(Duration::from_secs(1)),
             proxied_header: fields
-                .header(keys::PROXIED_HEADER.name)?
+                .header(options::PROXIED_HEADER.name)?
                 .unwrap_or_else(|| "k-proxy-request".into()),
             limits: limits(&mut fields)?,
             queue_timeout: fields.duration(
-                keys::QUEUE_TIMEOUT.name,
-                keys::QUEUE_TIMEOUT.expected,
+                options::QUEUE_TIMEOUT.name,
+                options::QUEUE_TIMEOUT.expected,
                 |timeout| (Duration::from_millis(10)..=Duration::from_secs(3600)).contains(&timeout),
             )?,
-            probes_bypass_breaker: fields.boolean(keys::PROBES_BYPASS_BREAKER.name)?.unwrap_or(false),
-            statserver: statserver.map(StatServer::parse).transpose()?,
+            probes_bypass_breaker: fields.boolean(options::PROBES_BYPASS_BREAKER.name)?.unwrap_or(false),
+            statserver: statserver.map(StatServerConfig::parse).transpose()?,
         })
     }
 
@@ -159,23 +160,25 @@ impl Config {
     }
 }
 
-impl Default for Gateway {
+impl Default for GatewayConfig {
     fn default() -> Self {
         Self { key: KeySource::Cluster, max_keys: 10_000, mark: true }
     }
 }
 
-impl Gateway {
+impl GatewayConfig {
     fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
         let default = Self::default();
-        let key = fields.object(keys::GATEWAY_KEY.name, &keys::OF_GATEWAY_KEY)?;
+        let key = fields.object(options::GATEWAY_KEY.name, &options::GATEWAY_KEY_KEYS)?;
         let key = key.map(KeySource::parse).transpose()?;
-        let max_keys = fields
-            .integer(keys::GATEWAY_MAX_KEYS.name, keys::GATEWAY_MAX_KEYS.expected, |n| n <= MAX_KEYS)?;
+        let max_keys =
+            fields.integer(options::GATEWAY_MAX_KEYS.name, options::GATEWAY_MAX_KEYS.expected, |n| {
+                n <= MAX_KEYS
+            })?;
         Ok(Self {
             key: key.unwrap_or(default.key),
             max_keys: max_keys.unwrap_or(default.max_keys),
-            mark: fields.boolean(keys::GATEWAY_MARK.name)?.unwrap_or(default.mark),
+            mark: fields.boolean(options::GATEWAY_MARK.name)?.unwrap_or(default.mark),
         })
     }
 }
@@ -183,8 +186,9 @@ impl Gateway {
 impl KeySource {
     fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
         let sources = [("cluster", false), ("headers", true)];
-        let from = fields.one_of(keys::GATEWAY_KEY_FROM.name, keys::GATEWAY_KEY_FROM.expected, &sources)?;
-        let [namespace, name] = [keys::GATEWAY_KEY_NAMESPACE.name, keys::GATEWAY_KEY_NAME.name];
+        let from =
+            fields.one_of(options::GATEWAY_KEY_FROM.name, options::GATEWAY_KEY_FROM.expected, &sources)?;
+        let [namespace, name] = [options::GATEWAY_KEY_NAMESPACE.name, options::GATEWAY_KEY_NAME.name];
         if !from.unwrap_or(false) {
             fields.absent(namespace, FROM_HEADERS)?;
             fields.absent(name, FROM_HEADERS)?;
@@ -201,29 +205,31 @@ impl KeySource {
 const FROM_HEADERS: &str = r#"it only with "from": "headers""#;
 
 fn limits(fields: &mut Fields) -> Result<Option<BreakerLimits>, ConfigError> {
-    let key = keys::CONTAINER_CONCURRENCY;
+    let key = options::CONTAINER_CONCURRENCY;
     let concurrency = fields.integer(key.name, key.expected, |n| n <= MAX_CONCURRENCY)?.unwrap_or(0);
-    let key = keys::QUEUE_DEPTH;
+    let key = options::QUEUE_DEPTH;
     let queue_depth = fields.integer(key.name, key.expected, |n| n <= MAX_QUEUE_DEPTH)?;
     let queue_depth =
         queue_depth.unwrap_or(concurrency.saturating_mul(QUEUE_DEPTH_FACTOR).min(MAX_QUEUE_DEPTH));
     Ok((concurrency > 0).then_some(BreakerLimits { concurrency, queue_depth }))
 }
 
-impl StatServer {
+impl StatServerConfig {
     fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
-        let cluster = fields.name(keys::STATSERVER_CLUSTER.name, "")?;
+        let cluster = fields.name(options::STATSERVER_CLUSTER.name, "")?;
         Ok(Self {
-            authority: fields.name(keys::STATSERVER_AUTHORITY.name, &cluster)?,
-            path: fields.url_path(keys::STATSERVER_PATH.name)?.unwrap_or_else(|| "/v1/reports".into()),
+            authority: fields.name(options::STATSERVER_AUTHORITY.name, &cluster)?,
+            path: fields.url_path(options::STATSERVER_PATH.name)?.unwrap_or_else(|| "/v1/reports".into()),
             timeout: fields
-                .duration(keys::STATSERVER_TIMEOUT.name, keys::STATSERVER_TIMEOUT.expected, |timeout| {
-                    (Duration::from_millis(10)..=Duration::from_secs(60)).contains(&timeout)
-                })?
+                .duration(
+                    options::STATSERVER_TIMEOUT.name,
+                    options::STATSERVER_TIMEOUT.expected,
+                    |timeout| (Duration::from_millis(10)..=Duration::from_secs(60)).contains(&timeout),
+                )?
                 .unwrap_or(Duration::from_secs(1)),
             token_env: fields.string(
-                keys::STATSERVER_TOKEN_ENV.name,
-                keys::STATSERVER_TOKEN_ENV.expected,
+                options::STATSERVER_TOKEN_ENV.name,
+                options::STATSERVER_TOKEN_ENV.expected,
                 |name| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'),
             )?,
             cluster,
@@ -275,7 +281,7 @@ mod tests {
     #[test]
     fn a_gateway_needs_no_revision_and_has_its_own_keys() {
         let config = parse(r#"{"role": "gateway", "pod": "gw-1"}"#).unwrap();
-        assert_eq!((config.gateway, config.identity.namespace.as_str()), (Gateway::default(), ""));
+        assert_eq!((config.gateway, config.identity.namespace.as_str()), (GatewayConfig::default(), ""));
         let key = r#"{"from": "headers", "namespace": "Knative-Serving-Namespace"}"#;
         let json =
             format!(r#"{{"role": "gateway", "pod": "gw-1", "gateway": {{"key": {key}, "mark": false}}}}"#);
@@ -283,7 +289,7 @@ mod tests {
         let (namespace, name) = ("knative-serving-namespace".into(), "knative-serving-revision".into());
         assert_eq!(
             gateway,
-            Gateway { key: KeySource::Headers { namespace, name }, max_keys: 10_000, mark: false }
+            GatewayConfig { key: KeySource::Headers { namespace, name }, max_keys: 10_000, mark: false }
         );
     }
 
@@ -391,8 +397,8 @@ mod tests {
     }
 
     /// A document that is good but for `value` at one key.
-    fn with(key: &keys::ConfigKey, value: Value) -> Value {
-        let from = if key.name == keys::GATEWAY_KEY_FROM.name { Value::Null } else { "headers".into() };
+    fn with(key: &options::ConfigKey, value: Value) -> Value {
+        let from = if key.name == options::GATEWAY_KEY_FROM.name { Value::Null } else { "headers".into() };
         let mut document = serde_json::json!({
             "namespace": "ns", "revision": "rev", "pod": "pod",
             "statserver": {"cluster": "c"},
@@ -406,7 +412,7 @@ mod tests {
     #[test]
     fn every_key_of_the_table_is_read_and_what_the_table_says_of_it_holds() {
         let parse = |document: Value| parse(&document.to_string());
-        for key in &keys::CONFIG_KEYS {
+        for key in &options::CONFIG_KEYS {
             // Nothing allows an array.
             let error = parse(with(key, serde_json::json!([]))).unwrap_err().to_string();
             let expected = format!(
@@ -426,8 +432,8 @@ mod tests {
 
     #[test]
     fn the_bounds_are_those_that_the_table_names() {
-        let is_taken = |key: &keys::ConfigKey, value: Value| parse(&with(key, value).to_string()).is_ok();
-        for key in &keys::CONFIG_KEYS {
+        let is_taken = |key: &options::ConfigKey, value: Value| parse(&with(key, value).to_string()).is_ok();
+        for key in &options::CONFIG_KEYS {
             let words: Vec<&str> = key.expected.split(' ').collect();
             let ([.., "from", min, "to", max], is_duration) = (&words[..], words[1] == "duration") else {
                 continue;

@@ -277,7 +277,7 @@ mod tests {
     use crate::pod::leader::LeaderStep;
     use crate::pod::member::Member;
     use crate::pod::store::Expect;
-    use crate::protocol::addition::addition;
+    use crate::protocol::report_delta::addition;
     use crate::testing::{Dice, Map};
 
     const PERIOD: u64 = 1_000;

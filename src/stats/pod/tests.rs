@@ -9,7 +9,7 @@ use crate::pod::leader::LeaderStep;
 use crate::pod::member::Member;
 use crate::pod::pod_state::{PodStore, Slot};
 use crate::pod::store::{Expect, Store, StoreError};
-use crate::protocol::addition::addition;
+use crate::protocol::report_delta::addition;
 use crate::testing::{Dice, Map};
 
 const PERIOD: u64 = 1_000;

@@ -1,5 +1,5 @@
-//! Go's gob, as far as a `StatMessage` needs it: what queue-proxies of an older Knative sent to the
-//! autoscaler (the seed's stats server; the format is documented with Go's `encoding/gob`).
+//! Go's gob, as far as a `StatMessage` needs it: what an older Knative's queue-proxies sent to its
+//! autoscaler. The format is documented with Go's `encoding/gob`.
 //!
 //! A gob stream describes itself: messages that define types come first, then one with a value.
 //! Fields are matched by name, as in Go: their order does not matter, a missing one is zero, an

@@ -1,8 +1,8 @@
-//! What crosses the network: Inflight's reports, Knative's stats, the exporter's answers.
+//! What crosses the network: Inflight's reports and Knative's stats.
 
-pub mod addition;
 pub mod frame;
 pub mod gob;
 pub mod key_name;
 pub mod report;
+pub mod report_delta;
 pub mod stat;

@@ -40,7 +40,7 @@ impl Verdict {
     /// By the answer's status. Only those that a receiver of reports gives on the report's account
     /// are final: others, 401, 403, 404, 408 and 429 among them, may come from a proxy in between,
     /// or change with a token or a route.
-    pub fn of_status(status: u16) -> Self {
+    pub fn from_status(status: u16) -> Self {
         match status {
             202 => Self::Acknowledged,
             400 | 409 | 413 | 415 => Self::Refused,
@@ -250,12 +250,12 @@ mod tests {
 
     #[test]
     fn only_what_a_receiver_says_of_the_report_itself_is_final() {
-        assert_eq!(Verdict::of_status(202), Verdict::Acknowledged);
+        assert_eq!(Verdict::from_status(202), Verdict::Acknowledged);
         for refused in [400, 409, 413, 415] {
-            assert_eq!(Verdict::of_status(refused), Verdict::Refused);
+            assert_eq!(Verdict::from_status(refused), Verdict::Refused);
         }
         for other in [0, 200, 302, 401, 403, 404, 408, 429, 500, 503, 507] {
-            assert_eq!(Verdict::of_status(other), Verdict::TryAgain);
+            assert_eq!(Verdict::from_status(other), Verdict::TryAgain);
         }
     }
 

@@ -7,11 +7,11 @@
 use std::sync::Arc;
 
 use crate::counting::snapshot::Snapshot;
-use crate::protocol::addition::{CounterDecreased, addition};
 use crate::protocol::report::KeyReport;
+use crate::protocol::report_delta::{CounterDecreased, addition};
 use crate::protocol::stat::Stat;
 use crate::scaling::decider::{Decider, Decision, Observation, delay_bytes};
-use crate::scaling::heap::heap_bytes;
+use crate::scaling::memory::heap_bytes;
 use crate::scaling::sender::{
     ImplausibleStat, Incarnation, PerSecond, SILENT_PERIODS, Senders, Streamed, is_activator,
 };
@@ -36,8 +36,8 @@ pub struct Averages {
 }
 
 impl Averages {
-    /// Returns the one to scale by.
-    pub fn of(&self, metric: Metric) -> f64 {
+    /// Returns the average to scale by.
+    pub fn value(&self, metric: Metric) -> f64 {
         match metric {
             Metric::Concurrency => self.concurrency,
             Metric::Rps => self.requests_per_second,
@@ -130,7 +130,7 @@ impl Key {
 
     /// Has the key scaled by other settings from now on. What its windows hold stays, as far as it
     /// fits.
-    pub fn apply(&mut self, settings: Arc<KeySettings>) {
+    pub fn set_settings(&mut self, settings: Arc<KeySettings>) {
         let sizes = settings.windows();
         if sizes != self.settings.windows() {
             self.stable = self.stable.resized(sizes.stable_seconds);
@@ -226,7 +226,7 @@ impl Key {
             period_ns: length_ns.clamp(MIN_PERIOD_NS, MAX_PERIOD_NS),
             seen_ns: now_ns,
         };
-        self.senders.put(sender, now);
+        self.senders.store(sender, now);
         // A gateway is in front of all; what it passed on arrives at the pods as proxied.
         let (proxied, proxied_ns) =
             if *from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
@@ -266,7 +266,7 @@ impl Key {
         stat: &Stat,
         now_ns: u64,
     ) -> Result<Recorded, ImplausibleStat> {
-        let added = PerSecond::of(stat)?;
+        let added = PerSecond::try_from(stat)?;
         let unproxied @ [concurrency, requests] = added.unproxied();
         self.note_report(now_ns);
         let from_gateway = is_activator(sender);
@@ -368,7 +368,7 @@ impl Key {
     /// average where that is larger.
     pub fn metric(&self, metric: Metric, now_ns: u64) -> f64 {
         let Figures { stable, panic, .. } = self.figures(now_ns);
-        let (stable, panic) = (stable.of(metric), panic.of(metric));
+        let (stable, panic) = (stable.value(metric), panic.value(metric));
         if self.decision().panic_mode { stable.max(panic) } else { stable }
     }
 
@@ -411,7 +411,7 @@ impl Key {
         };
         let ready = self.settings.ready_pods.unwrap_or(assumed);
         let metric = self.settings.metric;
-        let (stable, panic) = (figures.stable.of(metric), figures.panic.of(metric));
+        let (stable, panic) = (figures.stable.value(metric), figures.panic.value(metric));
         let decided = self.decided.get_or_insert_with(|| Decided {
             decider: Decider::new(now_ns, ready),
             decision: Decision::default(),
@@ -874,7 +874,7 @@ mod tests {
         let json = serde_json::json!({"metric": "rps", "stable_window": "30s", "min_scale": 3,
             "ready_pods": 1,
             "target": 100, "target_utilization_percentage": 100});
-        key.apply(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
+        key.set_settings(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
         assert_eq!(
             key.figures(NOW + 9 * S).stable,
             Averages { concurrency: 4.0, requests_per_second: 300.0 }

@@ -1,8 +1,8 @@
 //! What the stats server makes of reports: windows, totals and decisions by key.
 
 pub mod decider;
-pub mod heap;
 pub mod key;
+pub mod memory;
 pub mod sender;
 pub mod settings;
 pub mod windows;

@@ -8,7 +8,7 @@ use hashbrown::hash_map::EntryRef;
 
 use crate::counting::snapshot::Snapshot;
 use crate::protocol::stat::Stat;
-use crate::scaling::heap::heap_bytes;
+use crate::scaling::memory::heap_bytes;
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// A sender that has not reported for this many of its periods no longer counts.
@@ -52,12 +52,10 @@ pub struct PerSecond {
     pub proxied_requests: f64,
 }
 
-impl PerSecond {
-    /// Reads a stat.
-    ///
-    /// # Errors
-    /// [`ImplausibleStat`].
-    pub fn of(stat: &Stat) -> Result<Self, ImplausibleStat> {
+impl TryFrom<&Stat> for PerSecond {
+    type Error = ImplausibleStat;
+
+    fn try_from(stat: &Stat) -> Result<Self, ImplausibleStat> {
         let per_second = Self {
             concurrency: stat.average_concurrent_requests,
             proxied_concurrency: stat.average_proxied_concurrent_requests,
@@ -72,7 +70,9 @@ impl PerSecond {
             && fits(proxied_requests);
         if plausible { Ok(per_second) } else { Err(ImplausibleStat) }
     }
+}
 
+impl PerSecond {
     /// Returns concurrency and requests without those that a gateway has counted already.
     pub(super) fn unproxied(&self) -> [f64; 2] {
         [self.concurrency - self.proxied_concurrency, self.requests - self.proxied_requests]
@@ -198,7 +198,7 @@ impl Senders {
 
     /// Stores what an incarnation reported. If there are too many, the one that was silent for
     /// longest is replaced.
-    pub(super) fn put(&mut self, name: &str, now: Incarnation) {
+    pub(super) fn store(&mut self, name: &str, now: Incarnation) {
         let incarnations = &mut self.sender_mut(name).incarnations;
         if let Some(known) = incarnations.iter_mut().find(|known| known.id == now.id) {
             *known = now;

@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hashbrown::HashTable;
-use inflight_stats::protocol::addition::CounterDecreased;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::protocol::report::is_name;
+use inflight_stats::protocol::report_delta::CounterDecreased;
 use inflight_stats::protocol::stat::WireStatMessage;
 use inflight_stats::scaling::decider::Decision;
-use inflight_stats::scaling::heap::heap_bytes;
 use inflight_stats::scaling::key::{Figures, Key, MAX_PERIOD_NS};
+use inflight_stats::scaling::memory::heap_bytes;
 use inflight_stats::scaling::sender::{ImplausibleStat, PerSecond};
 use inflight_stats::scaling::settings::KeySettings;
 use inflight_stats::{KeyReport, Report};
@@ -46,7 +46,7 @@ pub struct KeyView {
     pub settings: Arc<KeySettings>,
 }
 
-struct Entry {
+struct TableEntry {
     name: KeyName,
     key: Key,
     history: History,
@@ -55,7 +55,7 @@ struct Entry {
     sender_bytes: usize,
 }
 
-impl Entry {
+impl TableEntry {
     fn view(&self, now_ns: u64) -> KeyView {
         KeyView {
             name: self.name.clone(),
@@ -78,7 +78,7 @@ impl Entry {
 struct Shard {
     index: HashTable<usize>,
     #[allow(clippy::vec_box, reason = "a vector that has grown is half empty: of pointers that is little")]
-    entries: Vec<Box<Entry>>,
+    entries: Vec<Box<TableEntry>>,
 }
 
 /// How many keys there are.
@@ -228,7 +228,7 @@ impl KeyTable {
             return Err(StatError::Invalid);
         }
         // A stat that is dropped makes no key.
-        PerSecond::of(stat).map_err(|ImplausibleStat| StatError::Invalid)?;
+        PerSecond::try_from(stat).map_err(|ImplausibleStat| StatError::Invalid)?;
         let sender = SenderId { name: pod, incarnation: None };
         let recorded = self
             .with_entry(namespace, name, Some(sender), |entry| entry.key.record_stat(pod, stat, now_ns))
@@ -354,21 +354,21 @@ impl KeyTable {
         drop(own_settings);
         match settings {
             // A key with settings exists, also before its first report.
-            Some(settings) => {
-                self.with_entry(&name.namespace, &name.name, None, |entry| self.apply(entry, settings))
-            }
+            Some(settings) => self.with_entry(&name.namespace, &name.name, None, |entry| {
+                self.set_entry_settings(entry, settings)
+            }),
             None => {
-                self.known_mut(name, |entry| self.apply(entry, Arc::clone(&self.defaults)));
+                self.known_mut(name, |entry| self.set_entry_settings(entry, Arc::clone(&self.defaults)));
                 Ok(())
             }
         }
     }
 
-    fn apply(&self, entry: &mut Entry, settings: Arc<KeySettings>) {
+    fn set_entry_settings(&self, entry: &mut TableEntry, settings: Arc<KeySettings>) {
         self.bytes.fetch_sub(entry.own_bytes, Ordering::Relaxed);
         entry.own_bytes = self.own_bytes(&entry.name, &settings);
         self.bytes.fetch_add(entry.own_bytes, Ordering::Relaxed);
-        entry.key.apply(settings);
+        entry.key.set_settings(settings);
     }
 
     /// Forgets senders that have long been silent, and keys that nobody has reported for a day,
@@ -378,7 +378,7 @@ impl KeyTable {
             entry.key.forget(now_ns);
             self.account(entry);
         });
-        let is_old = |entry: &Entry| now_ns.saturating_sub(entry.key.last_report_ns()) > RETENTION_NS;
+        let is_old = |entry: &TableEntry| now_ns.saturating_sub(entry.key.last_report_ns()) > RETENTION_NS;
         for shard in self.shards.iter() {
             let mut shard = lock(shard);
             let own_settings = self.own_settings.read().unwrap_or_else(PoisonError::into_inner);
@@ -422,11 +422,11 @@ impl KeyTable {
     /// Returns what a key takes by these settings, without its senders; at least what it takes by
     /// the defaults, so that it can always return to these.
     fn own_bytes(&self, name: &KeyName, settings: &KeySettings) -> usize {
-        const ENTRY: usize = size_of::<Entry>() + 16;
+        const ENTRY: usize = size_of::<TableEntry>() + 16;
         // In the index, the entries and the counts by namespace, which are half full after they
         // have grown.
-        const INDEX: usize =
-            2 * size_of::<Box<Entry>>() + (size_of::<usize>() + size_of::<(String, usize)>() + 2) * 16 / 7;
+        const INDEX: usize = 2 * size_of::<Box<TableEntry>>()
+            + (size_of::<usize>() + size_of::<(String, usize)>() + 2) * 16 / 7;
         let names = 2 * heap_bytes(name.namespace.len()) + heap_bytes(name.name.len());
         let of_settings = Key::settings_bytes(settings).max(Key::settings_bytes(&self.defaults));
         ENTRY + INDEX + names + of_settings
@@ -446,7 +446,7 @@ impl KeyTable {
     }
 
     /// Accounts for what a key's senders take now.
-    fn account(&self, entry: &mut Entry) {
+    fn account(&self, entry: &mut TableEntry) {
         let now = entry.key.sender_bytes();
         if now != entry.sender_bytes {
             self.bytes.fetch_add(now, Ordering::Relaxed);
@@ -456,7 +456,7 @@ impl KeyTable {
     }
 
     /// Visits every entry. The lock is released after each.
-    fn for_each(&self, mut visit: impl FnMut(&mut Entry)) {
+    fn for_each(&self, mut visit: impl FnMut(&mut TableEntry)) {
         for shard in self.shards.iter() {
             for position in 0.. {
                 match lock(shard).entries.get_mut(position) {
@@ -467,11 +467,11 @@ impl KeyTable {
         }
     }
 
-    fn known<T>(&self, name: &KeyName, read: impl FnOnce(&Entry) -> T) -> Option<T> {
+    fn known<T>(&self, name: &KeyName, read: impl FnOnce(&TableEntry) -> T) -> Option<T> {
         self.known_mut(name, |entry| read(entry))
     }
 
-    fn known_mut<T>(&self, name: &KeyName, change: impl FnOnce(&mut Entry) -> T) -> Option<T> {
+    fn known_mut<T>(&self, name: &KeyName, change: impl FnOnce(&mut TableEntry) -> T) -> Option<T> {
         let KeyName { namespace, name } = name;
         let (hash, mut shard) = self.shard(namespace, name);
         let position = shard.position(hash, namespace, name)?;
@@ -485,7 +485,7 @@ impl KeyTable {
         namespace: &str,
         name: &str,
         sender: Option<SenderId<'_>>,
-        change: impl FnOnce(&mut Entry) -> T,
+        change: impl FnOnce(&mut TableEntry) -> T,
     ) -> Result<T, CapacityExceeded> {
         let (hash, mut shard) = self.shard(namespace, name);
         let position = match shard.position(hash, namespace, name) {
@@ -531,7 +531,7 @@ impl KeyTable {
         namespace: &str,
         name: &str,
         sender: Option<&str>,
-    ) -> Result<Box<Entry>, CapacityExceeded> {
+    ) -> Result<Box<TableEntry>, CapacityExceeded> {
         let name = KeyName::new(namespace, name);
         let own_settings = self.own_settings.read().unwrap_or_else(PoisonError::into_inner);
         let settings = Arc::clone(own_settings.get(&name).unwrap_or(&self.defaults));
@@ -557,7 +557,7 @@ impl KeyTable {
         self.bytes.fetch_add(own_bytes + sender_bytes, Ordering::Relaxed);
         counts.all += 1;
         *counts.by_namespace.entry(namespace.to_owned()).or_default() += 1;
-        Ok(Box::new(Entry { name, key, history: History::default(), own_bytes, sender_bytes }))
+        Ok(Box::new(TableEntry { name, key, history: History::default(), own_bytes, sender_bytes }))
     }
 
     fn hash(&self, namespace: &str, name: &str) -> u64 {

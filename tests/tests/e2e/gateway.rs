@@ -18,7 +18,7 @@ use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
 use inflight_e2e::{built, prometheus, truth, wait};
-use inflight_stats::protocol::addition::addition;
+use inflight_stats::protocol::report_delta::addition;
 use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;

@@ -1,4 +1,4 @@
-//! The keys of the plugin's configuration: the one table from which the parser has its names and
+//! The options of the plugin's configuration: the one table from which the parser has its names and
 //! its words, and the reference page is generated.
 
 /// One key of the configuration.
@@ -236,13 +236,13 @@ pub const CONFIG_KEYS: [ConfigKey; 25] = [
 ];
 
 /// The names of the document's own keys.
-pub(super) const OF_DOCUMENT: [&str; 14] = names_in("");
+pub(super) const DOCUMENT_KEYS: [&str; 14] = names_in("");
 /// Those of `statserver`.
-pub(super) const OF_STATSERVER: [&str; 5] = names_in("statserver.");
+pub(super) const STATSERVER_KEYS: [&str; 5] = names_in("statserver.");
 /// Those of `gateway`.
-pub(super) const OF_GATEWAY: [&str; 3] = names_in("gateway.");
+pub(super) const GATEWAY_KEYS: [&str; 3] = names_in("gateway.");
 /// Those of `gateway.key`, if it comes from headers.
-pub(super) const OF_GATEWAY_KEY: [&str; 3] = names_in("gateway.key.");
+pub(super) const GATEWAY_KEY_KEYS: [&str; 3] = names_in("gateway.key.");
 
 /// Returns the names of an object's keys, of which there must be `N`.
 #[allow(clippy::indexing_slicing, reason = "at compile time, where an index out of bounds is an error")]
