@@ -7,7 +7,7 @@ use inflight_stats::scaling::decider::DECISION_PERIOD_NS;
 use tokio::task::JoinSet;
 use tokio::time::interval;
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::net::tls::Tls;
 use crate::os::clock::now_ns;
 use crate::os::memory;
@@ -18,41 +18,41 @@ const FORGET_PERIOD: Duration = Duration::from_secs(60);
 const TRIM_PERIOD: Duration = Duration::from_secs(15);
 
 /// Starts all background tasks. They end when the set is dropped.
-pub fn start(app: &Arc<App>, tls: Option<Arc<Tls>>) -> JoinSet<()> {
+pub fn start(state: &Arc<ServerState>, tls: Option<Arc<Tls>>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    tasks.spawn(decide(Arc::clone(app)));
-    tasks.spawn(forget(Arc::clone(app)));
-    tasks.spawn(reload(Arc::clone(app), tls));
+    tasks.spawn(decide(Arc::clone(state)));
+    tasks.spawn(forget(Arc::clone(state)));
+    tasks.spawn(reload(Arc::clone(state), tls));
     tasks.spawn(trim_memory());
-    if let Some(forwarder) = &app.forwarder {
-        tasks.spawn(Arc::clone(forwarder).run(app.drain.clone()));
+    if let Some(forwarder) = &state.forwarder {
+        tasks.spawn(Arc::clone(forwarder).run(state.drain.clone()));
     }
     tasks
 }
 
-async fn decide(app: Arc<App>) {
+async fn decide(state: Arc<ServerState>) {
     let mut ticks = interval(Duration::from_nanos(DECISION_PERIOD_NS));
     loop {
         ticks.tick().await;
-        app.keys.decide(now_ns());
+        state.keys.decide(now_ns());
     }
 }
 
-async fn forget(app: Arc<App>) {
+async fn forget(state: Arc<ServerState>) {
     let mut ticks = interval(FORGET_PERIOD);
     loop {
         ticks.tick().await;
-        app.keys.forget(now_ns());
+        state.keys.forget(now_ns());
     }
 }
 
-async fn reload(app: Arc<App>, tls: Option<Arc<Tls>>) {
+async fn reload(state: Arc<ServerState>, tls: Option<Arc<Tls>>) {
     let mut ticks = interval(RELOAD_PERIOD);
     loop {
         ticks.tick().await;
-        let (app, tls) = (Arc::clone(&app), tls.clone());
+        let (state, tls) = (Arc::clone(&state), tls.clone());
         let read = move || {
-            app.access.reload();
+            state.access.reload();
             if let Some(tls) = tls {
                 tls.reload();
             }

@@ -1,4 +1,4 @@
-//! The state that all requests share.
+//! The state of the server, which all requests share.
 
 use std::sync::Arc;
 
@@ -9,13 +9,13 @@ use crate::forward::forwarder::Forwarder;
 use crate::keys::key_table::KeyTable;
 use crate::keys::settings_store::SettingsStore;
 use crate::net::auth::Access;
-use crate::net::budget::Budget;
+use crate::net::memory_budget::Budget;
 use crate::net::shutdown::DrainWatcher;
 use crate::telemetry::log_limit::LogLimiter;
 use crate::telemetry::metrics::Metrics;
 
-/// The state.
-pub struct App {
+/// What all requests share.
+pub struct ServerState {
     /// The keys.
     pub keys: KeyTable,
     /// Who may do what.

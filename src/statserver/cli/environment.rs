@@ -1,5 +1,5 @@
-//! Environment variables that look like flags and are none: misspelt ones would be ignored without
-//! a word.
+//! Environment variables that look like flags and are none: misspelt ones would be ignored
+//! silently.
 
 use std::fmt;
 

@@ -135,7 +135,7 @@ limits! {
 
 impl Limits {
     /// Returns those of a frame of the stat stream.
-    pub fn of_frames(&self) -> FrameLimits {
+    pub fn frame_limits(&self) -> FrameLimits {
         FrameLimits { bytes: self.max_frame_bytes, messages: self.max_messages, depth: self.max_depth }
     }
 }

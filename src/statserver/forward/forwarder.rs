@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tracing::{info, warn};
 
-use crate::forward::queue::{EncodedStat, Queue};
+use crate::forward::queue::{EncodedStat, ForwardQueue};
 use crate::net::shutdown::DrainWatcher;
 use crate::os::clock::wall_time;
 use crate::os::lock::lock;
@@ -34,7 +34,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Forwards stats to an autoscaler.
 pub struct Forwarder {
     url: String,
-    queue: Mutex<Queue>,
+    queue: Mutex<ForwardQueue>,
     queued: Notify,
     metrics: Arc<Metrics>,
 }
@@ -150,7 +150,7 @@ impl Forwarder {
     }
 
     /// Drops the excess, and wakes the sender.
-    fn finish_change(&self, mut queue: MutexGuard<'_, Queue>) {
+    fn finish_change(&self, mut queue: MutexGuard<'_, ForwardQueue>) {
         let dropped = queue.drop_excess();
         drop(queue);
         self.metrics.forward_dropped.inc_by(dropped);
@@ -162,7 +162,7 @@ impl Forwarder {
         std::iter::from_fn(|| queue.pop_front()).take(MAX_STATS_PER_FRAME).collect()
     }
 
-    fn lock_queue(&self) -> MutexGuard<'_, Queue> {
+    fn lock_queue(&self) -> MutexGuard<'_, ForwardQueue> {
         lock(&self.queue)
     }
 }

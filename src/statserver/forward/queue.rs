@@ -12,14 +12,14 @@ const OVERHEAD_BYTES: usize = 32;
 /// of all their stats, and nothing of the frame that it was received in is kept.
 pub type EncodedStat = Box<[u8]>;
 
-/// The queue.
+/// The stats that wait, oldest first.
 #[derive(Default)]
-pub struct Queue {
+pub struct ForwardQueue {
     stats: VecDeque<EncodedStat>,
     bytes: usize,
 }
 
-impl Queue {
+impl ForwardQueue {
     /// Adds a stat as the last.
     pub fn push_back(&mut self, stat: EncodedStat) {
         self.bytes += stat.len() + OVERHEAD_BYTES;

@@ -11,9 +11,9 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use http_body_util::{BodyExt, Collected};
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::limits::Limit;
-use crate::net::budget::{FREE_BYTES, Reservation};
+use crate::net::memory_budget::{FREE_BYTES, Reservation};
 
 /// A request's body, with its part of the budget.
 pub struct ReceivedBody {
@@ -33,27 +33,27 @@ enum ReceiveError {
 /// # Errors
 /// The response.
 pub async fn receive(
-    app: &App,
+    state: &ServerState,
     body: Body,
     limit: Limit,
     max: usize,
 ) -> Result<ReceivedBody, (StatusCode, String)> {
-    let timeout = app.limits.body_timeout;
-    match tokio::time::timeout(timeout, receive_up_to(app, body, max)).await {
+    let timeout = state.limits.body_timeout;
+    match tokio::time::timeout(timeout, receive_up_to(state, body, max)).await {
         Ok(Ok(body)) => Ok(body),
         Ok(Err(ReceiveError::TooLarge)) => {
-            app.metrics.refused(limit);
+            state.metrics.refused(limit);
             let reason =
                 format!("the body is too large; expected at most {max} bytes (--{})\n", limit.flag());
             Err((StatusCode::PAYLOAD_TOO_LARGE, reason))
         }
         Ok(Err(ReceiveError::Exhausted)) => {
-            app.metrics.refused(Limit::BytesInFlight);
+            state.metrics.refused(Limit::BytesInFlight);
             let reason = "more bytes in flight than --max-bytes-in-flight allows; try again later\n";
             Err((StatusCode::SERVICE_UNAVAILABLE, reason.into()))
         }
         Err(_) => {
-            app.metrics.refused(Limit::BodyTimeout);
+            state.metrics.refused(Limit::BodyTimeout);
             let reason = format!("the body took longer than {timeout:?} (--body-timeout)\n");
             // It may be sent again.
             Err((StatusCode::SERVICE_UNAVAILABLE, reason))
@@ -64,7 +64,7 @@ pub async fn receive(
 /// Receives a body of at most `max` bytes. Of a larger one some more is received and dropped,
 /// because a client that is still writing when the connection closes never sees the response. One
 /// that breaks off is treated as empty: nobody is there to be answered.
-async fn receive_up_to(app: &App, body: Body, max: usize) -> Result<ReceivedBody, ReceiveError> {
+async fn receive_up_to(state: &ServerState, body: Body, max: usize) -> Result<ReceivedBody, ReceiveError> {
     let (mut bytes, mut reservation, mut length) = (Vec::new(), Reservation::default(), 0_usize);
     let mut refused = None;
     let mut chunks = body.into_data_stream();
@@ -76,7 +76,7 @@ async fn receive_up_to(app: &App, body: Body, max: usize) -> Result<ReceivedBody
         length = length.saturating_add(chunk.len());
         if length > max {
             refused = Some(ReceiveError::TooLarge);
-        } else if refused.is_none() && app.budget.reserve(&mut reservation, length).is_err() {
+        } else if refused.is_none() && state.budget.reserve(&mut reservation, length).is_err() {
             refused = Some(ReceiveError::Exhausted);
         }
         if refused.is_none() {
@@ -104,7 +104,11 @@ impl AsRef<[u8]> for ReservedBytes {
 
 /// Has responses that are not small reserve their bytes until they are written: clients may be slow
 /// to read.
-pub async fn reserve_response(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub async fn reserve_response(
+    State(state): State<Arc<ServerState>>,
+    request: Request,
+    next: Next,
+) -> Response {
     let (parts, body) = next.run(request).await.into_parts();
     if body.size_hint().exact().is_none_or(|bytes| bytes <= FREE_BYTES as u64) {
         return Response::from_parts(parts, body);
@@ -114,8 +118,8 @@ pub async fn reserve_response(State(app): State<Arc<App>>, request: Request, nex
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
     let mut reservation = Reservation::default();
-    if app.response_budget.reserve(&mut reservation, bytes.len()).is_err() {
-        app.metrics.refused(Limit::AnswerBytes);
+    if state.response_budget.reserve(&mut reservation, bytes.len()).is_err() {
+        state.metrics.refused(Limit::AnswerBytes);
         let reason = "more bytes of unread responses than --max-answer-bytes allows; try again later\n";
         return (StatusCode::SERVICE_UNAVAILABLE, reason).into_response();
     }

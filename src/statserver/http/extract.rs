@@ -8,22 +8,22 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use inflight_stats::protocol::key_name::KeyName;
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::net::auth::{Grant, Peer, Unauthenticated, not_covered};
-use crate::net::guard::ConnectionGuard;
+use crate::net::connection_limits::ConnectionGuard;
 
 /// How `/v1/key` names a key.
 pub const KEY_PARAMETERS: &[&str] = &["namespace", "name"];
 
 /// What the client may do; 401 without a known token.
-impl FromRequestParts<Arc<App>> for Grant {
+impl FromRequestParts<Arc<ServerState>> for Grant {
     type Rejection = Response;
 
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
+    async fn from_request_parts(parts: &mut Parts, state: &Arc<ServerState>) -> Result<Self, Response> {
         let authorization = parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
         let peer = parts.extensions.get::<Peer>().copied().unwrap_or_default();
-        let grant = app.access.check(authorization, peer).map_err(|error: Unauthenticated| {
-            app.metrics.unauthorized.inc();
+        let grant = state.access.check(authorization, peer).map_err(|error: Unauthenticated| {
+            state.metrics.unauthorized.inc();
             // A browser asks its user for a password. Clients without a token keep no connection.
             let headers = [
                 (header::WWW_AUTHENTICATE, "Basic realm=\"inflight\", charset=\"UTF-8\""),
@@ -39,8 +39,8 @@ impl FromRequestParts<Arc<App>> for Grant {
 }
 
 /// Counts and returns a refusal: the token does not cover a namespace.
-pub fn forbidden(app: &App, namespace: &str) -> (StatusCode, String) {
-    app.metrics.unauthorized.inc();
+pub fn forbidden(state: &ServerState, namespace: &str) -> (StatusCode, String) {
+    state.metrics.unauthorized.inc();
     (StatusCode::FORBIDDEN, format!("{}\n", not_covered(namespace)))
 }
 
@@ -54,18 +54,18 @@ pub struct KeyPath {
     pub grant: Grant,
 }
 
-impl FromRequestParts<Arc<App>> for KeyPath {
+impl FromRequestParts<Arc<ServerState>> for KeyPath {
     type Rejection = Response;
 
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
-        let grant = Grant::from_request_parts(parts, app).await?;
-        let in_path = RawPathParams::from_request_parts(parts, app).await;
+    async fn from_request_parts(parts: &mut Parts, state: &Arc<ServerState>) -> Result<Self, Response> {
+        let grant = Grant::from_request_parts(parts, state).await?;
+        let in_path = RawPathParams::from_request_parts(parts, state).await;
         let is_in_path = in_path.map_err(IntoResponse::into_response)?.iter().next().is_some();
         let name = if is_in_path {
-            let path = Path::<KeyName>::from_request_parts(parts, app).await;
+            let path = Path::<KeyName>::from_request_parts(parts, state).await;
             path.map(|Path(name)| name).map_err(IntoResponse::into_response)?
         } else {
-            let query = Query::<KeyName>::from_request_parts(parts, app).await;
+            let query = Query::<KeyName>::from_request_parts(parts, state).await;
             query.map(|Query(name)| name).map_err(|_| {
                 let reason = "no key in the query; expected ?namespace=NAMESPACE&name=NAME\n";
                 (StatusCode::BAD_REQUEST, reason).into_response()
@@ -73,7 +73,7 @@ impl FromRequestParts<Arc<App>> for KeyPath {
         };
         match grant.covers(&name.namespace) {
             true => Ok(Self { name, grant }),
-            false => Err(forbidden(app, &name.namespace).into_response()),
+            false => Err(forbidden(state, &name.namespace).into_response()),
         }
     }
 }
@@ -84,13 +84,13 @@ pub struct AdminKeyPath(
     pub KeyName,
 );
 
-impl FromRequestParts<Arc<App>> for AdminKeyPath {
+impl FromRequestParts<Arc<ServerState>> for AdminKeyPath {
     type Rejection = Response;
 
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Response> {
-        let KeyPath { name, grant } = KeyPath::from_request_parts(parts, app).await?;
+    async fn from_request_parts(parts: &mut Parts, state: &Arc<ServerState>) -> Result<Self, Response> {
+        let KeyPath { name, grant } = KeyPath::from_request_parts(parts, state).await?;
         if !grant.admin {
-            app.metrics.unauthorized.inc();
+            state.metrics.unauthorized.inc();
             let reason = "changing settings requires a token that is marked admin\n";
             return Err((StatusCode::FORBIDDEN, reason).into_response());
         }

@@ -8,7 +8,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use inflight_stats::counting::request::{KUBELET_PROBE_HEADER, is_kubelet_agent};
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 
 /// Answers that the process is alive.
 pub async fn alive() -> &'static str {
@@ -16,8 +16,8 @@ pub async fn alive() -> &'static str {
 }
 
 /// Answers whether the server is ready: it is until it shuts down.
-pub async fn ready(State(app): State<Arc<App>>) -> Response {
-    if app.drain.is_draining() {
+pub async fn ready(State(state): State<Arc<ServerState>>) -> Response {
+    if state.drain.is_draining() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining\n").into_response();
     }
     "ok\n".into_response()

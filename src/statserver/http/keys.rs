@@ -11,8 +11,8 @@ use inflight_stats::scaling::key::Averages;
 use inflight_stats::scaling::settings::KeySettings;
 use serde::Serialize;
 
-use crate::app::state::App;
-use crate::http::auth::KeyPath;
+use crate::app::state::ServerState;
+use crate::http::extract::KeyPath;
 use crate::keys::history::HistoryPoint;
 use crate::keys::key_table::KeyView;
 use crate::net::auth::Grant;
@@ -114,13 +114,13 @@ impl ListQuery {
 
 /// Lists the first keys that match, and in `found` how many there are, also beyond the limit.
 pub async fn list_keys(
-    State(app): State<Arc<App>>,
+    State(state): State<Arc<ServerState>>,
     grant: Grant,
     RawQuery(query): RawQuery,
 ) -> Result<Response, (StatusCode, String)> {
     let ListQuery { search, limit } = ListQuery::parse(query.as_deref().unwrap_or_default())?;
-    let _one_at_a_time = app.listing.lock().await;
-    let (views, found) = app.keys.views(&grant, &search, limit, now_ns());
+    let _one_at_a_time = state.listing.lock().await;
+    let (views, found) = state.keys.views(&grant, &search, limit, now_ns());
     let mut text = b"{\"keys\":[".to_vec();
     for view in views {
         let before = text.len();
@@ -144,15 +144,15 @@ pub fn unknown_key(name: &KeyName) -> Response {
 }
 
 /// Shows a key's figures.
-pub async fn get_key(State(app): State<Arc<App>>, KeyPath { name, .. }: KeyPath) -> Response {
-    let view = app.keys.view(&name, now_ns());
+pub async fn get_key(State(state): State<Arc<ServerState>>, KeyPath { name, .. }: KeyPath) -> Response {
+    let view = state.keys.view(&name, now_ns());
     view.map_or_else(|| unknown_key(&name), |view| Json(KeyJson::from(view)).into_response())
 }
 
 /// Shows a key's last decisions.
-pub async fn get_history(State(app): State<Arc<App>>, KeyPath { name, .. }: KeyPath) -> Response {
+pub async fn get_history(State(state): State<Arc<ServerState>>, KeyPath { name, .. }: KeyPath) -> Response {
     let seconds_between = DECISION_PERIOD_NS / 1_000_000_000;
-    let points = app.keys.history(&name);
+    let points = state.keys.history(&name);
     points.map_or_else(
         || unknown_key(&name),
         |points| Json(HistoryJson { seconds_between, points }).into_response(),

@@ -9,14 +9,14 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use inflight_stats::config::suggestion::closest;
 
-use crate::api::stat_stream;
-use crate::app::state::App;
-use crate::http::auth::KEY_PARAMETERS;
+use crate::app::state::ServerState;
+use crate::http::extract::KEY_PARAMETERS;
 use crate::http::keys::LIST_PARAMETERS;
 use crate::net::auth::Grant;
-use crate::net::guard::ConnectionGuard;
+use crate::net::connection_limits::ConnectionGuard;
+use crate::protocols::stat_stream;
 
-/// Refuses unknown parameters: misspelt ones would be ignored without a word.
+/// Refuses unknown parameters: misspelt ones would be ignored silently.
 pub async fn only_known_parameters(request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let known = match path {
@@ -67,19 +67,19 @@ pub async fn same_origin(request: Request, next: Next) -> Response {
 }
 
 /// Answers upgrades to a websocket on any path, as Knative's stats server does.
-pub async fn websocket(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub async fn websocket(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Response {
     let upgrade = request.headers().get(header::UPGRADE);
     if !upgrade.is_some_and(|upgrade| upgrade.as_bytes().eq_ignore_ascii_case(b"websocket")) {
         return next.run(request).await;
     }
     let (mut parts, _) = request.into_parts();
-    let grant = match Grant::from_request_parts(&mut parts, &app).await {
+    let grant = match Grant::from_request_parts(&mut parts, &state).await {
         Ok(grant) => grant,
         Err(refused) => return refused,
     };
     let guard = parts.extensions.get::<Arc<ConnectionGuard>>().cloned();
-    match WebSocketUpgrade::from_request_parts(&mut parts, &app).await {
-        Ok(upgrade) => stat_stream::upgrade(upgrade, app, grant, guard),
+    match WebSocketUpgrade::from_request_parts(&mut parts, &state).await {
+        Ok(upgrade) => stat_stream::upgrade(upgrade, state, grant, guard),
         Err(refused) => refused.into_response(),
     }
 }

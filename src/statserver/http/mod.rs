@@ -1,7 +1,7 @@
 //! The HTTP server: reports, keys, settings, health, metrics, the live page.
 
-pub mod auth;
 pub mod body;
+pub mod extract;
 pub mod health;
 pub mod keys;
 pub mod middleware;

@@ -13,7 +13,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::keys::key_table::KeyView;
 use crate::net::auth::Grant;
 use crate::os::clock::now_ns;
@@ -96,10 +96,10 @@ pub fn text(metrics: &Metrics, views: Vec<KeyView>, found: usize) -> Result<Stri
 }
 
 /// Answers a scrape.
-pub async fn scrape(State(app): State<Arc<App>>, grant: Grant) -> Response {
-    let _one_at_a_time = app.listing.lock().await;
-    let (views, found) = app.keys.views(&grant, "", MAX_KEYS, now_ns());
-    match text(&app.metrics, views, found) {
+pub async fn scrape(State(state): State<Arc<ServerState>>, grant: Grant) -> Response {
+    let _one_at_a_time = state.listing.lock().await;
+    let (views, found) = state.keys.views(&grant, "", MAX_KEYS, now_ns());
+    match text(&state.metrics, views, found) {
         Ok(text) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, content_type)], text).into_response()

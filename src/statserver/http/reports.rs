@@ -10,26 +10,26 @@ use inflight_stats::Report;
 use inflight_stats::protocol::report::CONTENT_TYPE;
 use tracing::{debug, warn};
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::limits::Limit;
-use crate::http::auth::forbidden;
 use crate::http::body::{self, ReceivedBody};
+use crate::http::extract::forbidden;
 use crate::keys::key_table::RecordError;
 use crate::net::auth::Grant;
 use crate::os::clock::{now_ns, wall_time};
 
 /// Records a report.
 pub async fn post_report(
-    State(app): State<Arc<App>>,
+    State(state): State<Arc<ServerState>>,
     grant: Grant,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let (code, reason, bytes) = match record(&app, &grant, &headers, body).await {
+    let (code, reason, bytes) = match record(&state, &grant, &headers, body).await {
         Ok(bytes) => (StatusCode::ACCEPTED, String::new(), bytes),
         Err((code, reason)) => (code, reason, 0),
     };
-    app.metrics.report(code.as_u16(), bytes);
+    state.metrics.report(code.as_u16(), bytes);
     if !reason.is_empty() {
         debug!(%code, reason, "refused a report");
     }
@@ -38,7 +38,7 @@ pub async fn post_report(
 
 /// Returns how many bytes the report had.
 async fn record(
-    app: &App,
+    state: &ServerState,
     grant: &Grant,
     headers: &HeaderMap,
     body: Body,
@@ -49,22 +49,22 @@ async fn record(
         let reason = format!("content-type is {given}; expected {CONTENT_TYPE}\n");
         return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, reason));
     }
-    let body = body::receive(app, body, Limit::ReportBytes, app.limits.max_report_bytes).await?;
+    let body = body::receive(state, body, Limit::ReportBytes, state.limits.max_report_bytes).await?;
     let ReceivedBody { bytes, .. } = &body;
     let invalid = |error| (StatusCode::BAD_REQUEST, format!("{error}\n"));
     let mut report = Report::decode(bytes).map_err(invalid)?;
     // By the wall clock as it is now: at the server's start it may have been wrong.
     let wall_ns = u64::try_from(wall_time().as_nanos()).unwrap_or(u64::MAX);
     report.check_clock(wall_ns.max(now_ns())).map_err(invalid)?;
-    let (keys, max) = (report.messages.len(), app.limits.max_messages);
+    let (keys, max) = (report.messages.len(), state.limits.max_messages);
     if keys > max {
-        app.metrics.refused(Limit::Messages);
+        state.metrics.refused(Limit::Messages);
         let reason = format!("the report has {keys} keys; expected at most {max} (--max-messages)\n");
         return Err((StatusCode::BAD_REQUEST, reason));
     }
-    remove_forbidden(app, grant, &mut report)?;
-    let recorded = app.keys.record(&report, now_ns(), |message, added| {
-        if let Some(forwarder) = &app.forwarder {
+    remove_forbidden(state, grant, &mut report)?;
+    let recorded = state.keys.record(&report, now_ns(), |message, added| {
+        if let Some(forwarder) = &state.forwarder {
             forwarder.queue_report(&report.pod, message, added);
         }
     });
@@ -73,10 +73,10 @@ async fn record(
         Err(RecordError::CounterDecreased(name, error)) => {
             Err((StatusCode::CONFLICT, format!("key {name}: {error}\n")))
         }
-        // Not a 4xx: the sender sends it again, and is heard once there is capacity.
+        // Not a 4xx: the sender sends it again, and is recorded once there is capacity.
         Err(RecordError::CapacityExceeded(exceeded)) => {
-            app.metrics.refused(exceeded.limit);
-            app.log_limiter.log(|suppressed| {
+            state.metrics.refused(exceeded.limit);
+            state.log_limiter.log(|suppressed| {
                 warn!(reason = %exceeded, pod = report.pod, suppressed, "left keys of a report out");
             });
             Err((StatusCode::INSUFFICIENT_STORAGE, format!("{exceeded}\n")))
@@ -87,15 +87,19 @@ async fn record(
 /// Leaves out the keys whose namespace is not granted. A gateway whose clients name the keys may
 /// report some; if they had the whole report refused, it would have to send them for ever, and all
 /// others with them.
-fn remove_forbidden(app: &App, grant: &Grant, report: &mut Report) -> Result<(), (StatusCode, String)> {
+fn remove_forbidden(
+    state: &ServerState,
+    grant: &Grant,
+    report: &mut Report,
+) -> Result<(), (StatusCode, String)> {
     let forbidden_key = report.messages.iter().find(|message| !grant.covers(&message.namespace));
     let Some(namespace) = forbidden_key.map(|message| message.namespace.clone()) else { return Ok(()) };
-    let refused = forbidden(app, &namespace);
+    let refused = forbidden(state, &namespace);
     report.messages.retain(|message| grant.covers(&message.namespace));
     if report.messages.is_empty() {
         return Err(refused);
     }
-    app.log_limiter.log(|suppressed| {
+    state.log_limiter.log(|suppressed| {
         warn!(
             namespace,
             pod = report.pod,

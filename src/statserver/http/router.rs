@@ -7,11 +7,11 @@ use axum::http::StatusCode;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::http::{body, health, keys, middleware, page, prometheus, reports, settings};
 
 /// Returns all routes.
-pub fn router(app: Arc<App>) -> Router {
+pub fn router(state: Arc<ServerState>) -> Router {
     let settings_methods =
         || get(settings::get_settings).put(settings::put_settings).delete(settings::delete_settings);
     Router::new()
@@ -32,11 +32,11 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_method)
         .layer(from_fn(middleware::only_known_parameters))
-        .layer(from_fn_with_state(Arc::clone(&app), body::reserve_response))
-        .layer(from_fn_with_state(Arc::clone(&app), middleware::websocket))
+        .layer(from_fn_with_state(Arc::clone(&state), body::reserve_response))
+        .layer(from_fn_with_state(Arc::clone(&state), middleware::websocket))
         .layer(from_fn(middleware::same_origin))
         .layer(from_fn(health::kubelet_probe))
-        .with_state(app)
+        .with_state(state)
 }
 
 async fn unknown_path() -> (StatusCode, &'static str) {

@@ -11,55 +11,58 @@ use inflight_stats::protocol::report::{MAX_NAME_BYTES, is_name};
 use serde_json::Value;
 use tracing::warn;
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::limits::Limit;
-use crate::http::auth::{AdminKeyPath, KeyPath};
 use crate::http::body;
+use crate::http::extract::{AdminKeyPath, KeyPath};
 use crate::http::keys::unknown_key;
 use crate::keys::settings_store::SetError;
 
 /// Shows what a key is scaled by.
-pub async fn get_settings(State(app): State<Arc<App>>, KeyPath { name, .. }: KeyPath) -> Response {
-    show(&app, &name)
+pub async fn get_settings(State(state): State<Arc<ServerState>>, KeyPath { name, .. }: KeyPath) -> Response {
+    show(&state, &name)
 }
 
-fn show(app: &App, name: &KeyName) -> Response {
-    let settings = app.keys.read(name, |key| Arc::clone(key.settings()));
+fn show(state: &ServerState, name: &KeyName) -> Response {
+    let settings = state.keys.read(name, |key| Arc::clone(key.settings()));
     settings.map_or_else(|| unknown_key(name), |settings| Json(settings).into_response())
 }
 
 /// Sets a key's settings, which replace all that it had.
 pub async fn put_settings(
-    State(app): State<Arc<App>>,
+    State(state): State<Arc<ServerState>>,
     AdminKeyPath(name): AdminKeyPath,
     body: Body,
 ) -> Response {
-    let json = match read_json(&app, &name, body).await {
+    let json = match read_json(&state, &name, body).await {
         Ok(json) => json,
         Err(refused) => return refused.into_response(),
     };
     // In a task, so that it is completed even if the client leaves meanwhile: else the file and the
     // key might not agree.
-    let (task_app, key) = (Arc::clone(&app), name.clone());
-    let set = tokio::spawn(async move { task_app.settings.set(&task_app.keys, key, json).await }).await;
+    let (task_state, key) = (Arc::clone(&state), name.clone());
+    let set = tokio::spawn(async move { task_state.settings.set(&task_state.keys, key, json).await }).await;
     match set.unwrap_or_else(|error| Err(SetError::File(std::io::Error::other(error)))) {
-        Ok(()) => show(&app, &name),
-        Err(error) => refuse(&app, &error),
+        Ok(()) => show(&state, &name),
+        Err(error) => refuse(&state, &error),
     }
 }
 
 /// Has a key scaled by the defaults again.
-pub async fn delete_settings(State(app): State<Arc<App>>, AdminKeyPath(name): AdminKeyPath) -> Response {
-    let task_app = Arc::clone(&app);
-    let cleared = tokio::spawn(async move { task_app.settings.clear(&task_app.keys, name).await }).await;
+pub async fn delete_settings(
+    State(state): State<Arc<ServerState>>,
+    AdminKeyPath(name): AdminKeyPath,
+) -> Response {
+    let task_state = Arc::clone(&state);
+    let cleared = tokio::spawn(async move { task_state.settings.clear(&task_state.keys, name).await }).await;
     match cleared.unwrap_or_else(|error| Err(SetError::File(std::io::Error::other(error)))) {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
-        Err(error) => refuse(&app, &error),
+        Err(error) => refuse(&state, &error),
     }
 }
 
-async fn read_json(app: &App, name: &KeyName, body: Body) -> Result<Value, (StatusCode, String)> {
-    let body = body::receive(app, body, Limit::SettingsBytes, app.limits.max_settings_bytes).await?;
+async fn read_json(state: &ServerState, name: &KeyName, body: Body) -> Result<Value, (StatusCode, String)> {
+    let body = body::receive(state, body, Limit::SettingsBytes, state.limits.max_settings_bytes).await?;
     for (what, value) in [("namespace", &name.namespace), ("name", &name.name)] {
         if !is_name(value) {
             let reason = format!(
@@ -71,9 +74,9 @@ async fn read_json(app: &App, name: &KeyName, body: Body) -> Result<Value, (Stat
         }
     }
     match serde_json::from_slice(&body.bytes) {
-        Ok(json) if depth(&json) > app.limits.max_depth => {
-            app.metrics.refused(Limit::Depth);
-            let max = app.limits.max_depth;
+        Ok(json) if depth(&json) > state.limits.max_depth => {
+            state.metrics.refused(Limit::Depth);
+            let max = state.limits.max_depth;
             let reason =
                 format!("the values are nested too deeply; expected at most {max} levels (--max-depth)\n");
             Err((StatusCode::BAD_REQUEST, reason))
@@ -92,12 +95,12 @@ fn depth(json: &Value) -> usize {
     }
 }
 
-fn refuse(app: &App, error: &SetError) -> Response {
+fn refuse(state: &ServerState, error: &SetError) -> Response {
     let code = match error {
         SetError::Invalid(_) => StatusCode::BAD_REQUEST,
         SetError::TooMany => StatusCode::INSUFFICIENT_STORAGE,
         SetError::CapacityExceeded(exceeded) => {
-            app.metrics.refused(exceeded.limit);
+            state.metrics.refused(exceeded.limit);
             StatusCode::INSUFFICIENT_STORAGE
         }
         SetError::File(error) => {

@@ -13,27 +13,27 @@ use inflight_stats::{KeyReport, Report, Snapshot};
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::flags::{AnonymousAccess, Flags};
 use crate::http::router::router;
 use crate::keys::capacity::Capacity;
 use crate::keys::key_table::KeyTable;
 use crate::keys::settings_store::SettingsStore;
 use crate::net::auth::{Access, Peer};
-use crate::net::budget::Budget;
+use crate::net::memory_budget::Budget;
 use crate::net::shutdown::{DrainTrigger, new_drain};
 use crate::os::clock::now_ns;
 use crate::telemetry::log_limit::LogLimiter;
 
-fn app() -> Arc<App> {
-    app_with(Access::load(None, false, AnonymousAccess::Full).unwrap()).1
+fn state() -> Arc<ServerState> {
+    state_with(Access::load(None, false, AnonymousAccess::Full).unwrap()).1
 }
 
-fn app_with(access: Access) -> (DrainTrigger, Arc<App>) {
+fn state_with(access: Access) -> (DrainTrigger, Arc<ServerState>) {
     let capacity = Capacity { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
     let keys = KeyTable::new(Arc::default(), capacity, 0);
     let (trigger, drain) = new_drain();
-    let app = App {
+    let state = ServerState {
         settings: SettingsStore::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
         keys,
         access,
@@ -48,32 +48,32 @@ fn app_with(access: Access) -> (DrainTrigger, Arc<App>) {
         drain,
         log_limiter: LogLimiter::default(),
     };
-    (trigger, Arc::new(app))
+    (trigger, Arc::new(state))
 }
 
-async fn ask(app: &Arc<App>, request: Request) -> (StatusCode, String) {
-    let response = router(Arc::clone(app)).oneshot(request).await.unwrap();
+async fn ask(state: &Arc<ServerState>, request: Request) -> (StatusCode, String) {
+    let response = router(Arc::clone(state)).oneshot(request).await.unwrap();
     let status = response.status();
     let body = response.into_body().collect().await.unwrap().to_bytes();
     (status, String::from_utf8(body.to_vec()).unwrap())
 }
 
-async fn read(app: &Arc<App>, path: &str) -> (StatusCode, String) {
-    ask(app, Request::get(path).body(Body::empty()).unwrap()).await
+async fn read(state: &Arc<ServerState>, path: &str) -> (StatusCode, String) {
+    ask(state, Request::get(path).body(Body::empty()).unwrap()).await
 }
 
-async fn send(app: &Arc<App>, body: Vec<u8>) -> (StatusCode, String) {
+async fn send(state: &Arc<ServerState>, body: Vec<u8>) -> (StatusCode, String) {
     let request = Request::post("/v1/reports").header("content-type", CONTENT_TYPE);
-    ask(app, request.body(Body::from(body)).unwrap()).await
+    ask(state, request.body(Body::from(body)).unwrap()).await
 }
 
-async fn put(app: &Arc<App>, path: &str, json: &str) -> (StatusCode, String) {
-    ask(app, Request::put(path).body(Body::from(json.to_owned())).unwrap()).await
+async fn put(state: &Arc<ServerState>, path: &str, json: &str) -> (StatusCode, String) {
+    ask(state, Request::put(path).body(Body::from(json.to_owned())).unwrap()).await
 }
 
-fn count(app: &App) -> usize {
-    let all = app.access.check(None, Peer::default()).unwrap();
-    app.keys.views(&all, "", usize::MAX, now_ns()).1
+fn count(state: &ServerState) -> usize {
+    let all = state.access.check(None, Peer::default()).unwrap();
+    state.keys.views(&all, "", usize::MAX, now_ns()).1
 }
 
 fn sample(name: &str, requests: u64) -> Report {
@@ -101,9 +101,9 @@ fn sample(name: &str, requests: u64) -> Report {
 
 #[tokio::test]
 async fn a_report_shows_up_under_its_key() {
-    let app = app();
-    assert_eq!(send(&app, sample("rev", 7).encode().unwrap()).await, (StatusCode::ACCEPTED, String::new()));
-    let (status, body) = read(&app, "/v1/keys/ns/rev").await;
+    let state = state();
+    assert_eq!(send(&state, sample("rev", 7).encode().unwrap()).await, (StatusCode::ACCEPTED, String::new()));
+    let (status, body) = read(&state, "/v1/keys/ns/rev").await;
     let value: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!(status, StatusCode::OK);
     assert_eq!(value["requests_total"], 7);
@@ -113,75 +113,75 @@ async fn a_report_shows_up_under_its_key() {
     assert_eq!(value["panic"]["requests_per_second"], 7.0);
     assert_eq!((&value["desired_pods"], &value["panic_mode"]), (&1.into(), &false.into()), "one at once");
     assert_eq!(value["excess_burst_capacity"], serde_json::Value::Null);
-    put(&app, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
-    app.keys.decide(now_ns());
-    let (_, body) = read(&app, "/v1/keys/ns/rev").await;
+    put(&state, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
+    state.keys.decide(now_ns());
+    let (_, body) = read(&state, "/v1/keys/ns/rev").await;
     let decided: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!((&decided["desired_pods"], &decided["panic_mode"]), (&3.into(), &true.into()));
     assert_eq!(decided["excess_burst_capacity"], 1 - 211 - 3);
     assert!(value["last_report_age_ms"].as_u64().unwrap() < 60_000);
-    let (_, all) = read(&app, "/v1/keys").await;
+    let (_, all) = read(&state, "/v1/keys").await;
     assert_eq!(serde_json::from_str::<serde_json::Value>(&all).unwrap()["keys"][0]["name"], "rev");
 }
 
 #[tokio::test]
 async fn names_in_paths_are_percent_encoded() {
-    let app = app();
-    send(&app, sample("outbound|80||a/b", 1).encode().unwrap()).await;
-    assert_eq!(read(&app, "/v1/keys/ns/outbound%7C80%7C%7Ca%2Fb").await.0, StatusCode::OK);
-    assert_eq!(read(&app, "/v1/keys/ns/none").await.0, StatusCode::NOT_FOUND);
+    let state = state();
+    send(&state, sample("outbound|80||a/b", 1).encode().unwrap()).await;
+    assert_eq!(read(&state, "/v1/keys/ns/outbound%7C80%7C%7Ca%2Fb").await.0, StatusCode::OK);
+    assert_eq!(read(&state, "/v1/keys/ns/none").await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
 async fn names_that_no_path_can_have_are_in_the_query() {
-    let app = app();
-    send(&app, sample("..", 1).encode().unwrap()).await;
-    let (status, key) = read(&app, "/v1/key?namespace=ns&name=..").await;
+    let state = state();
+    send(&state, sample("..", 1).encode().unwrap()).await;
+    let (status, key) = read(&state, "/v1/key?namespace=ns&name=..").await;
     assert!(status == StatusCode::OK && key.contains(r#""name":"..""#), "{key}");
-    assert_eq!(read(&app, "/v1/key/history?name=%2E%2E&namespace=ns").await.0, StatusCode::OK);
+    assert_eq!(read(&state, "/v1/key/history?name=%2E%2E&namespace=ns").await.0, StatusCode::OK);
     let path = "/v1/key/settings?namespace=ns&name=a%2F%26b";
-    assert_eq!(put(&app, path, r#"{"target": 7}"#).await.0, StatusCode::OK);
-    assert!(read(&app, "/v1/keys/ns/a%2F&b").await.1.contains(r#""target":7.0"#));
-    assert_eq!(read(&app, "/v1/key?namespace=ns").await.0, StatusCode::BAD_REQUEST);
-    assert_eq!(read(&app, "/v1/key?namespace=ns&name=none").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(put(&state, path, r#"{"target": 7}"#).await.0, StatusCode::OK);
+    assert!(read(&state, "/v1/keys/ns/a%2F&b").await.1.contains(r#""target":7.0"#));
+    assert_eq!(read(&state, "/v1/key?namespace=ns").await.0, StatusCode::BAD_REQUEST);
+    assert_eq!(read(&state, "/v1/key?namespace=ns&name=none").await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
 async fn settings_for_which_there_is_no_room_change_nothing() {
-    let app = app();
+    let state = state();
     for number in 0..100 {
-        send(&app, sample(&number.to_string(), 1).encode().unwrap()).await;
+        send(&state, sample(&number.to_string(), 1).encode().unwrap()).await;
     }
-    let (status, text) = put(&app, "/v1/keys/ns/more/settings", r#"{"target": 7}"#).await;
+    let (status, text) = put(&state, "/v1/keys/ns/more/settings", r#"{"target": 7}"#).await;
     assert_eq!(status, StatusCode::INSUFFICIENT_STORAGE, "{text}");
     assert!(text.contains("nothing was changed: ") && text.contains("100 keys"), "{text}");
-    assert_eq!(read(&app, "/v1/keys/ns/more/settings").await.0, StatusCode::NOT_FOUND);
-    assert_eq!(put(&app, "/v1/keys/ns/7/settings", r#"{"target": 7}"#).await.0, StatusCode::OK);
+    assert_eq!(read(&state, "/v1/keys/ns/more/settings").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(put(&state, "/v1/keys/ns/7/settings", r#"{"target": 7}"#).await.0, StatusCode::OK);
 }
 
 #[tokio::test]
 async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants() {
-    let mut app = app();
+    let mut state = state();
     let capacity = Capacity { keys: 9, keys_per_namespace: 9, pods_per_key: 9, bytes: 1 << 20 };
     // As if it had not quite started: however slow this machine is.
-    Arc::get_mut(&mut app).unwrap().keys =
+    Arc::get_mut(&mut state).unwrap().keys =
         KeyTable::new(Arc::default(), capacity, now_ns() + 3_600_000_000_000);
-    send(&app, sample("rev", 7).encode().unwrap()).await;
-    app.keys.decide(now_ns());
-    let value: serde_json::Value = serde_json::from_str(&read(&app, "/v1/keys/ns/rev").await.1).unwrap();
+    send(&state, sample("rev", 7).encode().unwrap()).await;
+    state.keys.decide(now_ns());
+    let value: serde_json::Value = serde_json::from_str(&read(&state, "/v1/keys/ns/rev").await.1).unwrap();
 
     assert_eq!(
         (&value["desired_pods"], &value["excess_burst_capacity"]),
         (&serde_json::Value::Null, &serde_json::Value::Null)
     );
-    let (_, text) = read(&app, "/metrics").await;
+    let (_, text) = read(&state, "/metrics").await;
     assert!(text.contains("key_pods{") && !text.contains("key_desired_pods{"), "{text}");
-    assert_eq!(app.keys.read(&KeyName::new("ns", "rev"), |key| key.is_active(now_ns())), Some(true));
+    assert_eq!(state.keys.read(&KeyName::new("ns", "rev"), |key| key.is_active(now_ns())), Some(true));
 }
 
 #[tokio::test]
 async fn what_is_refused_says_why_and_changes_nothing() {
-    let app = app();
+    let state = state();
     let mut unknown_version = sample("rev", 7).encode().unwrap();
     unknown_version[0] = 9;
     let mut broken = sample("rev", 7).encode().unwrap();
@@ -193,30 +193,30 @@ async fn what_is_refused_says_why_and_changes_nothing() {
         (vec![1; inflight_stats::protocol::report::MAX_BYTES + 1], StatusCode::PAYLOAD_TOO_LARGE, "1048576"),
     ];
     for (body, status, reason) in cases {
-        let (got, text) = send(&app, body).await;
+        let (got, text) = send(&state, body).await;
         assert_eq!(got, status, "{text}");
         assert!(text.contains(reason), "{text}");
     }
     let request = Request::post("/v1/reports").header("content-type", "application/json");
     let (status, text) =
-        ask(&app, request.body(Body::from(sample("rev", 7).encode().unwrap())).unwrap()).await;
+        ask(&state, request.body(Body::from(sample("rev", 7).encode().unwrap())).unwrap()).await;
     assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE, "{text}");
-    assert_eq!(count(&app), 0);
+    assert_eq!(count(&state), 0);
 }
 
 #[tokio::test]
 async fn of_a_report_with_a_key_that_went_back_the_others_are_taken() {
-    let app = app();
-    send(&app, sample("b", 7).encode().unwrap()).await;
+    let state = state();
+    send(&state, sample("b", 7).encode().unwrap()).await;
     let mut report = sample("a", 5);
     report.messages.extend(sample("b", 3).messages);
     report.messages.extend(sample("c", 4).messages);
     report.messages[1].until.as_of_ns += 1;
-    let (status, text) = send(&app, report.encode().unwrap()).await;
-    assert_eq!((status, count(&app)), (StatusCode::CONFLICT, 3), "{text}");
+    let (status, text) = send(&state, report.encode().unwrap()).await;
+    assert_eq!((status, count(&state)), (StatusCode::CONFLICT, 3), "{text}");
     assert!(text.contains("ns/b") && text.contains("a counter decreased"), "{text}");
     let total =
-        |name: &str| app.keys.view(&KeyName::new("ns", name), now_ns()).unwrap().figures.requests_total;
+        |name: &str| state.keys.view(&KeyName::new("ns", name), now_ns()).unwrap().figures.requests_total;
     assert_eq!([total("a"), total("b"), total("c")], [5, 7, 4]);
 }
 
@@ -225,16 +225,16 @@ async fn of_a_report_the_keys_that_are_granted_are_taken() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("tokens");
     std::fs::write(&file, "reporter-of-ns-0123 ns\n").unwrap();
-    let app = app_with(Access::load(Some(&file), false, AnonymousAccess::Denied).unwrap()).1;
+    let state = state_with(Access::load(Some(&file), false, AnonymousAccess::Denied).unwrap()).1;
     let send = async |report: &Report| {
         let request = Request::post("/v1/reports").header("authorization", "Bearer reporter-of-ns-0123");
-        ask(&app, request.body(Body::from(report.encode().unwrap())).unwrap()).await.0
+        ask(&state, request.body(Body::from(report.encode().unwrap())).unwrap()).await.0
     };
     let mut report = sample("a", 5);
     report.messages.extend(sample("b", 3).messages);
     report.messages[0].namespace = "other".into();
     let is_there =
-        |namespace: &str, name: &str| app.keys.view(&KeyName::new(namespace, name), now_ns()).is_some();
+        |namespace: &str, name: &str| state.keys.view(&KeyName::new(namespace, name), now_ns()).is_some();
     assert_eq!(send(&report).await, StatusCode::ACCEPTED);
     assert_eq!((is_there("other", "a"), is_there("ns", "b")), (false, true));
     report.messages.pop();
@@ -243,41 +243,41 @@ async fn of_a_report_the_keys_that_are_granted_are_taken() {
 
 #[tokio::test]
 async fn of_a_report_that_names_a_key_twice_or_comes_from_the_future_nothing_is_taken() {
-    let app = app();
+    let state = state();
     let mut report = sample("a", 5);
     report.messages.extend(sample("b", 3).messages);
     report.messages.extend(sample("a", 6).messages);
-    let (status, text) = send(&app, report.encode().unwrap()).await;
-    assert_eq!((status, count(&app)), (StatusCode::BAD_REQUEST, 0), "{text}");
+    let (status, text) = send(&state, report.encode().unwrap()).await;
+    assert_eq!((status, count(&state)), (StatusCode::BAD_REQUEST, 0), "{text}");
     assert!(text.contains("ns/a more than once"), "{text}");
     let mut report = sample("a", 5);
     report.messages[0].until.as_of_ns = u64::MAX;
-    let (status, text) = send(&app, report.encode().unwrap()).await;
-    assert_eq!((status, count(&app)), (StatusCode::BAD_REQUEST, 0), "{text}");
+    let (status, text) = send(&state, report.encode().unwrap()).await;
+    assert_eq!((status, count(&state)), (StatusCode::BAD_REQUEST, 0), "{text}");
     assert!(text.contains("ahead of the receiver's clock"), "{text}");
     let hour = 3600 * 1_000_000_000;
     report.messages[0].until.as_of_ns = now_ns() + hour;
-    assert_eq!(send(&app, report.encode().unwrap()).await.0, StatusCode::ACCEPTED, "an hour is no future");
+    assert_eq!(send(&state, report.encode().unwrap()).await.0, StatusCode::ACCEPTED, "an hour is no future");
 }
 
 #[tokio::test]
 async fn health_and_probes() {
-    let (trigger, app) = app_with(Access::load(None, false, AnonymousAccess::Full).unwrap());
-    assert_eq!(read(&app, "/healthz").await.0, StatusCode::OK);
-    assert_eq!(read(&app, "/readyz").await.0, StatusCode::OK);
+    let (trigger, state) = state_with(Access::load(None, false, AnonymousAccess::Full).unwrap());
+    assert_eq!(read(&state, "/healthz").await.0, StatusCode::OK);
+    assert_eq!(read(&state, "/readyz").await.0, StatusCode::OK);
     trigger.drain(Duration::ZERO, Duration::ZERO).await.unwrap();
-    assert_eq!(read(&app, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(read(&app, "/nothing").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(read(&state, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(read(&state, "/nothing").await.0, StatusCode::NOT_FOUND);
     let probe = Request::get("/nothing").header("user-agent", "kube-probe/1.33").body(Body::empty()).unwrap();
-    assert_eq!(ask(&app, probe).await.0, StatusCode::OK);
+    assert_eq!(ask(&state, probe).await.0, StatusCode::OK);
 }
 
 #[tokio::test]
 async fn metrics_count_reports_by_their_answer() {
-    let app = app();
-    send(&app, sample("rev", 7).encode().unwrap()).await;
-    send(&app, vec![]).await;
-    let (_, text) = read(&app, "/metrics").await;
+    let state = state();
+    send(&state, sample("rev", 7).encode().unwrap()).await;
+    send(&state, vec![]).await;
+    let (_, text) = read(&state, "/metrics").await;
     assert!(text.contains("inflight_statserver_reports_total{code=\"202\"} 1\n"), "{text}");
     assert!(text.contains("inflight_statserver_reports_total{code=\"400\"} 1\n"), "{text}");
     assert!(text.contains("inflight_statserver_keys 1\n"), "{text}");
@@ -287,19 +287,19 @@ async fn metrics_count_reports_by_their_answer() {
 
 #[tokio::test]
 async fn a_key_is_told_its_settings_and_told_otherwise() {
-    let app = app();
+    let state = state();
     let path = "/v1/keys/ns/rev/settings";
-    assert_eq!(read(&app, path).await.0, StatusCode::NOT_FOUND);
-    let (status, text) = put(&app, path, r#"{"target": 7, "min_scale": 2}"#).await;
+    assert_eq!(read(&state, path).await.0, StatusCode::NOT_FOUND);
+    let (status, text) = put(&state, path, r#"{"target": 7, "min_scale": 2}"#).await;
     assert_eq!(status, StatusCode::OK, "{text}");
-    assert_eq!(read(&app, path).await, (StatusCode::OK, text));
-    app.keys.decide(now_ns());
-    let (_, key) = read(&app, "/v1/keys/ns/rev").await;
+    assert_eq!(read(&state, path).await, (StatusCode::OK, text));
+    state.keys.decide(now_ns());
+    let (_, key) = read(&state, "/v1/keys/ns/rev").await;
     let key: serde_json::Value = serde_json::from_str(&key).unwrap();
     assert_eq!((&key["settings"]["target"], &key["desired_pods"]), (&7.0.into(), &2.into()));
     assert_eq!(key["last_report_age_ms"], serde_json::Value::Null, "nobody has reported");
     let history: serde_json::Value =
-        serde_json::from_str(&read(&app, "/v1/keys/ns/rev/history").await.1).unwrap();
+        serde_json::from_str(&read(&state, "/v1/keys/ns/rev/history").await.1).unwrap();
     assert_eq!((&history["seconds_between"], &history["points"][0]["desired_pods"]), (&2.into(), &2.into()));
 
     for (json, reason) in [
@@ -309,25 +309,25 @@ async fn a_key_is_told_its_settings_and_told_otherwise() {
         (&format!("[{}]", "1,".repeat(20_000)), "expected at most 16384 bytes (--max-settings-bytes)"),
         (&format!("{}1{}", "[".repeat(5_000), "]".repeat(5_000)), "not JSON"),
     ] {
-        let (status, text) = put(&app, path, json).await;
+        let (status, text) = put(&state, path, json).await;
         assert!(status.is_client_error() && text.contains(reason), "{status} {text}");
     }
-    let (_, unchanged) = read(&app, path).await;
+    let (_, unchanged) = read(&state, path).await;
     assert!(unchanged.contains(r#""target":7.0"#), "{unchanged}");
 
     let delete = Request::delete(path).body(Body::empty()).unwrap();
-    assert_eq!(ask(&app, delete).await.0, StatusCode::NO_CONTENT);
-    assert!(read(&app, path).await.1.contains(r#""target":100.0"#));
+    assert_eq!(ask(&state, delete).await.0, StatusCode::NO_CONTENT);
+    assert!(read(&state, path).await.1.contains(r#""target":100.0"#));
 }
 
 #[tokio::test]
 async fn keys_are_found_by_a_part_of_their_name_and_no_more_than_asked_for() {
-    let app = app();
+    let state = state();
     for name in ["b", "a", "ab"] {
-        send(&app, sample(name, 1).encode().unwrap()).await;
+        send(&state, sample(name, 1).encode().unwrap()).await;
     }
     let names = async |query: &str| {
-        let (_, text) = read(&app, &format!("/v1/keys{query}")).await;
+        let (_, text) = read(&state, &format!("/v1/keys{query}")).await;
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         let names =
             value["keys"].as_array().unwrap().iter().map(|key| key["name"].as_str().unwrap().to_owned());
@@ -336,14 +336,14 @@ async fn keys_are_found_by_a_part_of_their_name_and_no_more_than_asked_for() {
     assert_eq!(names("").await, ("a ab b".into(), 3));
     assert_eq!(names("?limit=1").await, ("a".into(), 3));
     assert_eq!(names("?search=s%2Fa").await, ("a ab".into(), 2));
-    assert_eq!(read(&app, "/v1/keys?limit=-1").await.0, StatusCode::BAD_REQUEST);
+    assert_eq!(read(&state, "/v1/keys?limit=-1").await.0, StatusCode::BAD_REQUEST);
 }
 
 #[tokio::test]
 async fn the_page_loads_nothing_from_elsewhere() {
-    let app = app();
+    let state = state();
     for path in ["/", "/page.css", "/page.js"] {
-        let (status, text) = read(&app, path).await;
+        let (status, text) = read(&state, path).await;
         assert_eq!(status, StatusCode::OK);
         let outside = text.matches("//").count() - text.matches(r#""http://www.w3.org/2000/svg""#).count();
         let comments = text.lines().filter(|line| line.trim_start().starts_with("// ")).count();
@@ -360,13 +360,13 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
         "reporter-of-ns-0123 ns\nadmin-of-all-012345 * admin\nelsewhere-0123456789 other\n",
     )
     .unwrap();
-    let app = app_with(Access::load(Some(&file), false, AnonymousAccess::Full).unwrap()).1;
+    let state = state_with(Access::load(Some(&file), false, AnonymousAccess::Full).unwrap()).1;
     let ask_as = async |token: &str, method: &str, path: &str, body: Vec<u8>| {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        ask(&app, request.body(Body::from(body)).unwrap()).await
+        ask(&state, request.body(Body::from(body)).unwrap()).await
     };
     let report = sample("rev", 7).encode().unwrap();
     let settings = r#"{"target": 3}"#.as_bytes().to_vec();
@@ -404,7 +404,7 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
 
 #[tokio::test]
 async fn what_is_misspelt_is_refused_with_what_is_allowed() {
-    let app = app();
+    let state = state();
     for (path, reason) in [
         ("/v1/keys?serach=x", "unknown parameter \"serach\"; did you mean `search`?"),
         ("/v1/keys?colour=red", "unknown parameter \"colour\"; expected one of search, limit"),
@@ -413,26 +413,26 @@ async fn what_is_misspelt_is_refused_with_what_is_allowed() {
         ("/v1/keys?limit=10001", "`limit` is \"10001\"; expected a whole number from 0 to 10000"),
         ("/v1/keys?limit=", "`limit` is \"\"; expected a whole number from 0 to 10000"),
     ] {
-        let (status, text) = read(&app, path).await;
+        let (status, text) = read(&state, path).await;
         assert_eq!((status, text.trim_end()), (StatusCode::BAD_REQUEST, reason));
     }
-    let (status, text) = read(&app, "/v2/keys").await;
+    let (status, text) = read(&state, "/v2/keys").await;
     assert!(status == 404 && text.contains("unknown path; expected /, "), "{status} {text}");
-    let (status, text) = put(&app, "/v1/keys", "").await;
+    let (status, text) = put(&state, "/v1/keys", "").await;
     assert!(status == 405 && text.contains("does not allow this method"), "{status} {text}");
-    assert_eq!(read(&app, "/v1/keys?search=a%2Fb&limit=0").await.0, 200);
+    assert_eq!(read(&state, "/v1/keys?search=a%2Fb&limit=0").await.0, 200);
 }
 
 #[tokio::test]
 async fn a_list_has_a_hundred_keys_unless_it_is_asked_for_more() {
-    let app = app();
+    let state = state();
     for number in 0..101 {
         let mut report = sample("rev", 1);
         report.messages[0].namespace = format!("ns-{number}");
-        assert_eq!(send(&app, report.encode().unwrap()).await.0, 202);
+        assert_eq!(send(&state, report.encode().unwrap()).await.0, 202);
     }
     let count = async |path: &str| {
-        let json: serde_json::Value = serde_json::from_str(&read(&app, path).await.1).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&read(&state, path).await.1).unwrap();
         (json["keys"].as_array().unwrap().len(), json["found"].as_u64())
     };
     assert_eq!(count("/v1/keys").await, (100, Some(101)));
@@ -441,7 +441,7 @@ async fn a_list_has_a_hundred_keys_unless_it_is_asked_for_more() {
 
 #[tokio::test]
 async fn a_page_of_another_site_changes_nothing() {
-    let app = app();
+    let state = state();
     let body = sample("rev", 5).encode().unwrap();
     let from = async |headers: &[(&str, &str)], upgrade: bool| {
         let mut request = Request::post("/v1/reports").header("host", "localhost:8080");
@@ -451,7 +451,7 @@ async fn a_page_of_another_site_changes_nothing() {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        ask(&app, request.body(Body::from(body.clone())).unwrap()).await.0
+        ask(&state, request.body(Body::from(body.clone())).unwrap()).await.0
     };
     for headers in [
         &[("origin", "http://evil.example")][..],
@@ -464,7 +464,7 @@ async fn a_page_of_another_site_changes_nothing() {
             assert_eq!(from(headers, upgrade).await, 403, "{headers:?}");
         }
     }
-    assert_eq!(count(&app), 0);
+    assert_eq!(count(&state), 0);
     for headers in [
         &[][..],
         &[("origin", "http://localhost:8080")],
@@ -474,18 +474,22 @@ async fn a_page_of_another_site_changes_nothing() {
         assert_ne!(from(headers, true).await, 403, "{headers:?}");
     }
     let request = Request::get("/v1/keys").header("origin", "http://evil.example");
-    assert_eq!(ask(&app, request.body(Body::empty()).unwrap()).await.0, 200, "a browser shows it to nobody");
+    assert_eq!(
+        ask(&state, request.body(Body::empty()).unwrap()).await.0,
+        200,
+        "a browser shows it to nobody"
+    );
 }
 
 #[tokio::test]
 async fn answers_that_nobody_reads_take_no_more_than_they_may() {
-    let app = app();
+    let state = state();
     let mut report = sample("rev", 1);
     report.messages[0].name = "n".repeat(500);
-    assert_eq!(send(&app, report.encode().unwrap()).await.0, 202);
+    assert_eq!(send(&state, report.encode().unwrap()).await.0, 202);
     let ask = async || {
         let request = Request::get("/metrics").body(Body::empty()).unwrap();
-        router(Arc::clone(&app)).oneshot(request).await.unwrap()
+        router(Arc::clone(&state)).oneshot(request).await.unwrap()
     };
     let (mut unread, mut refused) = (Vec::new(), None);
     while refused.is_none() {

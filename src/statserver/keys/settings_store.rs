@@ -154,7 +154,7 @@ impl SettingsStore {
             None => false,
         };
         let (json, settings) = new.unzip();
-        let before = put(&mut by_key, &name, json);
+        let before = replace_entry(&mut by_key, &name, json);
         if let Some(path) = self.file.clone()
             && by_key.get(&name) != before.as_ref()
         {
@@ -162,7 +162,7 @@ impl SettingsStore {
             let writing = tokio::task::spawn_blocking(move || {
                 let written = write(&path, &by_key);
                 if written.is_err() {
-                    put(&mut by_key, &key, before);
+                    replace_entry(&mut by_key, &key, before);
                 }
                 written.map(|()| by_key)
             });
@@ -184,7 +184,11 @@ impl SettingsStore {
     }
 }
 
-fn put(by_key: &mut BTreeMap<KeyName, Value>, name: &KeyName, json: Option<Value>) -> Option<Value> {
+fn replace_entry(
+    by_key: &mut BTreeMap<KeyName, Value>,
+    name: &KeyName,
+    json: Option<Value>,
+) -> Option<Value> {
     match json {
         Some(json) => by_key.insert(name.clone(), json),
         None => by_key.remove(name),

@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::cli::limits::Limit;
 use crate::net::auth::Peer;
-use crate::net::guard::ConnectionGuard;
+use crate::net::connection_limits::ConnectionGuard;
 use crate::net::tls::Protocol;
 
 /// The most calls of an HTTP/2 connection that begin before the responses to others are written.

@@ -13,8 +13,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::limits::{Limit, Limits};
-use crate::net::budget::{Budget, FREE_BYTES, Reservation};
 use crate::net::idle::{IdleConnections, IdleEntry};
+use crate::net::memory_budget::{Budget, FREE_BYTES, Reservation};
 use crate::net::unauthenticated::UnauthenticatedConnection;
 use crate::os::lock::lock;
 use crate::telemetry::metrics::Metrics;
@@ -41,11 +41,11 @@ enum Phase {
     /// It is between two requests; since when.
     Idle(Instant),
     /// It is a websocket; since when a message of it is being received.
-    Stream(Option<Instant>),
+    Websocket(Option<Instant>),
 }
 
 #[derive(Debug)]
-struct State {
+struct ConnectionState {
     phase: Phase,
     /// Bytes of the head or message that is being received.
     read: usize,
@@ -57,7 +57,7 @@ struct State {
 /// Keeps a connection to its limits.
 #[derive(Debug)]
 pub struct ConnectionGuard {
-    state: Mutex<State>,
+    state: Mutex<ConnectionState>,
     /// Until a token or a certificate was shown.
     unauthenticated: Mutex<Option<UnauthenticatedConnection>>,
     unauthenticated_calls: AtomicUsize,
@@ -98,7 +98,12 @@ impl ConnectionGuard {
     ) -> Self {
         let phase = Phase::Head(Instant::now());
         Self {
-            state: Mutex::new(State { phase, read: 0, reservation: Reservation::default(), large_at: None }),
+            state: Mutex::new(ConnectionState {
+                phase,
+                read: 0,
+                reservation: Reservation::default(),
+                large_at: None,
+            }),
             unauthenticated: Mutex::default(),
             unauthenticated_calls: AtomicUsize::new(0),
             unwritten_calls: AtomicUsize::new(0),
@@ -169,7 +174,7 @@ impl ConnectionGuard {
     /// Notes that a request's head is complete.
     pub fn request_started(&self) {
         let mut state = lock(&self.state);
-        if !matches!(state.phase, Phase::Stream(_)) {
+        if !matches!(state.phase, Phase::Websocket(_)) {
             state.phase = Phase::Request;
         }
     }
@@ -186,7 +191,7 @@ impl ConnectionGuard {
     /// Notes that the connection is a websocket from now on.
     pub fn upgraded(&self) {
         let mut state = lock(&self.state);
-        (state.phase, state.read) = (Phase::Stream(None), 0);
+        (state.phase, state.read) = (Phase::Websocket(None), 0);
     }
 
     /// Notes that so many bytes were received.
@@ -195,7 +200,7 @@ impl ConnectionGuard {
     /// If they exceed what all connections together may hold.
     pub fn received(&self, bytes: usize) -> io::Result<()> {
         let mut state = lock(&self.state);
-        let State { phase, read, reservation, .. } = &mut *state;
+        let ConnectionState { phase, read, reservation, .. } = &mut *state;
         self.polled_bytes.fetch_add(bytes, Ordering::Relaxed);
         *read = read.saturating_add(bytes);
         match phase {
@@ -209,7 +214,7 @@ impl ConnectionGuard {
                 *phase = Phase::Head(Instant::now());
                 drop(lock(&self.idle).take());
             }
-            Phase::Stream(since) => {
+            Phase::Websocket(since) => {
                 since.get_or_insert_with(Instant::now);
                 if self.budget.reserve(reservation, *read).is_err() {
                     self.metrics.refused(Limit::BytesInFlight);
@@ -232,7 +237,7 @@ impl ConnectionGuard {
         if state.read > FREE_BYTES {
             state.large_at = Some(Instant::now());
         }
-        (state.phase, state.read) = (Phase::Stream(None), 0);
+        (state.phase, state.read) = (Phase::Websocket(None), 0);
     }
 
     /// Notes that a control frame came, maybe in the middle of a message.
@@ -240,7 +245,7 @@ impl ConnectionGuard {
         let mut state = lock(&self.state);
         state.read = state.read.saturating_sub(payload + CONTROL_HEADER_BYTES);
         if state.read == 0 {
-            state.phase = Phase::Stream(None);
+            state.phase = Phase::Websocket(None);
         }
     }
 
@@ -255,8 +260,8 @@ impl ConnectionGuard {
         let (at, limit) = match lock(&self.state).phase {
             Phase::Head(since) => (since + head_timeout, Some(Limit::HeadTimeout)),
             Phase::Idle(since) => (since + idle_timeout, None),
-            Phase::Stream(Some(since)) => (since + body_timeout, Some(Limit::BodyTimeout)),
-            Phase::Request | Phase::Stream(None) => return None,
+            Phase::Websocket(Some(since)) => (since + body_timeout, Some(Limit::BodyTimeout)),
+            Phase::Request | Phase::Websocket(None) => return None,
         };
         Some(Deadline { at, limit })
     }

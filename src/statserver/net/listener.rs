@@ -11,10 +11,10 @@ use tracing::{debug, warn};
 
 use crate::cli::limits::{Limit, Limits};
 use crate::net::auth::Peer;
-use crate::net::budget::Budget;
 use crate::net::connection::{Connection, Transport};
-use crate::net::guard::ConnectionGuard;
+use crate::net::connection_limits::ConnectionGuard;
 use crate::net::idle::IdleConnections;
+use crate::net::memory_budget::Budget;
 use crate::net::tls::{Protocol, Tls};
 use crate::net::unauthenticated::{UnauthenticatedConnection, UnauthenticatedConnections};
 use crate::telemetry::metrics::Metrics;

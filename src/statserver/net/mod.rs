@@ -1,11 +1,11 @@
 //! Connections: accepting them, TLS, who may do what, how much one may hold, and their orderly end.
 
 pub mod auth;
-pub mod budget;
 pub mod connection;
-pub mod guard;
+pub mod connection_limits;
 pub mod idle;
 pub mod listener;
+pub mod memory_budget;
 pub mod shutdown;
 pub mod tls;
 pub mod tracked_body;

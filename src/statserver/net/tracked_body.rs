@@ -8,7 +8,7 @@ use axum::body::{Body, Bytes, HttpBody};
 use hyper::body::{Frame, SizeHint};
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::net::guard::ConnectionGuard;
+use crate::net::connection_limits::ConnectionGuard;
 
 /// A body with the permit of its call. HTTP/2 polls it for more whenever the client's window has
 /// room; a client that does not open its window does not read.

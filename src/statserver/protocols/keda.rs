@@ -12,7 +12,7 @@ use inflight_stats::scaling::settings::{KeySettings, METRIC, METRICS, Metric, TA
 use tokio_stream::wrappers::{IntervalStream, WatchStream};
 use tonic::{Extensions, Request, Response, Status};
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::net::auth::{Grant, Unauthenticated, not_covered};
 use crate::os::clock::now_ns;
 
@@ -33,7 +33,7 @@ use proto::{
 const SPEC_PERIOD: Duration = Duration::from_secs(1);
 
 /// The scaler, which answers from the keys of the stats server.
-pub struct Scaler(pub Arc<App>);
+pub struct Scaler(pub Arc<ServerState>);
 
 /// What a call is about.
 struct Query {
@@ -45,13 +45,17 @@ struct Query {
 
 impl Query {
     /// Reads what a call is about, and checks that its caller may ask for it.
-    fn authorized(app: &App, extensions: &Extensions, object: ScaledObjectRef) -> Result<Self, Status> {
+    fn authorized(
+        state: &ServerState,
+        extensions: &Extensions,
+        object: ScaledObjectRef,
+    ) -> Result<Self, Status> {
         let grant = extensions.get::<Grant>().cloned();
         let grant = grant.ok_or_else(|| Status::unauthenticated(Unauthenticated.to_string()))?;
         let query = Self::parse(object, grant)?;
         let namespace = &query.key.namespace;
         if !query.grant.covers(namespace) {
-            app.metrics.unauthorized.inc();
+            state.metrics.unauthorized.inc();
             return Err(Status::permission_denied(not_covered(namespace)));
         }
         Ok(query)
@@ -61,11 +65,11 @@ impl Query {
     /// too.
     fn parse(object: ScaledObjectRef, grant: Grant) -> Result<Self, Status> {
         let ScaledObjectRef { name, namespace, scaler_metadata } = object;
-        let own = |key: &str, fallback: String| match scaler_metadata.get(key) {
+        let metadata_or = |key: &str, fallback: String| match scaler_metadata.get(key) {
             Some(value) if !value.is_empty() => value.clone(),
             _ => fallback,
         };
-        let key = KeyName { namespace: own("namespace", namespace), name: own("name", name) };
+        let key = KeyName { namespace: metadata_or("namespace", namespace), name: metadata_or("name", name) };
         for (what, value) in [("namespace", &key.namespace), ("name", &key.name)] {
             if !is_name(value) {
                 return Err(invalid(what, value, "a name of 1 to 512 bytes without control characters"));
@@ -80,23 +84,23 @@ impl Query {
         Ok(Self { key, grant, target, metric })
     }
 
-    fn settings(&self, app: &App) -> Arc<KeySettings> {
-        let of_key = app.keys.read(&self.key, |key| Arc::clone(key.settings()));
-        of_key.unwrap_or_else(|| Arc::clone(app.keys.defaults()))
+    fn settings(&self, state: &ServerState) -> Arc<KeySettings> {
+        let of_key = state.keys.read(&self.key, |key| Arc::clone(key.settings()));
+        of_key.unwrap_or_else(|| Arc::clone(state.keys.defaults()))
     }
 
     fn metric(&self, settings: &KeySettings) -> Metric {
         self.metric.unwrap_or(settings.metric)
     }
 
-    fn is_active(&self, app: &App) -> bool {
-        app.keys.read(&self.key, |key| key.is_active(now_ns())).unwrap_or(false)
+    fn is_active(&self, state: &ServerState) -> bool {
+        state.keys.read(&self.key, |key| key.is_active(now_ns())).unwrap_or(false)
     }
 
     /// Refuses to answer right after a start, when some senders of a key have not reported yet: it
     /// is active with the first that has traffic, but the sum of all is not known.
-    fn check_started(&self, app: &App) -> Result<(), Status> {
-        if is_starting(app, &self.key) {
+    fn check_started(&self, state: &ServerState) -> Result<(), Status> {
+        if is_starting(state, &self.key) {
             return Err(Status::unavailable(
                 "the stats server has just started, and not all senders have reported yet",
             ));
@@ -104,10 +108,10 @@ impl Query {
         Ok(())
     }
 
-    fn spec(&self, app: &App) -> GetMetricSpecResponse {
-        let settings = self.settings(app);
+    fn spec(&self, state: &ServerState) -> GetMetricSpecResponse {
+        let settings = self.settings(state);
         let metric = self.metric(&settings);
-        let target = self.target.unwrap_or_else(|| settings.target_of(metric, app.rps_target));
+        let target = self.target.unwrap_or_else(|| settings.target_of(metric, state.rps_target));
         let metric_specs = vec![MetricSpec {
             metric_name: metric_name(metric).into(),
             target_size: target.ceil() as i64,
@@ -117,8 +121,8 @@ impl Query {
     }
 }
 
-fn is_starting(app: &App, key: &KeyName) -> bool {
-    app.keys.read(key, |key| key.is_starting(now_ns())).unwrap_or(false)
+fn is_starting(state: &ServerState, key: &KeyName) -> bool {
+    state.keys.read(key, |key| key.is_starting(now_ns())).unwrap_or(false)
 }
 
 fn optional<T>(
@@ -157,11 +161,11 @@ impl Scaler {
         grant: Grant,
         stream: impl Stream<Item = T> + Send + 'static,
     ) -> Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>> {
-        let app = Arc::clone(&self.0);
+        let state = Arc::clone(&self.0);
         let end = async move {
             tokio::select! {
-                () = app.drain.closing() => Err(Status::unavailable("the stats server is restarting")),
-                () = app.access.revoked(&grant) => {
+                () = state.drain.closing() => Err(Status::unavailable("the stats server is restarting")),
+                () = state.access.revoked(&grant) => {
                     Err(Status::unauthenticated("the bearer token is no longer known"))
                 }
             }
@@ -172,7 +176,7 @@ impl Scaler {
 }
 
 /// A subscription to a key's activity, which ends with its drop.
-struct Subscription(Arc<App>, KeyName);
+struct Subscription(Arc<ServerState>, KeyName);
 
 impl Drop for Subscription {
     fn drop(&mut self) {
@@ -206,8 +210,8 @@ impl ExternalScaler for Scaler {
         let subscription = Subscription(Arc::clone(&self.0), query.key);
         // Right after a start a key is not called idle: some senders may have yet to report it.
         let responses = WatchStream::new(changes).filter_map(move |result| {
-            let Subscription(app, key) = &subscription;
-            let is_known = result || !is_starting(app, key);
+            let Subscription(state, key) = &subscription;
+            let is_known = result || !is_starting(state, key);
             future::ready(is_known.then_some(IsActiveResponse { result }))
         });
         Ok(Response::new(self.until_closed(query.grant, responses)))
@@ -244,11 +248,11 @@ impl ExternalScaler for Scaler {
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<Self::StreamMetricSpecStream>, Status> {
         let query = self.query(request)?;
-        let app = Arc::clone(&self.0);
+        let state = Arc::clone(&self.0);
         let grant = query.grant.clone();
         let mut last = None;
         let changes = IntervalStream::new(tokio::time::interval(SPEC_PERIOD)).filter_map(move |_| {
-            let spec = query.spec(&app);
+            let spec = query.spec(&state);
             let changed = last.as_ref() != Some(&spec);
             last = Some(spec.clone());
             future::ready(changed.then_some(spec))

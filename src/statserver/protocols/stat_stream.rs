@@ -13,11 +13,11 @@ use tokio_tungstenite::tungstenite::Error as WebSocketError;
 use tokio_tungstenite::tungstenite::error::CapacityError;
 use tracing::{debug, warn};
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::limits::Limit;
 use crate::keys::key_table::StatError;
 use crate::net::auth::Grant;
-use crate::net::guard::ConnectionGuard;
+use crate::net::connection_limits::ConnectionGuard;
 use crate::os::clock::now_ns;
 use crate::telemetry::metrics::DropReason;
 
@@ -41,29 +41,34 @@ const WRITE_BUFFER_BYTES: usize = 4 << 10;
 /// Answers an upgrade.
 pub fn upgrade(
     upgrade: WebSocketUpgrade,
-    app: Arc<App>,
+    state: Arc<ServerState>,
     grant: Grant,
     guard: Option<Arc<ConnectionGuard>>,
 ) -> Response {
-    let (drain, max) = (app.drain.clone(), app.limits.max_frame_bytes);
+    let (drain, max) = (state.drain.clone(), state.limits.max_frame_bytes);
     upgrade
         .read_buffer_size(READ_BUFFER_BYTES)
         .max_write_buffer_size(WRITE_BUFFER_BYTES)
         .write_buffer_size(0)
         .max_frame_size(max)
         .max_message_size(max)
-        .on_upgrade(move |socket| drain.track(serve(socket, app, grant, guard)))
+        .on_upgrade(move |socket| drain.track(serve(socket, state, grant, guard)))
 }
 
-async fn serve(mut socket: WebSocket, app: Arc<App>, grant: Grant, guard: Option<Arc<ConnectionGuard>>) {
-    app.metrics.streams.inc();
+async fn serve(
+    mut socket: WebSocket,
+    state: Arc<ServerState>,
+    grant: Grant,
+    guard: Option<Arc<ConnectionGuard>>,
+) {
+    state.metrics.streams.inc();
     if let Some(guard) = &guard {
         guard.upgraded();
     }
     let close = tokio::select! {
-        close = receive(&mut socket, &app, &grant, guard.as_deref()) => close,
-        () = app.drain.closing() => Some(close_frame(RESTART, "Restarting")),
-        () = app.access.revoked(&grant) => {
+        close = receive(&mut socket, &state, &grant, guard.as_deref()) => close,
+        () = state.drain.closing() => Some(close_frame(RESTART, "Restarting")),
+        () = state.access.revoked(&grant) => {
             Some(close_frame(POLICY_VIOLATION, "the bearer token is no longer known"))
         }
     };
@@ -74,7 +79,7 @@ async fn serve(mut socket: WebSocket, app: Arc<App>, grant: Grant, guard: Option
         let answered = async { while let Some(Ok(_)) = socket.recv().await {} };
         let _ = timeout(CLOSE_TIMEOUT, answered).await;
     }
-    app.metrics.streams.dec();
+    state.metrics.streams.dec();
 }
 
 fn close_frame(code: u16, reason: &'static str) -> CloseFrame {
@@ -84,7 +89,7 @@ fn close_frame(code: u16, reason: &'static str) -> CloseFrame {
 /// Receives frames until the connection ends. Returns how to close it, if it is still open.
 async fn receive(
     socket: &mut WebSocket,
-    app: &App,
+    state: &ServerState,
     grant: &Grant,
     guard: Option<&ConnectionGuard>,
 ) -> Option<CloseFrame> {
@@ -92,7 +97,7 @@ async fn receive(
     loop {
         let message = match timeout_at(last_received + PING_AFTER, socket.recv()).await {
             Ok(Some(Ok(message))) => message,
-            Ok(Some(Err(error))) => return after_error(app, guard, error),
+            Ok(Some(Err(error))) => return after_error(state, guard, error),
             Ok(None) => return None,
             Err(_) => {
                 let ping = timeout(SEND_TIMEOUT, socket.send(Message::Ping(bytes::Bytes::new()))).await;
@@ -105,9 +110,9 @@ async fn receive(
         };
         last_received = Instant::now();
         match message {
-            Message::Binary(frame) => record_frame(app, grant, frame),
+            Message::Binary(frame) => record_frame(state, grant, frame),
             Message::Text(_) => {
-                drop_frame(app, DropReason::Text, "it is a text frame; expected a binary one")
+                drop_frame(state, DropReason::Text, "it is a text frame; expected a binary one")
             }
             Message::Close(_) => return None,
             Message::Ping(payload) | Message::Pong(payload) => {
@@ -131,8 +136,12 @@ async fn receive(
     }
 }
 
-/// Returns how to close the connection after an error of which the client can still be told.
-fn after_error(app: &App, guard: Option<&ConnectionGuard>, error: axum::Error) -> Option<CloseFrame> {
+/// Returns how to close the connection after an error of which the client can still be notified.
+fn after_error(
+    state: &ServerState,
+    guard: Option<&ConnectionGuard>,
+    error: axum::Error,
+) -> Option<CloseFrame> {
     debug!(%error, "the connection of a stat stream failed");
     if guard.is_some_and(ConnectionGuard::is_over_budget) {
         return Some(close_frame(TRY_AGAIN_LATER, "more bytes in flight than --max-bytes-in-flight allows"));
@@ -142,16 +151,16 @@ fn after_error(app: &App, guard: Option<&ConnectionGuard>, error: axum::Error) -
         .downcast_ref::<WebSocketError>()
         .is_some_and(|error| matches!(error, WebSocketError::Capacity(CapacityError::MessageTooLong { .. })));
     is_too_big.then(|| {
-        app.metrics.frame_dropped(DropReason::TooLarge);
-        app.metrics.refused(Limit::FrameBytes);
-        let max = app.limits.max_frame_bytes;
+        state.metrics.frame_dropped(DropReason::TooLarge);
+        state.metrics.refused(Limit::FrameBytes);
+        let max = state.limits.max_frame_bytes;
         let reason = format!("the frame is too large; expected at most {max} bytes (--max-frame-bytes)");
         CloseFrame { code: TOO_BIG, reason: reason.into() }
     })
 }
 
-fn record_frame(app: &App, grant: &Grant, frame: bytes::Bytes) {
-    let mut messages = match frame::decode(frame, &app.limits.of_frames()) {
+fn record_frame(state: &ServerState, grant: &Grant, frame: bytes::Bytes) {
+    let mut messages = match frame::decode(frame, &state.limits.frame_limits()) {
         Ok(messages) => messages,
         Err(error) => {
             let limit = match error {
@@ -161,31 +170,31 @@ fn record_frame(app: &App, grant: &Grant, frame: bytes::Bytes) {
                 FrameError::Protobuf(_) | FrameError::Gob(_) | FrameError::NotUtf8 => None,
             };
             if let Some(limit) = limit {
-                app.metrics.refused(limit);
+                state.metrics.refused(limit);
             }
             let reason = if limit.is_some() { DropReason::TooMuch } else { DropReason::Undecodable };
-            return drop_frame(app, reason, error);
+            return drop_frame(state, reason, error);
         }
     };
     let (received, now_ns) = (messages.len(), now_ns());
-    messages.retain(|message| match app.keys.record_stat(grant, message, now_ns) {
+    messages.retain(|message| match state.keys.record_stat(grant, message, now_ns) {
         Ok(()) => true,
         Err(error) => {
             if let StatError::CapacityExceeded(exceeded) = error {
-                app.metrics.refused(exceeded.limit);
-                app.log_limiter.log(|suppressed| warn!(reason = %exceeded, suppressed, "dropped a stat"));
+                state.metrics.refused(exceeded.limit);
+                state.log_limiter.log(|suppressed| warn!(reason = %exceeded, suppressed, "dropped a stat"));
             }
             false
         }
     });
-    app.metrics.stats.inc_by(messages.len() as u64);
-    app.metrics.stats_dropped.inc_by((received - messages.len()) as u64);
-    if let Some(forwarder) = &app.forwarder {
+    state.metrics.stats.inc_by(messages.len() as u64);
+    state.metrics.stats_dropped.inc_by((received - messages.len()) as u64);
+    if let Some(forwarder) = &state.forwarder {
         forwarder.queue_stats(messages);
     }
 }
 
-fn drop_frame(app: &App, why: DropReason, reason: impl std::fmt::Display) {
-    app.metrics.frame_dropped(why);
-    app.log_limiter.log(|suppressed| warn!(%reason, suppressed, "dropped a frame of the stat stream"));
+fn drop_frame(state: &ServerState, why: DropReason, reason: impl std::fmt::Display) {
+    state.metrics.frame_dropped(why);
+    state.log_limiter.log(|suppressed| warn!(%reason, suppressed, "dropped a frame of the stat stream"));
 }

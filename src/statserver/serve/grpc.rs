@@ -23,14 +23,14 @@ use tonic::service::Routes;
 use tower::ServiceExt;
 use tracing::debug;
 
-use crate::api::keda::{ExternalScalerServer, Scaler};
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::limits::{Limit, Limits};
 use crate::net::auth::{Grant, Peer, Unauthenticated};
-use crate::net::budget::{FREE_BYTES, Reservation};
 use crate::net::connection::Connection;
-use crate::net::guard::ConnectionGuard;
+use crate::net::connection_limits::ConnectionGuard;
+use crate::net::memory_budget::{FREE_BYTES, Reservation};
 use crate::net::tracked_body::TrackedBody;
+use crate::protocols::keda::{ExternalScalerServer, Scaler};
 
 /// How often a silent client is pinged, and how long it may take to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
@@ -43,15 +43,15 @@ const MESSAGE_HEADER_BYTES: usize = 5;
 const WINDOW_BYTES: u32 = 65_535;
 
 /// Returns the routes of the scaler.
-pub fn router(app: Arc<App>) -> Router {
-    let max_bytes = app.limits.max_grpc_bytes;
-    let scaler = ExternalScalerServer::new(Scaler(app)).max_decoding_message_size(max_bytes);
+pub fn router(state: Arc<ServerState>) -> Router {
+    let max_bytes = state.limits.max_grpc_bytes;
+    let scaler = ExternalScalerServer::new(Scaler(state)).max_decoding_message_size(max_bytes);
     Routes::new(scaler).into_axum_router()
 }
 
 /// Serves a connection. Keep-alive pings find clients that are gone.
-pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
-    let Limits { max_grpc_streams, max_head_bytes, head_timeout, write_timeout, .. } = app.limits;
+pub async fn serve(connection: Connection, router: Router, state: Arc<ServerState>) {
+    let Limits { max_grpc_streams, max_head_bytes, head_timeout, write_timeout, .. } = state.limits;
     let saturated = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     let mut http = http2::Builder::new(TokioExecutor::new());
     http.timer(TokioTimer::new()).keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE);
@@ -60,13 +60,13 @@ pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
     http.max_header_list_size(saturated(max_head_bytes));
     let (peer, guard) = (connection.peer(), connection.guard());
     let service = {
-        let (app, guard) = (Arc::clone(&app), Arc::clone(&guard));
+        let (state, guard) = (Arc::clone(&state), Arc::clone(&guard));
         service_fn(move |request: hyper::Request<Incoming>| {
             // Before anything of the call is kept.
-            let response = match admit(&app, peer, &guard, request.headers()) {
+            let response = match admit(&state, peer, &guard, request.headers()) {
                 Ok((grant, permit)) => {
-                    let (app, guard) = (Arc::clone(&app), Arc::clone(&guard));
-                    Either::Left(Box::pin(respond(request, router.clone(), app, guard, grant, permit)))
+                    let (state, guard) = (Arc::clone(&state), Arc::clone(&guard));
+                    Either::Left(Box::pin(respond(request, router.clone(), state, guard, grant, permit)))
                 }
                 Err(refused) => Either::Right(std::future::ready(refused.into_http())),
             };
@@ -88,7 +88,7 @@ pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
                 }
                 return;
             }
-            () = app.drain.closing(), if !is_closing => {
+            () = state.drain.closing(), if !is_closing => {
                 is_closing = true;
                 serving.as_mut().graceful_shutdown();
             }
@@ -101,7 +101,7 @@ pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
                     None
                 };
                 if let Some(limit) = exceeded {
-                    app.metrics.refused(limit);
+                    state.metrics.refused(limit);
                     return;
                 }
             }
@@ -111,22 +111,22 @@ pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
 
 /// Admits a call with a token or a certificate, if there are not too many calls already.
 fn admit(
-    app: &App,
+    state: &ServerState,
     peer: Peer,
     guard: &ConnectionGuard,
     headers: &HeaderMap,
 ) -> Result<(Grant, OwnedSemaphorePermit), Status> {
     guard.call_started();
     let authorization = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes);
-    let grant = app.access.check(authorization, peer).map_err(|error: Unauthenticated| {
-        app.metrics.unauthorized.inc();
+    let grant = state.access.check(authorization, peer).map_err(|error: Unauthenticated| {
+        state.metrics.unauthorized.inc();
         guard.unauthenticated_call();
         Status::unauthenticated(error.to_string())
     })?;
     guard.authenticated();
-    let permit = Arc::clone(&app.calls).try_acquire_owned().map_err(|_| {
-        app.metrics.refused(Limit::GrpcStreams);
-        let max = app.limits.max_grpc_streams;
+    let permit = Arc::clone(&state.calls).try_acquire_owned().map_err(|_| {
+        state.metrics.refused(Limit::GrpcStreams);
+        let max = state.limits.max_grpc_streams;
         Status::resource_exhausted(format!(
             "there are {max} concurrent calls, all that --max-grpc-streams allows"
         ))
@@ -138,14 +138,14 @@ fn admit(
 async fn respond(
     request: hyper::Request<Incoming>,
     router: Router,
-    app: Arc<App>,
+    state: Arc<ServerState>,
     guard: Arc<ConnectionGuard>,
     grant: Grant,
     permit: OwnedSemaphorePermit,
 ) -> Response {
     let (mut parts, body) = request.into_parts();
     let mut reservation = Reservation::default();
-    let message = match receive_message(&app, body, &mut reservation).await {
+    let message = match receive_message(&state, body, &mut reservation).await {
         Ok(message) => message,
         Err(refused) => return refused.into_http(),
     };
@@ -157,11 +157,11 @@ async fn respond(
 
 /// Receives a call's message, of which no call has more than one, as it is in the body.
 async fn receive_message(
-    app: &App,
+    state: &ServerState,
     mut body: Incoming,
     reservation: &mut Reservation,
 ) -> Result<Vec<u8>, Status> {
-    let Limits { max_grpc_bytes: max, body_timeout, .. } = app.limits;
+    let Limits { max_grpc_bytes: max, body_timeout, .. } = state.limits;
     let receiving = async {
         let mut message = Vec::new();
         while let Some(frame) = body.frame().await {
@@ -169,14 +169,14 @@ async fn receive_message(
             let Ok(data) = frame.into_data() else { continue };
             let bytes = message.len().saturating_add(data.len());
             if bytes > max.saturating_add(MESSAGE_HEADER_BYTES) {
-                app.metrics.refused(Limit::GrpcBytes);
+                state.metrics.refused(Limit::GrpcBytes);
                 let reason =
                     format!("the message is too large; expected at most {max} bytes (--max-grpc-bytes)");
                 return Err(Status::out_of_range(reason));
             }
             // Unlike connections there are many calls: nothing of them is free.
-            app.budget.reserve(reservation, bytes + FREE_BYTES).map_err(|_| {
-                app.metrics.refused(Limit::BytesInFlight);
+            state.budget.reserve(reservation, bytes + FREE_BYTES).map_err(|_| {
+                state.metrics.refused(Limit::BytesInFlight);
                 Status::resource_exhausted("more bytes in flight than --max-bytes-in-flight allows")
             })?;
             message.extend_from_slice(&data);
@@ -184,7 +184,7 @@ async fn receive_message(
         Ok(message)
     };
     tokio::time::timeout(body_timeout, receiving).await.unwrap_or_else(|_| {
-        app.metrics.refused(Limit::BodyTimeout);
+        state.metrics.refused(Limit::BodyTimeout);
         let reason = format!("the message took longer than {body_timeout:?} (--body-timeout)");
         Err(Status::deadline_exceeded(reason))
     })

@@ -11,17 +11,17 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tower::ServiceExt;
 use tracing::debug;
 
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::limits::Limit;
 use crate::net::connection::Connection;
 
 /// Serves a connection. A client that closes its side after a request is still answered: an Envoy
 /// that ends sends its last report so.
-pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
+pub async fn serve(connection: Connection, router: Router, state: Arc<ServerState>) {
     let mut http = http1::Builder::new();
     // The head is timed by the connection.
     http.half_close(true).timer(TokioTimer::new()).header_read_timeout(None);
-    http.max_buf_size(app.limits.max_head_bytes);
+    http.max_buf_size(state.limits.max_head_bytes);
     let (peer, guard) = (connection.peer(), connection.guard());
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         guard.request_started();
@@ -37,7 +37,7 @@ pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
     let mut serving = pin!(http.serve_connection(TokioIo::new(connection), service).with_upgrades());
     let ended = tokio::select! {
         ended = &mut serving => ended,
-        () = app.drain.closing() => {
+        () = state.drain.closing() => {
             serving.as_mut().graceful_shutdown();
             serving.await
         }
@@ -45,7 +45,7 @@ pub async fn serve(connection: Connection, router: Router, app: Arc<App>) {
     if let Err(error) = ended {
         debug!(%error, "a connection failed");
         if error.is_parse_too_large() {
-            app.metrics.refused(Limit::HeadBytes);
+            state.metrics.refused(Limit::HeadBytes);
         }
     }
 }

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::app::background;
-use crate::app::state::App;
+use crate::app::state::ServerState;
 use crate::cli::flags::Flags;
 use crate::forward::forwarder::Forwarder;
 use crate::http::router::router;
@@ -21,8 +21,8 @@ use crate::keys::capacity::Capacity;
 use crate::keys::key_table::KeyTable;
 use crate::keys::settings_store::SettingsStore;
 use crate::net::auth::Access;
-use crate::net::budget::Budget;
 use crate::net::listener::{Accepted, Listener, Shared};
+use crate::net::memory_budget::Budget;
 use crate::net::shutdown::{DrainWatcher, new_drain};
 use crate::net::tls::{Protocol, Tls};
 use crate::net::unauthenticated::UnauthenticatedConnections;
@@ -51,11 +51,11 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     info!(address = %http.address()?, grpc = %grpc.address()?, tls = tls.is_some(), "listening");
 
     let (trigger, drain) = new_drain();
-    let app = Arc::new(app(flags, access, keys, settings, shared, drain));
-    let _background = background::start(&app, tls);
+    let state = Arc::new(state(flags, access, keys, settings, shared, drain));
+    let _background = background::start(&state, tls);
     let mut listeners = JoinSet::new();
-    listeners.spawn(accept(http, router(Arc::clone(&app)), Arc::clone(&app)));
-    listeners.spawn(accept(grpc, grpc::router(Arc::clone(&app)), Arc::clone(&app)));
+    listeners.spawn(accept(http, router(Arc::clone(&state)), Arc::clone(&state)));
+    listeners.spawn(accept(grpc, grpc::router(Arc::clone(&state)), Arc::clone(&state)));
     terminated.await;
     info!("draining");
     if trigger.drain(flags.drain_delay, DRAIN_DEADLINE).await.is_err() {
@@ -90,17 +90,17 @@ async fn bind(
     Ok(Arc::new(listener))
 }
 
-fn app(
+fn state(
     flags: &Flags,
     access: Access,
     keys: KeyTable,
     settings: SettingsStore,
     shared: Shared,
     drain: DrainWatcher,
-) -> App {
+) -> ServerState {
     let Shared { limits, budget, metrics, .. } = shared;
     let forwarder = flags.forward.as_deref().map(|url| Arc::new(Forwarder::new(url, Arc::clone(&metrics))));
-    App {
+    ServerState {
         keys,
         access,
         settings,
@@ -119,24 +119,24 @@ fn app(
 
 /// Accepts connections until the shutdown. Handshakes run beside each other: one that hangs delays
 /// nobody.
-async fn accept(listener: Arc<Listener>, router: Router, app: Arc<App>) {
+async fn accept(listener: Arc<Listener>, router: Router, state: Arc<ServerState>) {
     loop {
         tokio::select! {
-            accepted = listener.accept() => serve(accepted, &listener, router.clone(), &app),
+            accepted = listener.accept() => serve(accepted, &listener, router.clone(), &state),
             // Clients that reconnect must reach another server, so the socket closes.
-            () = app.drain.closing() => return,
+            () = state.drain.closing() => return,
         }
     }
 }
 
 /// Serves one connection, in a task of its own.
-fn serve(accepted: Accepted, listener: &Arc<Listener>, router: Router, app: &Arc<App>) {
-    let (listener, app) = (Arc::clone(listener), Arc::clone(app));
-    let drain = app.drain.clone();
+fn serve(accepted: Accepted, listener: &Arc<Listener>, router: Router, state: &Arc<ServerState>) {
+    let (listener, state) = (Arc::clone(listener), Arc::clone(state));
+    let drain = state.drain.clone();
     drain.spawn(async move {
         let connection = tokio::select! {
             connection = listener.handshake(accepted) => connection,
-            () = app.drain.closing() => None,
+            () = state.drain.closing() => None,
         };
         let protocol = listener.protocol();
         // The listener closes when no handshake needs it any more.
@@ -145,8 +145,8 @@ fn serve(accepted: Accepted, listener: &Arc<Listener>, router: Router, app: &Arc
         let guard = connection.guard();
         // Boxed: idle connections, of which there are the most, hold only the one that they need.
         let served = match protocol {
-            Protocol::Http => Either::Left(Box::pin(http1::serve(connection, router, app))),
-            Protocol::Grpc => Either::Right(Box::pin(grpc::serve(connection, router, app))),
+            Protocol::Http => Either::Left(Box::pin(http1::serve(connection, router, state))),
+            Protocol::Grpc => Either::Right(Box::pin(grpc::serve(connection, router, state))),
         };
         tokio::select! {
             () = served => {}

@@ -135,13 +135,14 @@ async fn the_spec_follows_what_a_key_is_told_and_streams_end_with_the_server() {
     let mut next =
         async || specs.next().await.expect("a spec").map(|spec| spec.metric_specs[0].target_size_float);
     assert_eq!(next().await.expect("at once"), 70.0);
-    let tell = async |server: &StatServer, method: Method, json: Value| {
+    let change_settings = async |server: &StatServer, method: Method, json: Value| {
         let request = Request::builder().method(method).uri("/v1/keys/ns/rev/settings").header("host", "x");
         let request = request.body(Full::from(json.to_string())).expect("a request");
         http::ask(server.address, request).await.expect("an answer").0.as_u16()
     };
-    let told = json!({"target": 10, "target_utilization_percentage": 50, "min_scale": 1, "metric": "rps"});
-    assert_eq!(tell(&server, Method::PUT, told).await, 200);
+    let settings =
+        json!({"target": 10, "target_utilization_percentage": 50, "min_scale": 1, "metric": "rps"});
+    assert_eq!(change_settings(&server, Method::PUT, settings).await, 200);
     assert_eq!(next().await.expect("the change"), 5.0);
 
     server.process.signal(libc::SIGTERM);
@@ -161,7 +162,7 @@ async fn the_spec_follows_what_a_key_is_told_and_streams_end_with_the_server() {
     // No sender reports the key. That is certain once the longest possible period has passed.
     let certain = Duration::from_secs(90);
     wait::until_equal("desired pods", certain, 1, || server.number("ns", "rev", "desired_pods")).await;
-    assert_eq!(tell(&server, Method::DELETE, json!(null)).await, 204);
+    assert_eq!(change_settings(&server, Method::DELETE, json!(null)).await, 204);
     assert_eq!(target().await, Some(json!(100.0)));
 }
 

@@ -1,7 +1,7 @@
 "use strict";
 
 // As many rows as a person reads; the server has the rest.
-const MOST_ROWS = 100;
+const MAX_ROWS = 100;
 const SECONDS = 600;
 const SVG = "http://www.w3.org/2000/svg";
 const LINES = [["flight", "in_flight"], ["stable", "stable"], ["panic", "panic"]];
@@ -129,7 +129,7 @@ async function chart() {
 async function tick() {
   try {
     const search = encodeURIComponent(at("search").value.trim());
-    const { keys, found } = await get(`/v1/keys?limit=${MOST_ROWS}&search=${search}`);
+    const { keys, found } = await get(`/v1/keys?limit=${MAX_ROWS}&search=${search}`);
     if (chosen === null && keys.length) {
       choose(keys.find((key) => fragment(key) === location.hash) ?? keys[0]);
     }
