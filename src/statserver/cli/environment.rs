@@ -40,7 +40,10 @@ pub fn unknown_variables(
         .into_iter()
         .filter(|name| name.starts_with(PREFIX) && !known.contains(name) && !is_set_by_kubernetes(name));
     let unknown = names.map(|name| {
-        let meant = closest(&name, known.iter().map(String::as_str)).map(str::to_owned);
+        // The prefix that all share must not make names look alike.
+        let known = known.iter().filter_map(|known| known.strip_prefix(PREFIX));
+        let meant = closest(name.strip_prefix(PREFIX).unwrap_or(&name), known);
+        let meant = meant.map(|meant| format!("{PREFIX}{meant}"));
         UnknownVariable { name, meant }
     });
     unknown.collect()
@@ -70,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_variable_that_no_flag_has_is_named_with_the_one_that_was_meant() {
-        let known = ["listen", "grpc-listen", "max-keys"].map(variable_of);
+        let known = ["listen", "grpc-listen", "max-keys", "forward"].map(variable_of);
         let unknown = |name: &str| {
             let unknown = unknown_variables([name.to_owned()], &known);
             unknown.first().map(ToString::to_string).unwrap_or_default()
@@ -80,6 +83,10 @@ mod tests {
         assert_eq!(
             unknown("INFLIGHT_LISTENS"),
             "unknown environment variable INFLIGHT_LISTENS; did you mean INFLIGHT_LISTEN?"
+        );
+        assert_eq!(
+            unknown("INFLIGHT_FOO"),
+            "unknown environment variable INFLIGHT_FOO; --help lists those that are known"
         );
         assert_eq!(
             unknown("INFLIGHT_SOMETHING_ELSE_ALTOGETHER"),
