@@ -21,7 +21,7 @@ use crate::os::clock::wall_time;
 use crate::os::lock::lock;
 use crate::telemetry::metrics::Metrics;
 
-/// The most stats in a frame: well below what a websocket library accepts.
+/// Maximum number of stats in a frame: well below what a websocket library accepts.
 const MAX_STATS_PER_FRAME: usize = 1_000;
 /// The largest message of the autoscaler, which has nothing to send but pongs.
 const MAX_RECEIVED_BYTES: usize = 64 << 10;
@@ -84,20 +84,28 @@ impl Forwarder {
                     .max_frame_size(Some(MAX_RECEIVED_BYTES))
                     .read_buffer_size(READ_BUFFER_BYTES);
                 let connecting = connect_async_with_config(&self.url, Some(config), true);
+                let url = &self.url;
                 let reason = match tokio::time::timeout(TIMEOUT, connecting).await {
                     Ok(Ok((socket, _))) => {
-                        info!(url = self.url, "connected to the autoscaler; forwarding");
+                        info!(url, "connected to the autoscaler; forwarding");
                         self.metrics.forward_connected.set(1);
                         backoff = MIN_BACKOFF;
                         let reason = self.send(socket).await;
                         self.metrics.forward_connected.set(0);
-                        reason
+                        warn!(
+                            url,
+                            reason,
+                            retry_in = ?backoff,
+                            "connection to the autoscaler lost; reconnecting"
+                        );
+                        None
                     }
-                    Ok(Err(error)) => error.to_string(),
-                    Err(_) => format!("no connection within {TIMEOUT:?}"),
+                    Ok(Err(error)) => Some(error.to_string()),
+                    Err(_) => Some(format!("no connection within {TIMEOUT:?}")),
                 };
-                let url = &self.url;
-                warn!(url, reason, retry_in = ?backoff, "no connection to the autoscaler; reconnecting");
+                if let Some(reason) = reason {
+                    warn!(url, reason, retry_in = ?backoff, "cannot connect to the autoscaler; retrying");
+                }
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(MAX_BACKOFF);
             }
