@@ -31,7 +31,7 @@ pub async fn post_report(
     };
     state.metrics.report(code.as_u16(), bytes);
     if !reason.is_empty() {
-        debug!(%code, reason, "refused a report");
+        debug!(%code, reason, "answered a report with an error");
     }
     (code, reason).into_response()
 }
@@ -77,7 +77,7 @@ async fn record(
         Err(RecordError::CapacityExceeded(exceeded)) => {
             state.metrics.refused(exceeded.limit);
             state.log_limiter.log(|suppressed| {
-                warn!(reason = %exceeded, pod = report.pod, suppressed, "left keys of a report out");
+                warn!(reason = %exceeded, pod = report.pod, suppressed, "left out keys of a report");
             });
             Err((StatusCode::INSUFFICIENT_STORAGE, format!("{exceeded}\n")))
         }
@@ -104,7 +104,7 @@ fn remove_forbidden(
             namespace,
             pod = report.pod,
             suppressed,
-            "left keys of a namespace out that the token does not cover"
+            "left out keys of a namespace that the token does not cover"
         );
     });
     Ok(())

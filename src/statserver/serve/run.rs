@@ -59,7 +59,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     terminated.await;
     info!("draining");
     if trigger.drain(flags.drain_delay, DRAIN_DEADLINE).await.is_err() {
-        warn!(deadline = ?DRAIN_DEADLINE, "some requests were not finished within the deadline");
+        warn!(deadline = ?DRAIN_DEADLINE, "connections still open at the drain deadline were closed");
     }
     Ok(())
 }

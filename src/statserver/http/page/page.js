@@ -138,7 +138,7 @@ async function tick() {
     at("state").textContent = `${found} ${found === 1 ? "key" : "keys"}, as of ${new Date().toLocaleTimeString("en-GB")}`;
     at("state").classList.remove("lost");
   } catch (error) {
-    at("state").textContent = `no answer from the stats server: ${error.message}`;
+    at("state").textContent = `cannot load from the stats server: ${error.message}`;
     at("state").classList.add("lost");
   }
   setTimeout(tick, 1000);
