@@ -55,7 +55,7 @@ fn plugin_configuration() -> String {
 /// What a flag accepts, as the error about a wrong value has it.
 fn expected_by(flag: &Arg) -> String {
     if !flag.get_action().takes_values() {
-        return String::new();
+        return "no value; the variable takes `true` or `false`".into();
     }
     let argument = format!("--{}=\u{1}", flag.get_long().unwrap());
     let error = Flags::command_line().try_get_matches_from(["inflight-statserver", &argument]).err();

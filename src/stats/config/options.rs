@@ -71,7 +71,7 @@ pub(super) const REPORTING_PERIOD: ConfigKey = ConfigKey {
     object: "",
     name: "reporting_period",
     default: r#""1s""#,
-    expected: "a duration from 100ms to 60s",
+    expected: r#"a duration from 100ms to 60s, such as "1s" or "250ms"; units ms, s, m"#,
     help: "Time between two reports",
 };
 pub(super) const PROXIED_HEADER: ConfigKey = ConfigKey {
@@ -86,21 +86,21 @@ pub(super) const CONTAINER_CONCURRENCY: ConfigKey = ConfigKey {
     name: "container_concurrency",
     default: "0",
     expected: "a whole number from 0 to 100000",
-    help: "Most requests in the app at once, over all workers; 0: no limit",
+    help: "Maximum number of requests in the app at once, over all workers; 0: no limit",
 };
 pub(super) const QUEUE_DEPTH: ConfigKey = ConfigKey {
     object: "",
     name: "queue_depth",
     default: "10 times `container_concurrency`",
     expected: "a whole number from 0 to 100000",
-    help: "Most requests that wait for the app; one more is answered with 503 `pending request queue \
-           full`",
+    help: "Maximum number of requests that wait for the app; one more is answered with 503 `pending \
+           request queue full`",
 };
 pub(super) const QUEUE_TIMEOUT: ConfigKey = ConfigKey {
     object: "",
     name: "queue_timeout",
     default: "none",
-    expected: "a duration from 10ms to 60m",
+    expected: r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#,
     help: "Longest wait for the app; then the request is answered with 503 `pending request queue \
            timeout`",
 };
@@ -143,7 +143,7 @@ pub(super) const STATSERVER_TIMEOUT: ConfigKey = ConfigKey {
     object: "statserver.",
     name: "timeout",
     default: r#""1s""#,
-    expected: "a duration from 10ms to 60s",
+    expected: r#"a duration from 10ms to 60s, such as "1s" or "250ms"; units ms, s, m"#,
     help: "How long to wait for an answer",
 };
 pub(super) const STATSERVER_TOKEN_ENV: ConfigKey = ConfigKey {
@@ -195,8 +195,8 @@ pub(super) const GATEWAY_MAX_KEYS: ConfigKey = ConfigKey {
     name: "max_keys",
     default: "10000",
     expected: "a whole number from 0 to 1000000",
-    help: "Most keys that are tracked at once; other requests are not counted by key. The first so many \
-           names in the life of an Envoy have stats of their own",
+    help: "Maximum number of keys tracked at once; requests for other keys are not counted by key. Only \
+           the first so many names get Envoy stats",
 };
 pub(super) const GATEWAY_MARK: ConfigKey = ConfigKey {
     object: "gateway.",

@@ -10,11 +10,11 @@ use crate::protocol::stat::{WireStatMessage, WireStatMessages};
 /// How much of a frame is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameLimits {
-    /// The largest one in bytes; an activator with 5,000 revisions sends half of the default.
+    /// Maximum size in bytes; an activator with 5,000 revisions sends half of the default.
     pub bytes: usize,
-    /// The most stats in one: an empty one takes two bytes of the frame and two hundred in memory.
+    /// Maximum number of stats: an empty one takes two bytes of the frame and two hundred in memory.
     pub messages: usize,
-    /// How deep a gob stream's values may lie in each other.
+    /// How deep the values of a gob stream may be nested.
     pub depth: usize,
 }
 
@@ -29,24 +29,24 @@ impl Default for FrameLimits {
 pub enum FrameError {
     /// More bytes than allowed: how many, and the limit.
     TooLarge(usize, usize),
-    /// More stats than allowed; the limit.
-    TooMany(usize),
+    /// More stats than allowed: how many, and the limit.
+    TooMany(usize, usize),
     /// Neither of the two: the protobuf decoder's reason.
     Protobuf(String),
     /// A gob stream, and not of a `StatMessage`.
     Gob(gob::GobError),
-    /// A name that is not UTF-8.
-    NotUtf8,
+    /// A name that is not UTF-8: its field.
+    NotUtf8(&'static str),
 }
 
 impl std::fmt::Display for FrameError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::TooLarge(bytes, max) => write!(f, "the frame has {bytes} bytes; expected at most {max}"),
-            Self::TooMany(max) => write!(f, "the frame has more than {max} stats"),
+            Self::TooMany(stats, max) => write!(f, "the frame has {stats} stats; expected at most {max}"),
             Self::Protobuf(reason) => write!(f, "the frame is no WireStatMessages: {reason}"),
             Self::Gob(error) => write!(f, "the frame is no gob StatMessage: {error}"),
-            Self::NotUtf8 => f.write_str("a name is not UTF-8"),
+            Self::NotUtf8(field) => write!(f, "`{field}` of a stat is not UTF-8"),
         }
     }
 }
@@ -67,16 +67,22 @@ pub fn decode(frame: Bytes, limits: &FrameLimits) -> Result<Vec<WireStatMessage>
         return Ok(vec![decoded.message]);
     }
     let protobuf = |error: prost::DecodeError| FrameError::Protobuf(error.to_string());
-    if count(&frame).map_err(protobuf)? > limits.messages {
-        return Err(FrameError::TooMany(limits.messages));
+    let stats = count(&frame).map_err(protobuf)?;
+    if stats > limits.messages {
+        return Err(FrameError::TooMany(stats, limits.messages));
     }
     let messages = WireStatMessages::decode(frame).map_err(protobuf)?.messages;
-    let utf8 = |bytes: &Bytes| std::str::from_utf8(bytes).is_ok();
-    let whole = |message: &WireStatMessage| {
-        let pod = message.stat.as_ref().is_none_or(|stat| utf8(&stat.pod_name));
-        pod && utf8(&message.namespace) && utf8(&message.name)
-    };
-    if messages.iter().all(whole) { Ok(messages) } else { Err(FrameError::NotUtf8) }
+    match messages.iter().find_map(field_that_is_not_utf8) {
+        None => Ok(messages),
+        Some(field) => Err(FrameError::NotUtf8(field)),
+    }
+}
+
+fn field_that_is_not_utf8(message: &WireStatMessage) -> Option<&'static str> {
+    let pod = message.stat.as_ref().map(|stat| &stat.pod_name);
+    let names = [("namespace", Some(&message.namespace)), ("name", Some(&message.name)), ("pod_name", pod)];
+    let is_utf8 = |name: &Bytes| std::str::from_utf8(name).is_ok();
+    names.into_iter().find(|(_, name)| !name.is_none_or(is_utf8)).map(|(field, _)| field)
 }
 
 /// Returns how many fields a protobuf message has, without decoding any: of a frame, its stats.
@@ -115,7 +121,10 @@ mod tests {
     #[test]
     fn a_frame_is_taken_as_a_whole_or_not_at_all() {
         assert_eq!(decode(frame(vec![message(b"a"), message(b"b")])).unwrap().len(), 2);
-        assert_eq!(decode(frame(vec![message(b"a"), message(b"\xff")])), Err(FrameError::NotUtf8));
+        assert_eq!(
+            decode(frame(vec![message(b"a"), message(b"\xff")])),
+            Err(FrameError::NotUtf8("namespace"))
+        );
         let whole = frame(vec![message(b"a"), message(b"b")]);
         let cut = whole.slice(..whole.len() - 1);
         assert!(matches!(decode(cut), Err(FrameError::Protobuf(_))));
@@ -129,9 +138,9 @@ mod tests {
         let most = FrameLimits::default().messages;
         let empty = |count| Bytes::from([10, 0].repeat(count));
         assert_eq!(decode(empty(most)).unwrap().len(), most);
-        assert_eq!(decode(empty(most + 1)), Err(FrameError::TooMany(most)));
+        assert_eq!(decode(empty(most + 1)), Err(FrameError::TooMany(most + 1, most)));
         // A field that is skipped takes its bytes all the same.
-        assert_eq!(decode(Bytes::from([0x4a, 0].repeat(most + 1))), Err(FrameError::TooMany(most)));
+        assert_eq!(decode(Bytes::from([0x4a, 0].repeat(most + 1))), Err(FrameError::TooMany(most + 1, most)));
     }
 
     #[test]

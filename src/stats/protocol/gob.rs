@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use crate::protocol::stat::{Stat, WireStatMessage};
 
-/// How deep the values of a field that is skipped may lie in each other, if nobody says otherwise.
+/// How deep the values of a skipped field may be nested, by default.
 pub const MAX_DEPTH: usize = 16;
 /// The most types that a stream may define; a `StatMessage` needs four.
 pub const MAX_TYPES: usize = 64;
@@ -28,12 +28,17 @@ pub enum GobError {
     Ends,
     /// A number, a length or a field that gob does not allow.
     Malformed(&'static str),
-    /// A type that was not defined, or defined twice.
-    Type(i64),
-    /// More than [`MAX_TYPES`] types, or deeper than allowed.
-    TooMuch(&'static str),
-    /// A field of `StatMessage` has another type here.
-    Mismatch(&'static str),
+    /// A type that the stream did not define.
+    UndefinedType(i64),
+    /// A type that the stream defined twice.
+    RedefinedType(i64),
+    /// More than [`MAX_TYPES`] types.
+    TooManyTypes,
+    /// Values nested deeper than allowed: the limit.
+    TooDeep(usize),
+    /// A field of `StatMessage` has another type here: which field, its type, and that of
+    /// `StatMessage`.
+    Mismatch(&'static str, &'static str, &'static str),
 }
 
 impl std::fmt::Display for GobError {
@@ -41,9 +46,11 @@ impl std::fmt::Display for GobError {
         match self {
             Self::Ends => f.write_str("the stream ends before the value does"),
             Self::Malformed(what) => write!(f, "{what}"),
-            Self::Type(id) => write!(f, "type {id} is not defined, or defined twice"),
-            Self::TooMuch(what) => write!(f, "more {what} than allowed"),
-            Self::Mismatch(field) => write!(f, "{field} has another type"),
+            Self::UndefinedType(id) => write!(f, "type {id} is not defined"),
+            Self::RedefinedType(id) => write!(f, "type {id} is defined twice"),
+            Self::TooManyTypes => write!(f, "more types than {MAX_TYPES}"),
+            Self::TooDeep(max) => write!(f, "nested deeper than {max}"),
+            Self::Mismatch(field, found, wanted) => write!(f, "{field} is {found}; expected {wanted}"),
         }
     }
 }
@@ -93,7 +100,7 @@ pub fn decode(bytes: &[u8], max_depth: usize) -> Result<StatMessage, GobError> {
         if id >= 0 {
             return types.stat_message(&mut message, id);
         }
-        types.define(&mut message, id.checked_neg().ok_or(GobError::Type(id))?)?;
+        types.define(&mut message, id.checked_neg().ok_or(GobError::UndefinedType(id))?)?;
     }
 }
 
@@ -183,6 +190,10 @@ const STRING: i64 = 6;
 const COMPLEX: i64 = 7;
 const INTERFACE: i64 = 8;
 
+const A_STRING: &str = "a string";
+const A_FLOAT: &str = "a float";
+const A_STRUCT: &str = "a struct";
+
 /// What is known of a type that the stream defined.
 #[derive(Clone, Debug)]
 enum Type {
@@ -204,7 +215,7 @@ impl Types {
     /// struct whose first field holds the type's own name and id.
     fn define(&mut self, reader: &mut Reader<'_>, id: i64) -> Result<(), GobError> {
         if self.by_id.len() >= MAX_TYPES {
-            return Err(GobError::TooMuch("types"));
+            return Err(GobError::TooManyTypes);
         }
         let mut defined = None;
         reader.fields(|reader, kind| {
@@ -238,16 +249,63 @@ impl Types {
         let defined = defined.ok_or(GobError::Malformed("a type's definition is empty"))?;
         match self.by_id.insert(id, defined) {
             None => Ok(()),
-            Some(_) => Err(GobError::Type(id)),
+            Some(_) => Err(GobError::RedefinedType(id)),
         }
     }
 
     fn members(&self, id: i64, of: &'static str) -> Result<&[(String, i64)], GobError> {
         match self.by_id.get(&id) {
             Some(Type::Struct(members)) => Ok(members),
-            Some(_) => Err(GobError::Mismatch(of)),
-            None => Err(GobError::Type(id)),
+            _ => Err(self.mismatch(of, id, A_STRUCT)),
         }
+    }
+
+    /// Returns why a field of this type is not `wanted`.
+    fn mismatch(&self, field: &'static str, id: i64, wanted: &'static str) -> GobError {
+        let found = match (id, self.by_id.get(&id)) {
+            (BOOL, _) => "a boolean",
+            (INT, _) => "an integer",
+            (UINT, _) => "an unsigned integer",
+            (FLOAT, _) => A_FLOAT,
+            (BYTES, _) => "a byte slice",
+            (STRING, _) => A_STRING,
+            (COMPLEX, _) => "a complex number",
+            (INTERFACE, _) => "an interface",
+            (_, Some(Type::List(_))) => "a list",
+            (_, Some(Type::Struct(_))) => A_STRUCT,
+            (_, Some(Type::Map(..))) => "a map",
+            (_, Some(Type::Opaque)) => "a type that encodes itself",
+            (_, None) => return GobError::UndefinedType(id),
+        };
+        GobError::Mismatch(field, found, wanted)
+    }
+
+    fn text(
+        &self,
+        reader: &mut Reader<'_>,
+        id: i64,
+        field: &'static str,
+        to: &mut Bytes,
+    ) -> Result<(), GobError> {
+        if id != STRING {
+            return Err(self.mismatch(field, id, A_STRING));
+        }
+        *to = Bytes::copy_from_slice(reader.text()?.as_bytes());
+        Ok(())
+    }
+
+    fn float(
+        &self,
+        reader: &mut Reader<'_>,
+        id: i64,
+        field: &'static str,
+        to: &mut f64,
+    ) -> Result<(), GobError> {
+        if id != FLOAT {
+            return Err(self.mismatch(field, id, A_FLOAT));
+        }
+        *to = reader.float()?;
+        Ok(())
     }
 
     /// Hands each field of a struct to `known` by its name and type; what `known` does not know is
@@ -273,28 +331,28 @@ impl Types {
         let mut time = Time { seconds: -YEAR_ONE_TO_1970, nanoseconds: 0 };
         self.read(reader, id, "StatMessage", |reader, field, id| match field {
             "Key" => Some(self.read(reader, id, "Key", |reader, field, id| match field {
-                "Namespace" => Some(text(reader, id, "Key.Namespace", &mut namespace)),
-                "Name" => Some(text(reader, id, "Key.Name", &mut name)),
+                "Namespace" => Some(self.text(reader, id, "Key.Namespace", &mut namespace)),
+                "Name" => Some(self.text(reader, id, "Key.Name", &mut name)),
                 _ => None,
             })),
             "Stat" => Some(self.read(reader, id, "Stat", |reader, field, id| match field {
                 "Time" => Some(self.time(reader, id, &mut time)),
-                "PodName" => Some(text(reader, id, "Stat.PodName", &mut stat.pod_name)),
-                "AverageConcurrentRequests" => Some(float(
+                "PodName" => Some(self.text(reader, id, "Stat.PodName", &mut stat.pod_name)),
+                "AverageConcurrentRequests" => Some(self.float(
                     reader,
                     id,
                     "Stat.AverageConcurrentRequests",
                     &mut stat.average_concurrent_requests,
                 )),
-                "AverageProxiedConcurrentRequests" => Some(float(
+                "AverageProxiedConcurrentRequests" => Some(self.float(
                     reader,
                     id,
                     "Stat.AverageProxiedConcurrentRequests",
                     &mut stat.average_proxied_concurrent_requests,
                 )),
-                "RequestCount" => Some(float(reader, id, "Stat.RequestCount", &mut stat.request_count)),
+                "RequestCount" => Some(self.float(reader, id, "Stat.RequestCount", &mut stat.request_count)),
                 "ProxiedRequestCount" => {
-                    Some(float(reader, id, "Stat.ProxiedRequestCount", &mut stat.proxied_request_count))
+                    Some(self.float(reader, id, "Stat.ProxiedRequestCount", &mut stat.proxied_request_count))
                 }
                 _ => None,
             })),
@@ -310,7 +368,7 @@ impl Types {
     /// offset.
     fn time(&self, reader: &mut Reader<'_>, id: i64, time: &mut Time) -> Result<(), GobError> {
         if !matches!(self.by_id.get(&id), Some(Type::Opaque)) {
-            return Err(GobError::Mismatch("Stat.Time"));
+            return Err(self.mismatch("Stat.Time", id, "a time.Time"));
         }
         let bytes = reader.bytes()?;
         let (Some((version @ (1 | 2), rest)), 15 | 16) = (bytes.split_first(), bytes.len()) else {
@@ -330,7 +388,7 @@ impl Types {
 
     fn skip(&self, reader: &mut Reader<'_>, id: i64, depth: usize) -> Result<(), GobError> {
         if depth > self.max_depth {
-            return Err(GobError::TooMuch("depth"));
+            return Err(GobError::TooDeep(self.max_depth));
         }
         match id {
             BOOL | INT | UINT | FLOAT => reader.uint().map(|_| ()),
@@ -344,7 +402,7 @@ impl Types {
                 reader.int()?;
                 reader.bytes().map(|_| ())
             }
-            _ => match self.by_id.get(&id).ok_or(GobError::Type(id))? {
+            _ => match self.by_id.get(&id).ok_or(GobError::UndefinedType(id))? {
                 Type::Opaque => reader.bytes().map(|_| ()),
                 Type::List(element) => reader.elements(|reader| self.skip(reader, *element, depth + 1)),
                 Type::Map(key, value) => reader.elements(|reader| {
@@ -382,22 +440,6 @@ fn member(reader: &mut Reader<'_>) -> Result<(String, i64), GobError> {
         Ok(())
     })?;
     Ok((name, id))
-}
-
-fn text(reader: &mut Reader<'_>, id: i64, field: &'static str, to: &mut Bytes) -> Result<(), GobError> {
-    if id != STRING {
-        return Err(GobError::Mismatch(field));
-    }
-    *to = Bytes::copy_from_slice(reader.text()?.as_bytes());
-    Ok(())
-}
-
-fn float(reader: &mut Reader<'_>, id: i64, field: &'static str, to: &mut f64) -> Result<(), GobError> {
-    if id != FLOAT {
-        return Err(GobError::Mismatch(field));
-    }
-    *to = reader.float()?;
-    Ok(())
 }
 
 #[cfg(test)]
@@ -513,9 +555,9 @@ mod tests {
             message(65, &[1, 1, 2, 0, 0]),
         ]
         .concat();
-        assert_eq!(decode(&bytes), Err(GobError::Mismatch("Key.Name")));
+        assert_eq!(decode(&bytes), Err(GobError::Mismatch("Key.Name", "an integer", "a string")));
         let list = [other(65, 2, Some(INT)), message(65, &[0, 1, 2])].concat();
-        assert_eq!(decode(&list), Err(GobError::Mismatch("StatMessage")));
+        assert_eq!(decode(&list), Err(GobError::Mismatch("StatMessage", "a list", "a struct")));
     }
 
     #[test]
@@ -524,7 +566,7 @@ mod tests {
         let bytes =
             [structure(65, "StatMessage", &[("Self", 66)]), other(66, 2, Some(66)), message(65, &nested)]
                 .concat();
-        assert_eq!(decode(&bytes), Err(GobError::TooMuch("depth")));
+        assert_eq!(decode(&bytes), Err(GobError::TooDeep(MAX_DEPTH)));
     }
 
     #[test]
@@ -544,11 +586,11 @@ mod tests {
     #[test]
     fn a_stream_may_define_only_so_many_types_and_each_once() {
         let many: Vec<u8> = (65..200).flat_map(|id| other(id, 5, None)).collect();
-        assert_eq!(decode(&many), Err(GobError::TooMuch("types")));
+        assert_eq!(decode(&many), Err(GobError::TooManyTypes));
         let twice = [other(65, 5, None), other(65, 5, None)].concat();
-        assert_eq!(decode(&twice), Err(GobError::Type(65)));
-        assert_eq!(decode(&message(70, &[0])), Err(GobError::Type(70)));
-        assert_eq!(decode(&message(i64::MIN, &[0])), Err(GobError::Type(i64::MIN)));
+        assert_eq!(decode(&twice), Err(GobError::RedefinedType(65)));
+        assert_eq!(decode(&message(70, &[0])), Err(GobError::UndefinedType(70)));
+        assert_eq!(decode(&message(i64::MIN, &[0])), Err(GobError::UndefinedType(i64::MIN)));
     }
 
     #[test]

@@ -3,8 +3,9 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::io;
 
-use bincode::Options;
+use bincode::{ErrorKind, Options};
 use serde::{Deserialize, Serialize};
 
 use crate::counting::snapshot::Snapshot;
@@ -86,11 +87,12 @@ pub enum ReportError {
     TooLarge(usize),
     /// A version this receiver does not know.
     UnknownVersion(u8),
+    /// The bytes end before the report does.
+    EndsEarly,
     /// Not the bytes of a report; the decoder's reason.
     Malformed(String),
-    /// A name that is empty, too long or holds control characters: which field, and how long it
-    /// was.
-    BadName(&'static str, usize),
+    /// A field that must be a name and is none.
+    BadName(&'static str, NameError),
     /// Numbers that no sender can have counted: the key, and what does not fit.
     Implausible(String, &'static str),
     /// A key that the report has more than once.
@@ -109,12 +111,13 @@ impl fmt::Display for ReportError {
             Self::UnknownVersion(version) => {
                 write!(f, "the report has version {version}; expected {VERSION}")
             }
-            Self::Malformed(reason) => write!(f, "the report does not decode: {reason}"),
-            Self::BadName(field, bytes) => write!(
-                f,
-                "`{field}` is not a name ({bytes} bytes); expected 1 to {MAX_NAME_BYTES} bytes without \
-                 control characters"
-            ),
+            Self::EndsEarly => {
+                write!(f, "the report ends early; expected a bincode report of version {VERSION}")
+            }
+            Self::Malformed(reason) => {
+                write!(f, "the report is malformed: {reason}; expected a bincode report of version {VERSION}")
+            }
+            Self::BadName(field, error) => write!(f, "`{field}` {error}"),
             Self::Implausible(key, reason) => write!(f, "key {key}: {reason}"),
             Self::Repeated(key) => {
                 write!(f, "the report has key {key} more than once; expected each key once")
@@ -159,16 +162,21 @@ impl Report {
             Some(&VERSION) => {}
             Some(&version) => return Err(ReportError::UnknownVersion(version)),
         }
-        let report: Self = wire()
-            .reject_trailing_bytes()
-            .deserialize(bytes)
-            .map_err(|e| ReportError::Malformed(e.to_string()))?;
+        let report: Self =
+            wire().reject_trailing_bytes().deserialize(bytes).map_err(|error| match *error {
+                // A length beyond the limit is one beyond the bytes.
+                ErrorKind::SizeLimit => ReportError::EndsEarly,
+                ErrorKind::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    ReportError::EndsEarly
+                }
+                error => ReportError::Malformed(error.to_string()),
+            })?;
         report.check()?;
         Ok(report)
     }
 
     fn check(&self) -> Result<(), ReportError> {
-        check_name("pod", &self.pod)?;
+        check_field("pod", &self.pod)?;
         self.messages.iter().try_for_each(KeyReport::check)?;
         let mut names = HashSet::with_capacity(self.messages.len());
         match self.messages.iter().find(|message| !names.insert((&message.namespace, &message.name))) {
@@ -196,8 +204,8 @@ impl KeyReport {
     }
 
     fn check(&self) -> Result<(), ReportError> {
-        check_name("namespace", &self.namespace)?;
-        check_name("name", &self.name)?;
+        check_field("namespace", &self.namespace)?;
+        check_field("name", &self.name)?;
         let implausible = |reason| Err(ReportError::Implausible(self.key(), reason));
         for snapshot in [&self.since, &self.until] {
             if snapshot.proxied_requests > snapshot.requests
@@ -235,13 +243,52 @@ impl KeyReport {
     }
 }
 
-fn check_name(field: &'static str, value: &str) -> Result<(), ReportError> {
-    if is_name(value) { Ok(()) } else { Err(ReportError::BadName(field, value.len())) }
+fn check_field(field: &'static str, value: &str) -> Result<(), ReportError> {
+    check_name(value).map_err(|error| ReportError::BadName(field, error))
+}
+
+/// Why a pod, a namespace or a key cannot have a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameError {
+    /// It has no bytes.
+    Empty,
+    /// It has more than [`MAX_NAME_BYTES`]: how many.
+    TooLong(usize),
+    /// It has a control character.
+    ControlCharacter,
+}
+
+impl fmt::Display for NameError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => write!(f, "is empty; expected 1 to {MAX_NAME_BYTES} bytes"),
+            Self::TooLong(bytes) => write!(f, "has {bytes} bytes; expected at most {MAX_NAME_BYTES}"),
+            Self::ControlCharacter => f.write_str("has a control character; expected none"),
+        }
+    }
+}
+
+impl std::error::Error for NameError {}
+
+/// Checks whether a pod, a namespace or a key may have this name.
+///
+/// # Errors
+/// [`NameError`].
+pub fn check_name(value: &str) -> Result<(), NameError> {
+    if value.is_empty() {
+        Err(NameError::Empty)
+    } else if value.len() > MAX_NAME_BYTES {
+        Err(NameError::TooLong(value.len()))
+    } else if value.chars().any(char::is_control) {
+        Err(NameError::ControlCharacter)
+    } else {
+        Ok(())
+    }
 }
 
 /// Returns whether a pod, a namespace or a key may have this name.
 pub fn is_name(value: &str) -> bool {
-    !value.is_empty() && value.len() <= MAX_NAME_BYTES && !value.chars().any(char::is_control)
+    check_name(value).is_ok()
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ pub const DEFAULT_RPS_TARGET: f64 = 200.0;
 const STABLE_WINDOW_RANGE: [Duration; 2] = [Duration::from_secs(6), Duration::from_secs(3600)];
 /// The longest scale-down delay.
 const MAX_DELAY: Duration = Duration::from_secs(3600);
-/// The most pods that any setting may name, or that a key can want.
+/// Maximum number of pods that a setting may name, or that a key can need.
 pub const MAX_PODS: u32 = 1_000_000;
 
 /// One setting. The parser, the flag of the same name and the reference page all take it from here;
@@ -78,7 +78,7 @@ pub const METRIC: Setting<Metric> = Setting {
 pub const TARGET: Setting<f64> = Setting {
     name: "target",
     fits: |n| n >= 0.01,
-    expected: "a number from 0.01 on",
+    expected: "a number of at least 0.01",
     help: "Concurrency that one pod can handle; with the metric rps, requests per second",
 };
 /// `target_utilization_percentage`
@@ -95,7 +95,7 @@ pub const STABLE_WINDOW: Setting<Duration> = Setting {
         let [min, max] = STABLE_WINDOW_RANGE;
         (min..=max).contains(&window) && window.subsec_nanos() == 0
     },
-    expected: "a duration from 6s to 60m, in whole seconds",
+    expected: r#"a duration from 6s to 60m in whole seconds, such as "60s"; units ms, s, m"#,
     help: "Time over which the stable averages are taken",
 };
 /// `panic_window_percentage`
@@ -109,8 +109,8 @@ pub const PANIC_WINDOW_PERCENTAGE: Setting<f64> = Setting {
 pub const PANIC_THRESHOLD_PERCENTAGE: Setting<f64> = Setting {
     name: "panic_threshold_percentage",
     fits: |n| n >= 1.0,
-    expected: "a number from 1 on",
-    help: "Panic mode starts when the panic window wants this percentage of the ready pods",
+    expected: "a number of at least 1",
+    help: "Panic mode starts when the panic window needs at least this percentage of the ready pods",
 };
 /// `max_scale_up_rate`
 pub const MAX_SCALE_UP_RATE: Setting<f64> = Setting {
@@ -130,14 +130,14 @@ pub const MAX_SCALE_DOWN_RATE: Setting<f64> = Setting {
 pub const TARGET_BURST_CAPACITY: Setting<f64> = Setting {
     name: "target_burst_capacity",
     fits: |n| n >= 0.0 || n == -1.0,
-    expected: "-1, or a number from 0 on",
+    expected: "-1, or a number of at least 0",
     help: "Capacity to keep free for bursts; 0: none, -1: unlimited",
 };
 /// `scale_down_delay`
 pub const SCALE_DOWN_DELAY: Setting<Duration> = Setting {
     name: "scale_down_delay",
     fits: |delay| delay <= MAX_DELAY,
-    expected: "a duration from 0s to 60m",
+    expected: r#"a duration from 0s to 60m, such as "1s" or "250ms"; units ms, s, m"#,
     help: "How long a lower pod count must hold before scaling down",
 };
 /// `activation_scale`
@@ -274,7 +274,7 @@ impl KeySettings {
         let max_scale = pods(&mut fields, &MAX_SCALE)?.unwrap_or(self.max_scale);
         let min_scale = pods(&mut fields, &MIN_SCALE)?.unwrap_or(self.min_scale);
         if max_scale > 0 && max_scale < min_scale {
-            let expected = format!("0, or a number from min_scale ({min_scale}) on");
+            let expected = format!("0, or at least min_scale ({min_scale})");
             return Err(fields.error(MAX_SCALE.name, max_scale.to_string(), expected));
         }
         Ok(Self {

@@ -44,8 +44,8 @@ pub struct Flags {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
-    /// CA certificates, in PEM; clients with a certificate of one of them may report and read for
-    /// every namespace without a token.
+    /// CA certificates, in PEM; clients with a certificate signed by one of them may report and
+    /// read for every namespace without a token.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
@@ -58,25 +58,23 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     pub settings: Option<PathBuf>,
 
-    /// Knative autoscaler to forward every stat to, for example
+    /// Forwards every stat to this Knative autoscaler, for example
     /// ws://autoscaler.knative-serving:8080.
     #[arg(long, value_name = "URL", value_parser = websocket_url)]
     pub forward: Option<String>,
 
-    /// What to log: error, warn, info, debug or trace.
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    /// What to log: off, error, warn, info, debug or trace.
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
     pub log_level: LevelFilter,
 
     /// How long to keep serving after SIGTERM, with /readyz at 503, before the listeners close.
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = drain_delay)]
     pub drain_delay: Duration,
 
-    /// Time over which the stable averages are taken.
     #[arg(long, help_heading = SCALING, value_name = "DURATION", help = STABLE_WINDOW.help,
         default_value = in_seconds(DEFAULTS.stable_window), value_parser = duration(&STABLE_WINDOW))]
     pub stable_window: Duration,
 
-    /// Length of the panic window.
     #[arg(long, help_heading = SCALING, value_name = "PERCENT", help = PANIC_WINDOW_PERCENTAGE.help,
         default_value_t = DEFAULTS.panic_window_percentage, value_parser = number(&PANIC_WINDOW_PERCENTAGE))]
     pub panic_window_percentage: f64,
@@ -91,40 +89,33 @@ pub struct Flags {
         default_value_t = DEFAULT_RPS_TARGET, value_parser = number(&TARGET))]
     pub rps_target: f64,
 
-    /// Percentage of the target at which each pod should run.
     #[arg(long, help_heading = SCALING, value_name = "PERCENT", help = TARGET_UTILIZATION_PERCENTAGE.help,
         default_value_t = DEFAULTS.target_utilization_percentage,
         value_parser = number(&TARGET_UTILIZATION_PERCENTAGE))]
     pub target_utilization_percentage: f64,
 
-    /// When panic mode starts.
     #[arg(long, help_heading = SCALING, value_name = "PERCENT", help = PANIC_THRESHOLD_PERCENTAGE.help,
         default_value_t = DEFAULTS.panic_threshold_percentage,
         value_parser = number(&PANIC_THRESHOLD_PERCENTAGE))]
     pub panic_threshold_percentage: f64,
 
-    /// Largest factor by which one decision may scale up.
     #[arg(long, help_heading = SCALING, value_name = "FACTOR", help = MAX_SCALE_UP_RATE.help,
         default_value_t = DEFAULTS.max_scale_up_rate, value_parser = number(&MAX_SCALE_UP_RATE))]
     pub max_scale_up_rate: f64,
 
-    /// Largest factor by which one decision may scale down.
     #[arg(long, help_heading = SCALING, value_name = "FACTOR", help = MAX_SCALE_DOWN_RATE.help,
         default_value_t = DEFAULTS.max_scale_down_rate, value_parser = number(&MAX_SCALE_DOWN_RATE))]
     pub max_scale_down_rate: f64,
 
-    /// Capacity to keep free for bursts.
     #[arg(long, help_heading = SCALING, value_name = "NUMBER", help = TARGET_BURST_CAPACITY.help,
         default_value_t = DEFAULTS.target_burst_capacity, value_parser = number(&TARGET_BURST_CAPACITY),
         allow_negative_numbers = true)]
     pub target_burst_capacity: f64,
 
-    /// How long a lower pod count must hold before scaling down.
     #[arg(long, help_heading = SCALING, value_name = "DURATION", help = SCALE_DOWN_DELAY.help,
         default_value = in_seconds(DEFAULTS.scale_down_delay), value_parser = duration(&SCALE_DOWN_DELAY))]
     pub scale_down_delay: Duration,
 
-    /// Smallest non-zero pod count.
     #[arg(long, help_heading = SCALING, value_name = "PODS", help = ACTIVATION_SCALE.help,
         default_value_t = DEFAULTS.activation_scale, value_parser = pods(&ACTIVATION_SCALE))]
     pub activation_scale: u32,
@@ -251,7 +242,13 @@ fn duration(setting: &'static Setting<Duration>) -> impl Fn(&str) -> Result<Dura
 
 fn drain_delay(text: &str) -> Result<Duration, String> {
     let delay = parse_duration(text).filter(|delay| *delay <= Duration::from_secs(3600));
-    delay.ok_or_else(|| "expected a duration from 0s to 60m".into())
+    delay.ok_or_else(|| {
+        r#"expected a duration from 0s to 60m, such as "1s" or "250ms"; units ms, s, m"#.into()
+    })
+}
+
+fn log_level(text: &str) -> Result<LevelFilter, String> {
+    text.parse().map_err(|_| "expected off, error, warn, info, debug or trace".into())
 }
 
 fn websocket_url(text: &str) -> Result<String, String> {
@@ -332,6 +329,7 @@ mod tests {
             ["--stable-window", "5s"],
             ["--panic-window-percentage", "0"],
             ["--drain-delay", "2h"],
+            ["--log-level", "loud"],
             ["--forward", "http://autoscaler"],
             ["--forward", "ws:autoscaler"],
             ["--max-connections", "0"],

@@ -63,23 +63,24 @@ const fn seconds(seconds: u64) -> Duration {
 }
 
 limits! {
-    /// Most concurrent HTTP connections, websockets included; one more closes the one that has been
-    /// idle for longest.
+    /// Maximum number of concurrent HTTP connections, websockets included; one more closes the one
+    /// that has been idle for longest.
     max_connections "max-connections": usize = 3_000, 1..=1_000_000 => Connections;
 
-    /// Most concurrent gRPC connections; KEDA opens one for each address that it is given.
+    /// Maximum number of concurrent gRPC connections; KEDA opens one per scaler address.
     max_grpc_connections "max-grpc-connections": usize = 32, 1..=1_000_000 => GrpcConnections;
 
-    /// Most concurrent connections that have not authenticated yet; one more replaces the oldest.
+    /// Maximum number of concurrent connections that have not authenticated yet; one more replaces
+    /// the oldest.
     max_unauthenticated_connections "max-unauthenticated-connections": usize = 500, 1..=1_000_000
         => UnauthenticatedConnections;
 
-    /// Most bytes of bodies, frames and messages being received at once, over all connections; the
-    /// first 4 KiB of each are free.
+    /// Maximum number of bytes of bodies, frames and messages being received at once, over all
+    /// connections; the first 4 KiB of each are free.
     max_bytes_in_flight "max-bytes-in-flight": usize = 16 * MIB, MIB..=4 * GIB - 1 => BytesInFlight;
 
-    /// Most bytes of responses that clients have yet to read, over all connections; the first 4 KiB
-    /// of each are free.
+    /// Maximum number of bytes of answers that clients have yet to read, over all connections; the
+    /// first 4 KiB of each are free.
     max_answer_bytes "max-answer-bytes": usize = 12 * MIB, MIB..=4 * GIB - 1 => AnswerBytes;
 
     /// Largest request head, in bytes.
@@ -92,7 +93,7 @@ limits! {
     /// take.
     body_timeout "body-timeout": Duration = seconds(10), TIMEOUT => BodyTimeout;
 
-    /// How long an HTTP connection may be idle between two requests; longer than the longest
+    /// How long an HTTP connection may be idle between two requests; keep it above the longest
     /// reporting period.
     idle_timeout "idle-timeout": Duration = seconds(75), TIMEOUT;
 
@@ -111,32 +112,41 @@ limits! {
     /// Largest message of a gRPC call, in bytes.
     max_grpc_bytes "max-grpc-bytes": usize = 8_192, 1_024..=4 * MIB => GrpcBytes;
 
-    /// Most concurrent gRPC calls, over all connections; KEDA keeps two open for each ScaledObject.
+    /// Maximum number of concurrent gRPC streams, over all connections; KEDA keeps two open for each
+    /// ScaledObject.
     max_grpc_streams "max-grpc-streams": usize = 2_000, 1..=1_000_000 => GrpcStreams;
 
-    /// Most keys in a report, and stats in a frame of the stream.
+    /// Maximum number of keys in a report, and of stats in a frame of the stream.
     max_messages "max-messages": usize = 10_000, 1..=1_000_000 => Messages;
 
     /// Deepest nesting of values, in settings and in gob streams.
     max_depth "max-depth": usize = 16, 1..=64 => Depth;
 
-    /// Most keys in all.
+    /// Maximum number of keys.
     max_keys "max-keys": usize = 100_000, 1..=10_000_000 => Keys;
 
-    /// Most keys of one namespace.
+    /// Maximum number of keys in one namespace.
     max_keys_per_namespace "max-keys-per-namespace": usize = 10_000, 1..=1_000_000 => KeysPerNamespace;
 
-    /// Most pods and gateways that report one key.
+    /// Maximum number of pods and gateways that report one key.
     max_pods_per_key "max-pods-per-key": usize = 20_000, 1..=1_000_000 => PodsPerKey;
 
-    /// Most bytes that all keys, their windows and their senders take.
+    /// Maximum number of bytes that all keys, their windows and their senders take.
     max_table_bytes "max-table-bytes": usize = 224 * MIB, MIB..=1024 * GIB => TableBytes;
 }
 
 impl Limits {
-    /// Returns those of a frame of the stat stream.
+    /// Returns the limits of a frame of the stat stream.
     pub fn frame_limits(&self) -> FrameLimits {
         FrameLimits { bytes: self.max_frame_bytes, messages: self.max_messages, depth: self.max_depth }
+    }
+}
+
+/// Returns a bound as messages have it: in minutes if it is more than one, as in all messages.
+fn in_words(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds if seconds > 60 && seconds % 60 == 0 => format!("{}m", seconds / 60),
+        _ => format!("{duration:?}"),
     }
 }
 
@@ -177,8 +187,12 @@ impl Value for Duration {
     fn parser(range: RangeInclusive<Self>) -> impl Fn(&str) -> Result<Self, String> + Clone {
         move |text| {
             let duration = parse_duration(text).filter(|duration| range.contains(duration));
-            duration
-                .ok_or_else(|| format!("expected a duration from {:?} to {:?}", range.start(), range.end()))
+            duration.ok_or_else(|| {
+                let (min, max) = (in_words(*range.start()), in_words(*range.end()));
+                format!(
+                    "expected a duration from {min} to {max}, such as \"1s\" or \"250ms\"; units ms, s, m"
+                )
+            })
         }
     }
 }

@@ -120,7 +120,7 @@ pub async fn reserve_response(
     let mut reservation = Reservation::default();
     if state.response_budget.reserve(&mut reservation, bytes.len()).is_err() {
         state.metrics.refused(Limit::AnswerBytes);
-        let reason = "more bytes of unread responses than --max-answer-bytes allows; try again later\n";
+        let reason = "more bytes of unread answers than --max-answer-bytes allows; try again later\n";
         return (StatusCode::SERVICE_UNAVAILABLE, reason).into_response();
     }
     let bytes = ReservedBytes { bytes, _reservation: reservation };

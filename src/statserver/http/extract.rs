@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{FromRequestParts, Path, Query, RawPathParams};
+use axum::extract::{FromRequestParts, Path, RawPathParams};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -60,22 +60,42 @@ impl FromRequestParts<Arc<ServerState>> for KeyPath {
     async fn from_request_parts(parts: &mut Parts, state: &Arc<ServerState>) -> Result<Self, Response> {
         let grant = Grant::from_request_parts(parts, state).await?;
         let in_path = RawPathParams::from_request_parts(parts, state).await;
-        let is_in_path = in_path.map_err(IntoResponse::into_response)?.iter().next().is_some();
+        let is_in_path = in_path
+            .map_err(|error| invalid_path(error.status(), &error.body_text()))?
+            .iter()
+            .next()
+            .is_some();
         let name = if is_in_path {
             let path = Path::<KeyName>::from_request_parts(parts, state).await;
-            path.map(|Path(name)| name).map_err(IntoResponse::into_response)?
+            path.map(|Path(name)| name).map_err(|error| invalid_path(error.status(), &error.body_text()))?
         } else {
-            let query = Query::<KeyName>::from_request_parts(parts, state).await;
-            query.map(|Query(name)| name).map_err(|_| {
-                let reason = "no key in the query; expected ?namespace=NAMESPACE&name=NAME\n";
-                (StatusCode::BAD_REQUEST, reason).into_response()
-            })?
+            key_in_query(parts.uri.query().unwrap_or_default()).map_err(IntoResponse::into_response)?
         };
         match grant.covers(&name.namespace) {
             true => Ok(Self { name, grant }),
             false => Err(forbidden(state, &name.namespace).into_response()),
         }
     }
+}
+
+fn invalid_path(status: StatusCode, reason: &str) -> Response {
+    let reason = format!("invalid path: {reason}; expected percent-encoded UTF-8\n");
+    (status, reason).into_response()
+}
+
+/// Reads the parameters [`KEY_PARAMETERS`].
+fn key_in_query(query: &str) -> Result<KeyName, (StatusCode, String)> {
+    let parameter = |name: &str| {
+        let mut values = form_urlencoded::parse(query.as_bytes()).filter(|(given, _)| given == name);
+        let mistake = match (values.next(), values.next()) {
+            (Some((_, value)), None) => return Ok(value.into_owned()),
+            (None, _) => "is missing from the query",
+            (Some(_), Some(_)) => "is in the query more than once",
+        };
+        let reason = format!("`{name}` {mistake}; expected ?namespace=NAMESPACE&name=NAME\n");
+        Err((StatusCode::BAD_REQUEST, reason))
+    };
+    Ok(KeyName { namespace: parameter("namespace")?, name: parameter("name")? })
 }
 
 /// The key whose settings a request changes, which requires an admin token.

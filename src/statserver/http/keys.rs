@@ -140,7 +140,8 @@ pub async fn list_keys(
 
 /// Returns the response for a key that is not known.
 pub fn unknown_key(name: &KeyName) -> Response {
-    (StatusCode::NOT_FOUND, format!("key {name} is unknown: nobody has reported it\n")).into_response()
+    (StatusCode::NOT_FOUND, format!("key {name} is unknown: it has neither reports nor settings\n"))
+        .into_response()
 }
 
 /// Shows a key's figures.

@@ -29,12 +29,12 @@ pub async fn only_known_parameters(request: Request, next: Next) -> Response {
     for (name, _) in form_urlencoded::parse(query.as_bytes()) {
         if !known.contains(&&*name) {
             let given: String = name.chars().take(100).collect();
-            let hint = match closest(&name, known.iter().copied()) {
+            let advice = match closest(&name, known.iter().copied()) {
                 Some(meant) => format!("did you mean `{meant}`?"),
-                None if known.is_empty() => "expected none".into(),
+                None if known.is_empty() => "this path takes no parameters".into(),
                 None => format!("expected one of {}", known.join(", ")),
             };
-            return (StatusCode::BAD_REQUEST, format!("unknown parameter {given:?}; {hint}\n"))
+            return (StatusCode::BAD_REQUEST, format!("unknown parameter {given:?}; {advice}\n"))
                 .into_response();
         }
     }
@@ -49,17 +49,21 @@ pub async fn same_origin(request: Request, next: Next) -> Response {
     let text = |name| headers.get(name).map(HeaderValue::as_bytes);
     let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
     if changes || headers.contains_key(header::UPGRADE) {
-        let is_same_origin = match (text(HeaderName::from_static("sec-fetch-site")), text(header::ORIGIN)) {
-            (Some(site), _) if !matches!(site, b"same-origin" | b"none") => false,
+        let refused = match (text(HeaderName::from_static("sec-fetch-site")), text(header::ORIGIN)) {
+            (Some(site), _) if !matches!(site, b"same-origin" | b"none") => {
+                Some(("sec-fetch-site", site, "same-origin, or none"))
+            }
             (_, Some(origin)) => {
                 let scheme = [&b"http://"[..], b"https://"];
                 let authority = scheme.iter().find_map(|scheme| origin.strip_prefix(*scheme));
-                authority.is_some() && authority == text(header::HOST)
+                let is_own = authority.is_some() && authority == text(header::HOST);
+                (!is_own).then_some(("origin", origin, "this server's own origin, or none"))
             }
-            (_, None) => true,
+            (_, None) => None,
         };
-        if !is_same_origin {
-            let reason = "a page of another site may not do this (headers sec-fetch-site and origin)\n";
+        if let Some((header, given, expected)) = refused {
+            let given: String = String::from_utf8_lossy(given).chars().take(100).collect();
+            let reason = format!("cross-site request refused: {header} is {given}; expected {expected}\n");
             return (StatusCode::FORBIDDEN, reason).into_response();
         }
     }
@@ -80,6 +84,13 @@ pub async fn websocket(State(state): State<Arc<ServerState>>, request: Request, 
     let guard = parts.extensions.get::<Arc<ConnectionGuard>>().cloned();
     match WebSocketUpgrade::from_request_parts(&mut parts, &state).await {
         Ok(upgrade) => stat_stream::upgrade(upgrade, state, grant, guard),
-        Err(refused) => refused.into_response(),
+        Err(error) => {
+            let reason = format!(
+                "not a websocket handshake: {}; expected a GET with connection: upgrade, \
+                 sec-websocket-version: 13 and a sec-websocket-key\n",
+                error.body_text()
+            );
+            (error.status(), reason).into_response()
+        }
     }
 }

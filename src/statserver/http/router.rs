@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::http::StatusCode;
+use axum::http::{Method, StatusCode};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 
@@ -46,7 +46,8 @@ async fn unknown_path() -> (StatusCode, &'static str) {
     (StatusCode::NOT_FOUND, reason)
 }
 
-async fn unknown_method() -> (StatusCode, &'static str) {
-    let reason = "the path does not allow this method; the header `allow` lists those that it does\n";
+async fn unknown_method(method: Method) -> (StatusCode, String) {
+    // A method may be as long as a head.
+    let reason = format!("{:.20} is not allowed here; see the allow header\n", method.as_str());
     (StatusCode::METHOD_NOT_ALLOWED, reason)
 }

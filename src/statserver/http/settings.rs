@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
 use inflight_stats::protocol::key_name::KeyName;
-use inflight_stats::protocol::report::{MAX_NAME_BYTES, is_name};
+use inflight_stats::protocol::report::check_name;
 use serde_json::Value;
 use tracing::warn;
 
@@ -64,14 +64,7 @@ pub async fn delete_settings(
 async fn read_json(state: &ServerState, name: &KeyName, body: Body) -> Result<Value, (StatusCode, String)> {
     let body = body::receive(state, body, Limit::SettingsBytes, state.limits.max_settings_bytes).await?;
     for (what, value) in [("namespace", &name.namespace), ("name", &name.name)] {
-        if !is_name(value) {
-            let reason = format!(
-                "`{what}` is not a name ({} bytes); expected 1 to {MAX_NAME_BYTES} bytes \
-                 without control characters\n",
-                value.len()
-            );
-            return Err((StatusCode::BAD_REQUEST, reason));
-        }
+        check_name(value).map_err(|error| (StatusCode::BAD_REQUEST, format!("`{what}` {error}\n")))?;
     }
     match serde_json::from_slice(&body.bytes) {
         Ok(json) if depth(&json) > state.limits.max_depth => {

@@ -35,11 +35,13 @@ pub struct CapacityExceeded {
     pub limit: Limit,
     /// What there is of it already.
     pub reason: String,
+    /// How much it allows.
+    pub max: usize,
 }
 
 impl fmt::Display for CapacityExceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, all that --{} allows", self.reason, self.limit.flag())
+        write!(f, "{}; --{} allows {}", self.reason, self.limit.flag(), self.max)
     }
 }
 

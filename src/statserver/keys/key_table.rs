@@ -26,7 +26,7 @@ use crate::net::auth::Grant;
 use crate::os::lock::lock;
 
 const SHARDS: usize = 64;
-/// The most keys whose history is kept: 4.8 KB each.
+/// Maximum number of keys whose history is kept: 4.8 KB each.
 const MAX_HISTORIES: usize = 2_000;
 /// A key that nobody has reported for so long is forgotten.
 const RETENTION_NS: u64 = 24 * 3600 * 1_000_000_000;
@@ -440,9 +440,8 @@ impl KeyTable {
             return Ok(());
         }
         let max = self.capacity.bytes;
-        let reason =
-            format!("keys and their senders take {taken} bytes, and {more} more do not fit into {max}");
-        Err(CapacityExceeded { limit: Limit::TableBytes, reason })
+        let reason = format!("keys and senders take {taken} bytes and {more} more are needed");
+        Err(CapacityExceeded { limit: Limit::TableBytes, reason, max })
     }
 
     /// Accounts for what a key's senders take now.
@@ -510,7 +509,7 @@ impl KeyTable {
             let max = self.capacity.pods_per_key;
             if entry.key.sender_count() >= max && !entry.key.has_sender(pod) {
                 let reason = format!("key {namespace}/{name} has {max} pods and gateways");
-                return Err(CapacityExceeded { limit: Limit::PodsPerKey, reason });
+                return Err(CapacityExceeded { limit: Limit::PodsPerKey, reason, max });
             }
             // A known sender needs nothing more, which only has to be looked up if little is left.
             if self.check_bytes(Key::max_additional_bytes(pod)).is_err() {
@@ -541,12 +540,12 @@ impl KeyTable {
         let max = self.capacity.keys;
         if counts.all >= max {
             let reason = format!("there are {max} keys");
-            return Err(CapacityExceeded { limit: Limit::Keys, reason });
+            return Err(CapacityExceeded { limit: Limit::Keys, reason, max });
         }
         let (max, in_namespace) = (self.capacity.keys_per_namespace, counts.by_namespace.get(namespace));
         if in_namespace.is_some_and(|count| *count >= max) {
             let reason = format!("namespace {namespace} has {max} keys");
-            return Err(CapacityExceeded { limit: Limit::KeysPerNamespace, reason });
+            return Err(CapacityExceeded { limit: Limit::KeysPerNamespace, reason, max });
         }
         let mut key = Key::new(settings);
         if self.has_just_started.load(Ordering::Relaxed) {
@@ -634,7 +633,7 @@ mod tests {
             // What fits is recorded, and recorded once, however often it is sent.
             assert_eq!(
                 take(&keys, &mixed, NOW).unwrap_err(),
-                "namespace full has 2 keys, all that --max-keys-per-namespace allows"
+                "namespace full has 2 keys; --max-keys-per-namespace allows 2"
             );
             assert_eq!(total(&keys, "full", "a"), Some(10));
             assert_eq!((total(&keys, "full", "c"), total(&keys, "other", "c")), (None, Some(5)));
@@ -649,7 +648,7 @@ mod tests {
         }
         assert_eq!(
             take(&keys, &report("three", &[("ns", "rev")]), NOW).unwrap_err(),
-            "key ns/rev has 2 pods and gateways, all that --max-pods-per-key allows"
+            "key ns/rev has 2 pods and gateways; --max-pods-per-key allows 2"
         );
         assert_eq!(total(&keys, "ns", "rev"), Some(10));
         // Silent ones are forgotten, and no longer count.
@@ -685,7 +684,7 @@ mod tests {
         take(&keys, &report("pod", &[("a", "1"), ("a", "2"), ("b", "1")]), NOW).unwrap();
         assert_eq!(
             take(&keys, &report("pod", &[("c", "1"), ("b", "1")]), NOW).unwrap_err(),
-            "there are 3 keys, all that --max-keys allows"
+            "there are 3 keys; --max-keys allows 3"
         );
         keys.forget(NOW + RETENTION_NS + 1);
         take(&keys, &report("pod", &[("c", "1")]), NOW).unwrap();

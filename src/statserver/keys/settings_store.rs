@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use inflight_stats::protocol::key_name::KeyName;
-use inflight_stats::protocol::report::{MAX_NAME_BYTES, is_name};
+use inflight_stats::protocol::report::check_name;
 use inflight_stats::scaling::settings::KeySettings;
 use serde::{Deserialize, Serialize, Serializer as _};
 use serde_json::Value;
@@ -18,7 +18,7 @@ use crate::keys::capacity::CapacityExceeded;
 use crate::keys::key_table::KeyTable;
 use crate::os::files;
 
-/// The most keys that can have settings of their own.
+/// Maximum number of keys with settings of their own.
 const MAX_KEYS: usize = 10_000;
 /// The largest file that is read, and so the largest that is written: twice what [`MAX_KEYS`] keys
 /// can have.
@@ -68,12 +68,12 @@ impl fmt::Display for SetError {
             Self::TooMany => {
                 write!(
                     f,
-                    "nothing was changed: {MAX_KEYS} keys have settings of their own, which is the most"
+                    "settings not stored: {MAX_KEYS} keys already have settings; expected at most {MAX_KEYS}"
                 )
             }
-            Self::CapacityExceeded(exceeded) => write!(f, "nothing was changed: {exceeded}"),
+            Self::CapacityExceeded(exceeded) => write!(f, "settings not stored: {exceeded}"),
             Self::File(error) => {
-                write!(f, "nothing was changed: the settings file cannot be written: {error}")
+                write!(f, "settings not changed: the settings file cannot be written: {error}")
             }
         }
     }
@@ -92,17 +92,13 @@ impl SettingsStore {
         let mut beyond_limit = 0;
         if let Some(path) = file {
             let invalid = |reason: String| {
-                let reason = format!("settings file {}: {reason}", path.display());
+                let reason = format!("--settings {}: {reason}", path.display());
                 io::Error::new(io::ErrorKind::InvalidData, reason)
             };
             for record in read(path).map_err(|error| invalid(error.to_string()))? {
                 let Record { namespace, name, settings } = record;
-                if !is_name(&namespace) || !is_name(&name) {
-                    let (namespace, name) = (namespace.len(), name.len());
-                    return Err(invalid(format!(
-                        "a namespace of {namespace} bytes, and a name of {name} bytes; expected 1 to \
-                         {MAX_NAME_BYTES} bytes without control characters each"
-                    )));
+                for (what, value) in [("namespace", &namespace), ("name", &name)] {
+                    check_name(value).map_err(|error| invalid(format!("a key's `{what}` {error}")))?;
                 }
                 let name = KeyName { namespace, name };
                 let (json, settings) = accept(keys.defaults(), settings, rps_target)
@@ -114,7 +110,7 @@ impl SettingsStore {
         if beyond_limit > 0 {
             warn!(
                 keys = beyond_limit,
-                "some keys of the settings file exceed a limit; they wait for capacity"
+                "some keys of the settings file exceed a limit; their settings take effect when capacity is free"
             );
         }
         Ok(Self { file: file.map(Path::to_owned), rps_target, by_key: Arc::new(Mutex::new(by_key)) })
@@ -177,7 +173,7 @@ impl SettingsStore {
             };
         }
         if let Err(exceeded) = keys.set_settings(&name, settings) {
-            warn!(%exceeded, key = %name, "a key with settings exceeds a limit; it waits for capacity");
+            warn!(%exceeded, key = %name, "a key exceeds a limit; its settings take effect when capacity is free");
         }
         drop(by_key);
         Ok(())
@@ -210,22 +206,28 @@ fn read(path: &Path) -> io::Result<Vec<Record>> {
     let bytes = match files::read(path, MAX_FILE_BYTES) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             // Now, and not when the first settings are put.
-            create_beside(path).map_err(|error| {
-                io::Error::other(format!("it does not exist and cannot be created: {error}"))
-            })?;
+            create_beside(path)?;
             return Ok(Vec::new());
         }
         bytes => bytes?,
     };
-    serde_json::from_slice(&bytes).map_err(|error| {
-        let (line, column) = (error.line(), error.column());
-        let reason = format!(
-            "line {line}, column {column}: {error}; expected a list of {{\"namespace\": …, \"name\": …, \
-             \"settings\": {{…}}}} in JSON, as the server writes it: restore a copy of the file, or remove it and \
-             put the settings again"
-        );
-        io::Error::other(reason)
-    })
+    serde_json::from_slice(&bytes).map_err(|error| io::Error::other(invalid_json(&error)))
+}
+
+fn invalid_json(error: &serde_json::Error) -> String {
+    let (line, column, text) = (error.line(), error.column(), error.to_string());
+    // The text ends in the position, and may say what the decoder expected.
+    let reason = text.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&text);
+    let reason = reason.split_once(", expected ").map_or(reason, |(given, _)| given);
+    let given = match reason.strip_prefix("invalid type: ").unwrap_or(reason) {
+        "map" => "an object",
+        "sequence" => "a list",
+        other => other,
+    };
+    format!(
+        "invalid JSON at line {line}, column {column}: {given}; expected a list of {{\"namespace\": …, \
+         \"name\": …, \"settings\": {{…}}}}. Restore a backup, or remove the file"
+    )
 }
 
 fn folder_of(path: &Path) -> &Path {
@@ -234,7 +236,15 @@ fn folder_of(path: &Path) -> &Path {
 
 /// Creates a file that can replace another one.
 fn create_beside(path: &Path) -> io::Result<tempfile::NamedTempFile> {
-    tempfile::NamedTempFile::new_in(folder_of(path))
+    let folder = folder_of(path);
+    tempfile::NamedTempFile::new_in(folder).map_err(|error| {
+        // What follows is the name of the temporary file, which says nothing to the operator.
+        let text = error.to_string();
+        let reason =
+            text.split_once(" (os error ").or(text.split_once(" at path ")).map(|(reason, _)| reason);
+        let reason = format!("cannot create a file in {}: {}", folder.display(), reason.unwrap_or(&text));
+        io::Error::new(error.kind(), reason)
+    })
 }
 
 /// Writes the file as a whole or not at all, even if the power fails: a new file beside the old one
@@ -307,7 +317,12 @@ mod tests {
         let file = gone.join("settings.json");
         let keys = no_keys();
         let error = SettingsStore::load(Some(&file), 200.0, &keys).err().unwrap().to_string();
-        assert!(error.contains("settings.json: it does not exist and cannot be created: "), "{error}");
+        let expected = format!(
+            "--settings {}: cannot create a file in {}: No such file or directory",
+            file.display(),
+            gone.display()
+        );
+        assert_eq!(error, expected);
         std::fs::create_dir(&gone).unwrap();
         let store = SettingsStore::load(Some(&file), 200.0, &keys).unwrap();
         assert_eq!(std::fs::read_dir(&gone).unwrap().count(), 0, "made when there is something to keep");
@@ -386,6 +401,7 @@ mod tests {
         let file = folder.path().join("settings.json");
         for (text, reason) in [
             ("[{", "expected a list of"),
+            ("{}", "invalid JSON at line 1, column 0: an object; expected a list of {"),
             (
                 r#"[{"namespace": "a", "name": "b", "settings": {"target": 0}}]"#,
                 "key a/b: invalid settings: `target` is 0",

@@ -1,6 +1,5 @@
 //! Who may do what: bearer tokens from a file, each for some namespaces, and client certificates.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -8,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use inflight_stats::protocol::report::is_name;
+use inflight_stats::protocol::report::{NameError, check_name};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::watch;
 use tracing::{error, info};
@@ -16,12 +15,14 @@ use tracing::{error, info};
 use crate::cli::flags::AnonymousAccess;
 use crate::os::files;
 
-/// The most tokens in the file.
+/// Maximum number of tokens in the file.
 const MAX_TOKENS: usize = 10_000;
 const MAX_FILE_BYTES: u64 = 4 << 20;
 /// Shorter ones can be guessed.
 const MIN_TOKEN_BYTES: usize = 16;
 const MAX_TOKEN_BYTES: usize = 4096;
+/// The form of a line.
+const LINE: &str = "`TOKEN NAMESPACES [admin]`";
 
 /// What is known of a client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,12 +97,49 @@ pub struct Access {
 
 /// A line that is no token. The error does not show the line, which may contain a secret.
 #[derive(Debug, PartialEq, Eq)]
-struct InvalidLine(usize, Cow<'static, str>);
+struct InvalidLine {
+    number: usize,
+    mistake: Mistake,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Mistake {
+    NotUtf8,
+    NoNamespaces,
+    NotAdmin,
+    /// The token has so many bytes.
+    TokenBytes(usize),
+    MixedWildcard,
+    Namespace(NameError),
+    TooMany,
+    /// The token is that of this line.
+    Repeated(usize),
+}
 
 impl fmt::Display for InvalidLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(line, reason) = self;
-        write!(f, "line {line}: {reason}; expected `TOKEN NAMESPACES [admin]`")
+        let Self { number, mistake } = self;
+        write!(f, "line {number}")?;
+        match mistake {
+            Mistake::NotUtf8 => f.write_str(" is not UTF-8"),
+            Mistake::NoNamespaces => {
+                write!(f, ": the namespaces are missing; expected {LINE}")
+            }
+            Mistake::NotAdmin => {
+                write!(f, ": a word after the namespaces is not `admin`; expected {LINE}")
+            }
+            Mistake::TokenBytes(bytes) => {
+                write!(f, ": the token has {bytes} bytes; expected {MIN_TOKEN_BYTES} to {MAX_TOKEN_BYTES}")
+            }
+            Mistake::MixedWildcard => {
+                f.write_str(": `*` is mixed with names of namespaces; expected `*` alone, or names")
+            }
+            Mistake::Namespace(error) => write!(f, ": a namespace {error}"),
+            Mistake::TooMany => write!(f, ": there are more tokens than {MAX_TOKENS}"),
+            Mistake::Repeated(first) => {
+                write!(f, ": the token is that of line {first} again; expected each token once")
+            }
+        }
     }
 }
 
@@ -214,9 +252,9 @@ type Tokens = (Vec<u8>, Arc<[Token]>);
 
 fn read(path: &Path) -> Result<Tokens, String> {
     let bytes = files::read(path, MAX_FILE_BYTES).map_err(|error| error.to_string())?;
-    let tokens = parse(&bytes).map_err(|bad| bad.to_string())?;
+    let tokens = parse(&bytes).map_err(|error| error.to_string())?;
     if tokens.is_empty() {
-        return Err("no token in it; expected lines `TOKEN NAMESPACES [admin]`".into());
+        return Err(format!("no token in it; expected lines {LINE}"));
     }
     Ok((bytes, tokens.into()))
 }
@@ -227,42 +265,42 @@ fn parse(bytes: &[u8]) -> Result<Vec<Token>, InvalidLine> {
     // The byte order mark of some editors would become a part of the first token.
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
-        let bad = |reason: &'static str| InvalidLine(number, reason.into());
-        let line = std::str::from_utf8(line).map_err(|_| bad("not UTF-8"))?.trim();
+        let invalid = |mistake| InvalidLine { number, mistake };
+        let line = std::str::from_utf8(line).map_err(|_| invalid(Mistake::NotUtf8))?.trim();
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
         let mut words = line.split_ascii_whitespace();
         let (Some(secret), Some(namespaces)) = (words.next(), words.next()) else {
-            return Err(bad("the namespaces are missing"));
+            return Err(invalid(Mistake::NoNamespaces));
         };
         let admin = match (words.next(), words.next()) {
             (None, None) => false,
             (Some("admin"), None) => true,
-            _ => return Err(bad("a word after the namespaces is not `admin`")),
+            _ => return Err(invalid(Mistake::NotAdmin)),
         };
         if !(MIN_TOKEN_BYTES..=MAX_TOKEN_BYTES).contains(&secret.len()) {
-            return Err(bad("the token is not 16 to 4096 bytes long"));
+            return Err(invalid(Mistake::TokenBytes(secret.len())));
         }
         let namespaces = match namespaces {
             "*" => None,
             list => {
                 let list: Vec<String> = list.split(',').map(str::to_owned).collect();
                 if list.iter().any(|namespace| namespace == "*") {
-                    return Err(bad("`*` is mixed with names of namespaces"));
+                    return Err(invalid(Mistake::MixedWildcard));
                 }
-                if !list.iter().all(|namespace| is_name(namespace)) {
-                    return Err(bad("a namespace is not a name of 1 to 512 bytes"));
-                }
+                list.iter()
+                    .try_for_each(|namespace| check_name(namespace))
+                    .map_err(|error| invalid(Mistake::Namespace(error)))?;
                 Some(list.into())
             }
         };
         if tokens.len() == MAX_TOKENS {
-            return Err(bad("there are more than 10,000 tokens"));
+            return Err(invalid(Mistake::TooMany));
         }
         let secret: Arc<[u8]> = secret.as_bytes().into();
         if let Some(first) = known.insert(Arc::clone(&secret), number) {
-            return Err(InvalidLine(number, format!("the token is that of line {first} again").into()));
+            return Err(invalid(Mistake::Repeated(first)));
         }
         let grant = Grant { namespaces, admin, secret: Some(Arc::clone(&secret)) };
         tokens.push(Token { secret, grant });
@@ -374,11 +412,11 @@ mod tests {
     fn a_wrong_file_is_refused_without_its_secrets() {
         for (text, reason) in [
             ("secret-secret-secret", "line 1: the namespaces are missing"),
-            ("\nsecret *", "line 2: the token is not 16"),
+            ("\nsecret *", "line 2: the token has 6 bytes; expected 16 to 4096"),
             ("secret-secret-secret * root", "is not `admin`"),
             ("# nothing\n", "no token in it"),
             ("secret-secret-secret *,x", "line 1: `*` is mixed"),
-            ("secret-secret-secret a,,b", "line 1: a namespace is not a name"),
+            ("secret-secret-secret a,,b", "line 1: a namespace is empty; expected 1 to 512 bytes"),
             ("secret-secret-secret a\n\nsecret-secret-secret b", "line 3: the token is that of line 1 again"),
         ] {
             let error = access(text).1.err().unwrap();

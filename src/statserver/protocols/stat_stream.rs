@@ -164,10 +164,10 @@ fn record_frame(state: &ServerState, grant: &Grant, frame: bytes::Bytes) {
         Ok(messages) => messages,
         Err(error) => {
             let limit = match error {
-                FrameError::TooMany(_) => Some(Limit::Messages),
-                FrameError::Gob(GobError::TooMuch(_)) => Some(Limit::Depth),
+                FrameError::TooMany(..) => Some(Limit::Messages),
+                FrameError::Gob(GobError::TooManyTypes | GobError::TooDeep(_)) => Some(Limit::Depth),
                 FrameError::TooLarge(..) => Some(Limit::FrameBytes),
-                FrameError::Protobuf(_) | FrameError::Gob(_) | FrameError::NotUtf8 => None,
+                FrameError::Protobuf(_) | FrameError::Gob(_) | FrameError::NotUtf8(_) => None,
             };
             if let Some(limit) = limit {
                 state.metrics.refused(limit);

@@ -128,7 +128,7 @@ fn admit(
         state.metrics.refused(Limit::GrpcStreams);
         let max = state.limits.max_grpc_streams;
         Status::resource_exhausted(format!(
-            "there are {max} concurrent calls, all that --max-grpc-streams allows"
+            "there are {max} concurrent streams; --max-grpc-streams allows {max}"
         ))
     })?;
     Ok((grant, permit))

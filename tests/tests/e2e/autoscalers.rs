@@ -221,7 +221,7 @@ async fn pythons_grpcio_drives_all_five_methods() {
         "value": 30.0,
         "unknown_active": false,
         "unknown_value": 0.0,
-        "refused": "INVALID_ARGUMENT: metadata `target` is \"many\"; expected a number from 0.01 on",
+        "refused": "INVALID_ARGUMENT: metadata `target` is \"many\"; expected a number of at least 0.01",
     });
     assert_eq!(answers, wanted);
 }

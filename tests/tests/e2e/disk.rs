@@ -62,7 +62,7 @@ async fn a_full_and_a_read_only_disk_refuse_settings_and_nothing_else() {
     let full = std::fs::write(&filler, vec![0; 64 << 10]).expect_err("the disk is small");
     assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
     let (status, reason) = put(&server, 8).await;
-    assert!(status == 507 && reason.contains("nothing was changed"), "{status} {reason}");
+    assert!(status == 507 && reason.contains("settings not changed"), "{status} {reason}");
     holds(&server, &disk, 7, 1).await;
 
     std::fs::remove_file(&filler).expect("removed");
