@@ -8,7 +8,7 @@
 //! | `cli` | flags, environment variables, limits |
 //! | `os` | what the system gives: time, files, memory, locks |
 //! | `telemetry` | metrics, limited log lines |
-//! | `net` | accepting connections, TLS, who may do what, what a connection may hold, the shutdown |
+//! | `net` | connections: accepting them, TLS, who may do what, their limits, the shutdown |
 //! | `keys` | every key's figures, history and settings, and the settings file |
 //! | `forward` | every stat on to a Knative autoscaler |
 //! | `app` | the state that requests share, and the tasks that keep it current |

@@ -12,7 +12,8 @@ use crate::protocol::stat::{WireStatMessage, WireStatMessages};
 pub struct FrameLimits {
     /// Maximum size in bytes; an activator with 5,000 revisions sends half of the default.
     pub bytes: usize,
-    /// Maximum number of stats: an empty one takes two bytes of the frame and two hundred in memory.
+    /// Maximum number of stats: an empty one takes two bytes of the frame and two hundred in
+    /// memory.
     pub messages: usize,
     /// How deep the values of a gob stream may be nested.
     pub depth: usize,
@@ -128,19 +129,19 @@ mod tests {
         let whole = frame(vec![message(b"a"), message(b"b")]);
         let cut = whole.slice(..whole.len() - 1);
         assert!(matches!(decode(cut), Err(FrameError::Protobuf(_))));
-        let most = FrameLimits::default().bytes;
-        let large = decode(Bytes::from(vec![0; most + 1]));
-        assert_eq!(large, Err(FrameError::TooLarge(most + 1, most)));
+        let max = FrameLimits::default().bytes;
+        let large = decode(Bytes::from(vec![0; max + 1]));
+        assert_eq!(large, Err(FrameError::TooLarge(max + 1, max)));
     }
 
     #[test]
     fn stats_are_counted_before_they_take_memory() {
-        let most = FrameLimits::default().messages;
+        let max = FrameLimits::default().messages;
         let empty = |count| Bytes::from([10, 0].repeat(count));
-        assert_eq!(decode(empty(most)).unwrap().len(), most);
-        assert_eq!(decode(empty(most + 1)), Err(FrameError::TooMany(most + 1, most)));
+        assert_eq!(decode(empty(max)).unwrap().len(), max);
+        assert_eq!(decode(empty(max + 1)), Err(FrameError::TooMany(max + 1, max)));
         // A field that is skipped takes its bytes all the same.
-        assert_eq!(decode(Bytes::from([0x4a, 0].repeat(most + 1))), Err(FrameError::TooMany(most + 1, most)));
+        assert_eq!(decode(Bytes::from([0x4a, 0].repeat(max + 1))), Err(FrameError::TooMany(max + 1, max)));
     }
 
     #[test]

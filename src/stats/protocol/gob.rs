@@ -16,7 +16,7 @@ use crate::protocol::stat::{Stat, WireStatMessage};
 
 /// How deep the values of a skipped field may be nested, by default.
 pub const MAX_DEPTH: usize = 16;
-/// The most types that a stream may define; a `StatMessage` needs four.
+/// Maximum number of types that a stream may define; a `StatMessage` needs four.
 pub const MAX_TYPES: usize = 64;
 /// Seconds from Go's zero time (year 1) to 1970.
 const YEAR_ONE_TO_1970: i64 = 62_135_596_800;

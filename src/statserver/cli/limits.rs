@@ -112,8 +112,8 @@ limits! {
     /// Largest message of a gRPC call, in bytes.
     max_grpc_bytes "max-grpc-bytes": usize = 8_192, 1_024..=4 * MIB => GrpcBytes;
 
-    /// Maximum number of concurrent gRPC streams, over all connections; KEDA keeps two open for each
-    /// ScaledObject.
+    /// Maximum number of concurrent gRPC streams, over all connections; KEDA keeps two open for
+    /// each ScaledObject.
     max_grpc_streams "max-grpc-streams": usize = 2_000, 1..=1_000_000 => GrpcStreams;
 
     /// Maximum number of keys in a report, and of stats in a frame of the stream.

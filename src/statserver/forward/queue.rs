@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-/// The most stats that wait, and the most memory that they take: some seconds of a large cluster.
+/// Maximum number of stats that wait, and of bytes that they take: some seconds of a large cluster.
 const MAX_STATS: usize = 100_000;
 pub(super) const MAX_BYTES: usize = 16 << 20;
 /// What a stat takes beside its bytes: in the queue, and for the allocator.

@@ -19,9 +19,9 @@ use crate::net::auth::Grant;
 use crate::os::clock::now_ns;
 use crate::telemetry::metrics::{Metrics, PREFIX};
 
-/// The most keys that are shown.
+/// Maximum number of keys that are shown.
 const MAX_KEYS: usize = 10_000;
-/// The most bytes that their lines take: each key has a line for each of its figures.
+/// Maximum number of bytes that their lines take: each key has a line for each of its figures.
 const MAX_KEY_BYTES: usize = 8 << 20;
 /// What a line has beside its key's name, roughly.
 const LINE_BYTES: usize = 100;

@@ -68,7 +68,8 @@ impl fmt::Display for SetError {
             Self::TooMany => {
                 write!(
                     f,
-                    "settings not stored: {MAX_KEYS} keys already have settings; expected at most {MAX_KEYS}"
+                    "settings not stored: {MAX_KEYS} keys already have settings; \
+                     expected at most {MAX_KEYS}"
                 )
             }
             Self::CapacityExceeded(exceeded) => write!(f, "settings not stored: {exceeded}"),
@@ -110,7 +111,8 @@ impl SettingsStore {
         if beyond_limit > 0 {
             warn!(
                 keys = beyond_limit,
-                "some keys of the settings file exceed a limit; their settings take effect when capacity is free"
+                "keys of the settings file exceed a limit; their settings take effect when capacity is \
+                 free"
             );
         }
         Ok(Self { file: file.map(Path::to_owned), rps_target, by_key: Arc::new(Mutex::new(by_key)) })
@@ -173,7 +175,11 @@ impl SettingsStore {
             };
         }
         if let Err(exceeded) = keys.set_settings(&name, settings) {
-            warn!(%exceeded, key = %name, "a key exceeds a limit; its settings take effect when capacity is free");
+            warn!(
+                %exceeded,
+                key = %name,
+                "a key exceeds a limit; its settings take effect when capacity is free"
+            );
         }
         drop(by_key);
         Ok(())

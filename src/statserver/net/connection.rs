@@ -16,7 +16,8 @@ use crate::net::auth::Peer;
 use crate::net::connection_limits::ConnectionGuard;
 use crate::net::tls::Protocol;
 
-/// The most calls of an HTTP/2 connection that begin before the responses to others are written.
+/// Maximum number of calls of an HTTP/2 connection that begin before the responses to others are
+/// written.
 const MAX_UNWRITTEN_CALLS: usize = 256;
 
 /// What the bytes go over.

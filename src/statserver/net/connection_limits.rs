@@ -26,9 +26,9 @@ const PREFACE_BYTES: usize = 24;
 const MAX_BUFFER_AGE: Duration = Duration::from_secs(60);
 /// What a control frame of a client has before its payload.
 const CONTROL_HEADER_BYTES: usize = 6;
-/// The most bytes of HTTP/2 that are read in one poll, before the calls in them are handled.
+/// Maximum number of bytes of HTTP/2 that are read in one poll, before the calls in them are handled.
 const MAX_BYTES_PER_POLL: usize = 2 << 10;
-/// The most calls without a token over one connection.
+/// Maximum number of calls without a token over one connection.
 const MAX_UNAUTHENTICATED_CALLS: usize = 32;
 
 /// What a connection is doing.

@@ -84,13 +84,13 @@ function draw(points, between) {
   const svg = at("chart");
   const { width, height } = svg.getBoundingClientRect();
   const [left, right, top, bottom] = [44, width - 44, 12, height - 24];
-  const most = (values) => {
+  const axisMax = (values) => {
     const highest = Math.max(1, ...values);
     const step = 10 ** Math.floor(Math.log10(highest));
     return Math.ceil(highest / step) * step;
   };
-  const load = most(points.flatMap((p) => [p.stable, p.panic, p.in_flight]));
-  const pods = most(points.map((p) => p.desired_pods));
+  const load = axisMax(points.flatMap((p) => [p.stable, p.panic, p.in_flight]));
+  const pods = axisMax(points.map((p) => p.desired_pods));
   const x = (i) => right - ((points.length - 1 - i) * between / SECONDS) * (right - left);
   const y = (value, of) => bottom - (value / of) * (bottom - top);
   const parts = [];
