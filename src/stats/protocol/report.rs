@@ -358,8 +358,9 @@ mod tests {
     #[test]
     fn every_truncation_and_every_trailing_byte_is_refused() {
         let golden = golden();
-        for length in 0..golden.len() {
-            assert!(Report::decode(&golden[..length]).is_err(), "{length} bytes");
+        assert_eq!(Report::decode(&[]), Err(ReportError::Empty));
+        for length in 1..golden.len() {
+            assert_eq!(Report::decode(&golden[..length]), Err(ReportError::EndsEarly), "{length} bytes");
         }
         let mut longer = golden;
         longer.push(0);
@@ -379,7 +380,19 @@ mod tests {
         for position in [1, 20, 28] {
             let mut bytes = golden();
             bytes[position..position + 8].copy_from_slice(&u64::MAX.to_le_bytes());
-            assert!(Report::decode(&bytes).is_err());
+            assert_eq!(Report::decode(&bytes), Err(ReportError::EndsEarly));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_name_is_said() {
+        for (pod, reason) in [
+            (String::new(), "`pod` is empty; expected 1 to 512 bytes"),
+            ("p".repeat(600), "`pod` has 600 bytes; expected at most 512"),
+            ("a\nb".into(), "`pod` has a control character; expected none"),
+        ] {
+            let bytes = Report { pod, ..sample() }.encode().unwrap();
+            assert_eq!(Report::decode(&bytes).unwrap_err().to_string(), reason);
         }
     }
 

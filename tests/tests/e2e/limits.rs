@@ -164,8 +164,8 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
     let full = loop {
         let mut stream = TcpStream::connect(to).await.expect("a connection");
         let mut answer = Vec::new();
-        let told = tokio::time::timeout(Duration::from_millis(100), stream.read_to_end(&mut answer)).await;
-        if told.is_ok() && !answer.is_empty() {
+        let closed = tokio::time::timeout(Duration::from_millis(100), stream.read_to_end(&mut answer)).await;
+        if closed.is_ok() && !answer.is_empty() {
             break String::from_utf8_lossy(&answer).into_owned();
         }
         open.push(stream);
