@@ -1,9 +1,9 @@
 //! `inflight-statserver`: receives the reports of Inflight's filters and answers autoscalers.
 //!
-//! The layers, from the lowest: a module imports only modules of its own or of lower layers, and no
-//! two import each other.
+//! The layers, lowest first. A module imports only modules of its own layer or of lower layers, and
+//! no two modules import each other.
 //!
-//! | layer | what it has |
+//! | layer | contents |
 //! |---|---|
 //! | `cli` | flags, environment variables, limits |
 //! | `os` | what the system gives: time, files, memory, locks |
