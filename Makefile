@@ -21,7 +21,7 @@ toolchain:
 	@tools/toolchain.sh
 
 # The same bytes wherever it is built (`make reproducible`).
-module: toolchain
+module: toolchain ## The module alone
 	$(WASM)
 	$(PYTHON) tools/exports.py $(or $(CARGO_TARGET_DIR),target)/wasm32-wasip1/release/inflight_filter.wasm
 
@@ -30,13 +30,13 @@ help: ## This list
 
 # The module with fault injection has a folder of its own, so that it is not mistaken for the
 # shipped one.
-build-tests: module
+build-tests: module ## What the end-to-end tests run
 	CARGO_TARGET_DIR=target/faulty $(WASM) --features fault-injection
 	$(PYTHON) tools/exports.py target/faulty/wasm32-wasip1/release/inflight_filter.wasm
 	$(CARGO) build $(TESTED) --bin inflight-statserver
 	$(TESTS) --no-run
 
-envoys:
+envoys: ## The Envoys that the tests run
 	@$(PYTHON) tools/envoy.py oldest >/dev/null
 	@$(PYTHON) tools/envoy.py newest >/dev/null
 

@@ -12,6 +12,17 @@ use crate::scaling::decider::{Decider, Observation};
 use crate::scaling::settings::KeySettings;
 use crate::scaling::windows::Window;
 
+/// Returns the names of the files in the folder that begin and end so: whatever is put there is run.
+fn files(begin: &str, end: &str) -> Vec<String> {
+    let folder = std::fs::read_dir(format!("{}/vectors", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let names = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> =
+        names.filter(|name| name.starts_with(begin) && name.ends_with(end)).collect();
+    names.sort();
+    assert!(!names.is_empty(), "no file {begin}*{end}");
+    names
+}
+
 fn read(name: &str) -> String {
     let path = format!("{}/vectors/{name}", env!("CARGO_MANIFEST_DIR"));
     std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
@@ -21,7 +32,8 @@ fn close(ours: f64, theirs: f64) -> bool {
     (ours - theirs).abs() <= 1e-6 * theirs.abs().max(1e-9)
 }
 
-fn replay(name: &str) -> usize {
+/// Compares each report of a trace with the recorded one.
+fn replay(name: &str) {
     let expected = read(&format!("{name}.expected.jsonl"));
     let mut expected = expected.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
     let mut now = Snapshot::default();
@@ -44,7 +56,8 @@ fn replay(name: &str) -> usize {
                 let period = now.since(&reported).unwrap();
                 reported = now;
                 reports += 1;
-                let want = expected.next().unwrap();
+                let want = expected.next();
+                let want = want.unwrap_or_else(|| panic!("{name}: report {reports} has no answer"));
                 let ours = [
                     ("AverageConcurrency", period.average()),
                     ("AverageProxiedConcurrency", period.proxied_average()),
@@ -62,14 +75,15 @@ fn replay(name: &str) -> usize {
             other => panic!("{name}: unknown event {other}"),
         }
     }
-    assert_eq!(expected.next(), None, "{name}: reports left over");
-    reports
+    assert_eq!(expected.next(), None, "{name}: answers left over");
+    assert!(reports > 0, "{name}: no report");
 }
 
 #[test]
 fn every_request_stats_trace_comes_out_as_knatives() {
-    let reports: Vec<usize> = (0..6).map(|n| replay(&format!("request_stats_{n}"))).collect();
-    assert!(reports.iter().all(|&n| n > 0), "{reports:?}");
+    for file in files("request_stats_", ".trace") {
+        replay(file.trim_end_matches(".trace"));
+    }
 }
 
 #[test]
@@ -77,7 +91,7 @@ fn every_window_average_comes_out_as_knatives() {
     let (mut stable, mut panic) = (Window::new(60), Window::new(6));
     let second = |ns: &str| ns.parse::<u64>().unwrap() / 1_000_000_000;
     let vectors = read("window_average.tsv");
-    assert_eq!(vectors.lines().count(), 400);
+    assert!(vectors.lines().count() > 0);
     for (number, line) in vectors.lines().enumerate() {
         let fields: Vec<&str> = line.split('\t').collect();
         let value: f64 = fields[1].parse().unwrap();
@@ -94,7 +108,8 @@ fn settings(line: &str) -> KeySettings {
     let mut settings = KeySettings::DEFAULT;
     let mut target_per_pod = settings.target_per_pod();
     let seconds = |v: &str| Duration::from_secs(v.trim_end_matches('s').parse().unwrap());
-    for field in line.split_once(": ").unwrap().1.split(' ') {
+    let (_, fields) = line.split_once(": ").unwrap_or_else(|| panic!("no settings: {line}"));
+    for field in fields.split(' ') {
         let (name, value) = field.split_once('=').unwrap();
         let number = || value.parse::<f64>().unwrap();
         match name {
@@ -123,14 +138,16 @@ fn settings(line: &str) -> KeySettings {
     panic!("no utilization gives {target_per_pod} of {}", settings.target);
 }
 
-/// Compares each decision of a file with the recorded one. Returns how many there are.
-fn decide(name: &str) -> usize {
-    let (mut setting, mut decider, mut steps) = (KeySettings::DEFAULT, None, 0);
+/// Compares each decision of a file with the recorded one.
+fn decide(name: &str) {
+    let (mut setting, mut decider, mut steps) = (None, None, 0);
     for line in read(name).lines().skip(1) {
         if line.starts_with('#') {
-            (setting, decider) = (settings(line), None);
+            assert!(setting.is_none() || steps > 0, "{name}: no step before {line}");
+            (setting, decider, steps) = (Some(settings(line)), None, 0);
             continue;
         }
+        let setting = setting.as_ref().unwrap_or_else(|| panic!("{name}: no settings before {line}"));
         let fields: Vec<&str> = line.split('\t').collect();
         let number = |i: usize| fields[i].parse::<f64>().unwrap();
         let seen = Observation {
@@ -140,7 +157,7 @@ fn decide(name: &str) -> usize {
             panic: number(4),
         };
         let decider = decider.get_or_insert_with(|| Decider::new(seen.now_ns, seen.ready));
-        let ours = decider.decide(&setting, &seen);
+        let ours = decider.decide(setting, &seen);
         let theirs = (number(5) as u32, number(6) as i64);
         assert_eq!(
             (ours.desired_pods, ours.excess_burst_capacity),
@@ -150,13 +167,12 @@ fn decide(name: &str) -> usize {
         );
         steps += 1;
     }
-    steps
+    assert!(steps > 0, "{name}: no step at the end");
 }
 
 #[test]
 fn every_decision_comes_out_as_knatives() {
-    assert_eq!(decide("kpa_decisions.tsv"), 8 * 150);
-    assert_eq!(decide("kpa_decisions_2.tsv"), 24 * 150);
+    files("kpa_decisions", ".tsv").iter().for_each(|file| decide(file));
 }
 
 fn unhex(text: &str) -> Vec<u8> {
@@ -195,7 +211,7 @@ fn every_frame_of_stats_decodes_as_knatives() {
         "proxied_request_count",
     ];
     let vectors = read("wire_stat_messages.tsv");
-    assert_eq!(vectors.lines().count(), 24);
+    assert!(vectors.lines().count() > 0);
     for (number, line) in vectors.lines().enumerate() {
         let (hex, json) = line.split_once('\t').unwrap();
         let theirs: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
@@ -231,7 +247,7 @@ fn every_gob_message_decodes_as_the_seeds() {
         "ProxiedRequestCount",
     ];
     let vectors = read("gob_stat_message.tsv");
-    assert_eq!(vectors.lines().count(), 24);
+    assert!(vectors.lines().count() > 0);
     for (number, line) in vectors.lines().enumerate() {
         let (hex, json) = line.split_once('\t').unwrap();
         let json: serde_json::Value = serde_json::from_str(json).unwrap();

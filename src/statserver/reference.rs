@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use clap::Arg;
+use clap::builder::Resettable;
 use inflight_stats::config::options::CONFIG_KEYS;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::scaling::key::Figures;
@@ -58,7 +59,9 @@ fn expected_by(flag: &Arg) -> String {
         return "no value; the variable takes `true` or `false`".into();
     }
     let argument = format!("--{}=\u{1}", flag.get_long().unwrap());
-    let error = Flags::command_line().try_get_matches_from(["inflight-statserver", &argument]).err();
+    // What the variables of this shell say has no part in it.
+    let command = Flags::command_line().mut_args(|flag| flag.env(Resettable::Reset));
+    let error = command.try_get_matches_from(["inflight-statserver", &argument]).err();
     let error = error.map(|error| error.to_string()).unwrap_or_default();
     match error.split_once("expected ") {
         Some((_, expected)) => accepts(expected.lines().next().unwrap()),

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use proc_macro2::{TokenStream, TokenTree};
+use quote::ToTokens;
 use syn::punctuated::Punctuated;
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, ItemMod, Macro, Meta, Token, UseTree};
@@ -93,15 +94,22 @@ fn is_for_tests(attributes: &[Attribute]) -> bool {
     cfgs.any(|cfg| cfg.parse_args().is_ok_and(|condition: Meta| asks_for_test(&condition)))
 }
 
-/// Returns whether `test` stands in a condition, other than under `not`.
+/// Returns whether a condition holds in tests alone: `test`, the feature `testing`, and what `all`
+/// and `any` make of them.
 fn asks_for_test(condition: &Meta) -> bool {
     match condition {
         Meta::Path(path) => path.is_ident("test"),
-        Meta::List(list) if !list.path.is_ident("not") => {
-            let parts = list.parse_args_with(Punctuated::<Meta, Token![,]>::parse_terminated);
-            parts.is_ok_and(|parts| parts.iter().any(asks_for_test))
+        Meta::NameValue(pair) => {
+            pair.path.is_ident("feature") && pair.value.to_token_stream().to_string() == "\"testing\""
         }
-        _ => false,
+        Meta::List(list) => {
+            let parts = list.parse_args_with(Punctuated::<Meta, Token![,]>::parse_terminated);
+            parts.is_ok_and(|parts| match () {
+                () if list.path.is_ident("all") => parts.iter().any(asks_for_test),
+                () if list.path.is_ident("any") => parts.iter().all(asks_for_test),
+                () => false,
+            })
+        }
     }
 }
 
@@ -200,10 +208,16 @@ impl Paths<'_> {
         let mut path: Vec<String> = Vec::new();
         for token in tokens {
             match token {
-                TokenTree::Ident(ident) if ident == "crate" || !path.is_empty() => {
-                    path.push(ident.to_string())
+                TokenTree::Ident(ident) if ident == "crate" || ident == "super" || !path.is_empty() => {
+                    path.push(ident.to_string());
                 }
                 TokenTree::Punct(punct) if punct.as_char() == ':' => {}
+                // As serde has it: `serialize_with = "crate::..."`.
+                TokenTree::Literal(literal) if literal.to_string().starts_with("\"crate::") => {
+                    let text = literal.to_string();
+                    let text = text.trim_matches('"').split("::");
+                    self.note(&text.map(str::to_owned).collect::<Vec<_>>());
+                }
                 other => {
                     self.note(&std::mem::take(&mut path));
                     if let TokenTree::Group(group) = other {
@@ -258,6 +272,12 @@ impl<'ast> Visit<'ast> for Paths<'_> {
         visit::visit_path(self, path);
     }
 
+    fn visit_attribute(&mut self, attribute: &'ast Attribute) {
+        if let Meta::List(list) = &attribute.meta {
+            self.note_tokens(list.tokens.clone());
+        }
+    }
+
     fn visit_macro(&mut self, macro_call: &'ast Macro) {
         self.note_tokens(macro_call.tokens.clone());
         visit::visit_macro(self, macro_call);
@@ -299,7 +319,7 @@ const PAGE: &str = "//! | `low` | x |\n//! | [`high`] | y |\npub mod high;\npub 
 #[test]
 fn imports_downwards_are_no_fault_and_tests_may_look_anywhere() {
     let high = "use crate::low::{self, A};\nuse std::fmt;\nfn f() -> A { println!(\"{}\", low::a()); }";
-    let low = "pub struct A;\n#[cfg(test)]\nmod tests { use crate::high::f; }\n#[cfg(test)]\nfn g() { crate::high::f(); }\n#[cfg(any(test, feature = \"x\"))]\nenum E { F(crate::high::F) }";
+    let low = "pub struct A;\n#[cfg(test)]\nmod tests { use crate::high::f; }\n#[cfg(test)]\nfn g() { crate::high::f(); }\n#[cfg(any(test, feature = \"testing\"))]\nenum E { F(crate::high::F) }";
     assert_eq!(faults_in(&[("lib.rs", PAGE), ("high.rs", high), ("low.rs", low)]), [""; 0]);
 }
 
@@ -318,6 +338,10 @@ fn a_circle_an_import_upwards_and_one_from_the_root_page_are_found_wherever_they
         "fn f() { println!(\"{}\", crate::high::f()) }",
         "fn f(x: Vec<crate::high::F>) {}",
         "impl crate::high::T for u8 {}",
+        "fn f() { println!(\"{}\", super::high::f()) }",
+        "#[derive(A)]\nstruct S { #[a(with = crate::high::f)] b: u8 }",
+        "#[derive(A)]\nstruct S { #[a(with = \"crate::high::f\")] b: u8 }",
+        "#[cfg(any(test, unix))]\nuse crate::high::F;",
     ] {
         let faults = faults_in(&[("lib.rs", PAGE), ("high.rs", "use crate::low::A;"), ("low.rs", low)]);
         assert_eq!(faults, upwards, "{low}");

@@ -100,7 +100,8 @@ impl Fields {
             None => Ok(fields),
             Some(key) => {
                 let meant = closest(key, known.iter().copied());
-                let (prefix, key) = (fields.prefix.clone(), key.chars().take(100).collect());
+                let (prefix, key) =
+                    (fields.prefix.clone(), key.chars().take(100).flat_map(char::escape_debug).collect());
                 Err(ConfigError { document, mistake: Mistake::UnknownKey { prefix, key, meant, known } })
             }
         }

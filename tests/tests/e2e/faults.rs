@@ -243,7 +243,11 @@ async fn a_report_that_is_refused_for_good_is_not_sent_again() {
     for pair in recorded.windows(2) {
         assert_eq!(pair[1].report.messages[0].since, pair[0].report.messages[0].until);
     }
-    assert!(envoy.process.log().contains("answered 400: as asked"), "{}", envoy.process.log());
+    assert!(
+        envoy.process.log().contains("refused a report for good with 400: as asked"),
+        "{}",
+        envoy.process.log()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
