@@ -54,7 +54,7 @@ impl RootContext for Root<Envoy> {
 
     fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
         Some(match self.role() {
-            ActiveRole::Sidecar(sidecar) => Box::new(SidecarStream::new(id, sidecar)),
+            ActiveRole::Sidecar(sidecar) => Box::new(SidecarStream::new(id, Rc::clone(sidecar))),
             ActiveRole::Gateway(gateway) => Box::new(GatewayStream::new(id, Rc::clone(gateway))),
             ActiveRole::Exporter(exporter) => Box::new(ExporterStream(Rc::clone(exporter))),
             // A stream that begins before any configuration. For `None` the SDK would panic.

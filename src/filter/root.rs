@@ -27,7 +27,7 @@ pub struct Root<H: Host> {
 /// The role for which a root context is configured.
 pub enum ActiveRole<H: Host> {
     Unconfigured,
-    Sidecar(Box<Sidecar<H>>),
+    Sidecar(Rc<Sidecar<H>>),
     Gateway(Rc<Gateway<H>>),
     Exporter(Rc<Exporter<H>>),
 }
@@ -102,8 +102,8 @@ impl<H: Host> Root<H> {
             let root = self.id;
             return Ok(ActiveRole::Gateway(Rc::new(Gateway { host, root, config, token, worker })));
         }
-        let proxied_header = config.proxied_header.as_str().into();
-        Ok(ActiveRole::Sidecar(Box::new(Sidecar { host, config, token, proxied_header, worker })))
+        let key = config.key();
+        Ok(ActiveRole::Sidecar(Rc::new(Sidecar { host, config, token, key, worker })))
     }
 
     /// Returns the bearer token for the stats server, if one is configured.

@@ -4,7 +4,8 @@ use std::rc::Rc;
 
 use inflight_stats::config::KeySource;
 use inflight_stats::counting::request::{
-    KUBELET_PROBE_HEADER, NETWORK_HASH_HEADER, NETWORK_PROBE_HEADER, PROXIED_VALUE, is_routing_probe,
+    KEY_HEADER, KUBELET_PROBE_HEADER, NETWORK_HASH_HEADER, NETWORK_PROBE_HEADER, PROXIED_VALUE,
+    is_routing_probe,
 };
 use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::gateway::key_name::KeyName;
@@ -41,8 +42,7 @@ impl<H: Host> GatewayStream<H> {
 
     /// Counts the request, when its headers arrive.
     pub fn on_request_headers(&mut self) -> Action {
-        let Gateway { host, config, .. } = &*self.gateway;
-        let host = *host;
+        let host = self.gateway.host;
         let now = host.monotonic();
         if self.counted.is_some() {
             return Action::Continue;
@@ -53,21 +53,35 @@ impl<H: Host> GatewayStream<H> {
         let kubelet_probe = host.header(HeaderMap::Request, KUBELET_PROBE_HEADER).is_some();
         let network_probe = host.header(HeaderMap::Request, NETWORK_PROBE_HEADER);
         let routing_probe = network_probe.as_deref().is_some_and(|value| self.is_routing_probe(value));
-        let marked = config.gateway.mark;
-        let counted = if routing_probe { self.pass_probe() } else { self.count_in(now) };
+        if routing_probe {
+            self.pass_probe();
+        } else {
+            self.count_in(now);
+        }
         if kubelet_probe {
             host.remove_header(HeaderMap::Request, KUBELET_PROBE_HEADER);
         }
         if network_probe.is_some() && !routing_probe {
             host.remove_header(HeaderMap::Request, NETWORK_PROBE_HEADER);
         }
-        let proxied_header = &self.gateway.config.proxied_header;
-        if counted && marked {
-            host.set_header(HeaderMap::Request, proxied_header, PROXIED_VALUE);
-        } else {
-            host.remove_header(HeaderMap::Request, proxied_header);
-        }
+        self.mark();
         Action::Continue
+    }
+
+    /// Marks a counted request with the key that it is counted under. Of any other request it
+    /// removes the marks that the client may have sent.
+    fn mark(&self) {
+        let Gateway { host, config, .. } = &*self.gateway;
+        match &self.counted {
+            Some((key, _)) if config.gateway.mark => {
+                host.set_header(HeaderMap::Request, &config.proxied_header, PROXIED_VALUE);
+                host.set_header(HeaderMap::Request, KEY_HEADER, &key_header(key));
+            }
+            _ => {
+                host.remove_header(HeaderMap::Request, &config.proxied_header);
+                host.remove_header(HeaderMap::Request, KEY_HEADER);
+            }
+        }
     }
 
     fn key(&self) -> Option<KeyName> {
@@ -84,13 +98,11 @@ impl<H: Host> GatewayStream<H> {
         }
     }
 
-    /// Counts a probe that is passed on as a request without a key. Returns `false`: it is not
-    /// proxied.
-    fn pass_probe(&self) -> bool {
+    /// Counts a probe that is passed on as a request without a key.
+    fn pass_probe(&self) {
         if let Ok(mut worker) = self.gateway.worker.try_borrow_mut() {
             worker.request_without_key();
         }
-        false
     }
 
     /// Returns whether this is a probe by which Knative's ingress controller checks its routes, at
@@ -101,17 +113,17 @@ impl<H: Host> GatewayStream<H> {
             && is_routing_probe(network_probe, host.header(HeaderMap::Request, NETWORK_HASH_HEADER).is_some())
     }
 
-    /// Counts the request. Returns whether it was counted.
-    fn count_in(&mut self, now: MonotonicNs) -> bool {
+    /// Counts the request, if it has a key for which there is capacity.
+    fn count_in(&mut self, now: MonotonicNs) {
         let key = self.key();
-        let Ok(mut worker) = self.gateway.worker.try_borrow_mut() else { return false };
+        let Ok(mut worker) = self.gateway.worker.try_borrow_mut() else { return };
         let Some(key) = key else {
             worker.request_without_key();
-            return false;
+            return;
         };
         let incarnation = worker.incarnation;
         match worker.key_request_in(&key, now) {
-            KeyedRequest::OverKeyLimit => return false,
+            KeyedRequest::OverKeyLimit => return,
             KeyedRequest::Counted => {}
             KeyedRequest::First(floor) => {
                 drop(worker);
@@ -120,7 +132,6 @@ impl<H: Host> GatewayStream<H> {
             }
         }
         self.counted = Some((key, now));
-        true
     }
 
     /// Sends a report without waiting for the answer. The report says that something is in flight
@@ -155,6 +166,15 @@ impl<H: Host> GatewayStream<H> {
             worker.key_request_out(&key, now, code(), now.since(since));
         }
     }
+}
+
+/// Returns the value of the header that names a key. Formatting would cost a fifth of the request.
+fn key_header(key: &KeyName) -> Vec<u8> {
+    let mut value = Vec::with_capacity(key.namespace.len() + 1 + key.name.len());
+    value.extend_from_slice(key.namespace.as_bytes());
+    value.push(b'/');
+    value.extend_from_slice(key.name.as_bytes());
+    value
 }
 
 /// If a host ever drops a stream without logging it, the request still stops being in flight.

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use inflight_stats::Config;
 use inflight_stats::breaker::rules::Queue;
 use inflight_stats::counting::request::{
-    KUBELET_PROBE_HEADER, NETWORK_PROBE_HEADER, Origin, is_kubelet_agent,
+    KEY_HEADER, KUBELET_PROBE_HEADER, NETWORK_PROBE_HEADER, Origin, is_kubelet_agent,
 };
 use inflight_stats::counting::time::MonotonicNs;
 use proxy_wasm::types::Action;
@@ -20,17 +20,16 @@ pub struct Sidecar<H: Host> {
     pub host: H,
     pub config: Config,
     pub token: Option<String>,
-    pub proxied_header: Rc<str>,
+    /// The key that the pod reports, as a gateway names it in its mark.
+    pub key: String,
     pub worker: SharedWorker<H>,
 }
 
 /// A stream. Its request counts from when the headers reach the filter until the stream ends. A
 /// probe is not counted; it only goes through the breaker.
 pub struct SidecarStream<H: Host> {
-    host: H,
     id: u32,
-    worker: SharedWorker<H>,
-    proxied_header: Rc<str>,
+    sidecar: Rc<Sidecar<H>>,
     counted: Option<CountedRequest>,
     /// `None` while the breaker is off.
     permit: Option<SharedPermitState>,
@@ -42,16 +41,16 @@ struct CountedRequest {
 }
 
 impl<H: Host> SidecarStream<H> {
-    pub fn new(id: u32, sidecar: &Sidecar<H>) -> Self {
-        let (worker, proxied_header) = (Rc::clone(&sidecar.worker), Rc::clone(&sidecar.proxied_header));
-        Self { host: sidecar.host, id, worker, proxied_header, counted: None, permit: None }
+    pub fn new(id: u32, sidecar: Rc<Sidecar<H>>) -> Self {
+        Self { id, sidecar, counted: None, permit: None }
     }
 
     /// Counts the request and admits it, pauses it or refuses it, when its headers arrive.
     pub fn on_request_headers(&mut self) -> Action {
         // The clock is read first, so that the time of the lookups below counts as part of the
         // request.
-        let now = self.host.monotonic();
+        let host = self.sidecar.host;
+        let now = host.monotonic();
         if self.counted.is_some() || self.permit.is_some() {
             return Action::Continue;
         }
@@ -59,7 +58,7 @@ impl<H: Host> SidecarStream<H> {
             None | Some(PermitState::Held(_)) => Action::Continue,
             Some(PermitState::Waiting(_)) => Action::Pause,
             Some(PermitState::Refused) => {
-                self.host.respond(503, QUEUE_FULL, &[PLAIN_TEXT]);
+                host.respond(503, QUEUE_FULL, &[PLAIN_TEXT]);
                 Action::Pause
             }
         }
@@ -70,15 +69,9 @@ impl<H: Host> SidecarStream<H> {
     /// that any client can send must not admit more requests than the app can take.
     fn enter(&mut self, now: MonotonicNs) -> Option<PermitState> {
         let queue = if self.is_probe() { Queue::Probes } else { Queue::Requests };
-        // The header is removed because an app that passes its headers on would have its own calls
-        // counted as proxied.
-        let mark = self.host.header(HeaderMap::Request, &self.proxied_header);
-        if mark.is_some() {
-            self.host.remove_header(HeaderMap::Request, &self.proxied_header);
-        }
-        let mut worker = self.worker.try_borrow_mut().ok()?;
+        let origin = self.take_mark();
+        let mut worker = self.sidecar.worker.try_borrow_mut().ok()?;
         if queue == Queue::Requests {
-            let origin = Origin::from_header(mark.as_deref());
             worker.request_in(now, origin);
             self.counted = Some(CountedRequest { since: now, origin });
         }
@@ -88,9 +81,25 @@ impl<H: Host> SidecarStream<H> {
         self.permit.as_ref().map(|permit| permit.get())
     }
 
+    /// Returns the request's origin by the headers with which a gateway marks it, and removes these
+    /// headers: an app that passes its headers on would have its own calls counted as proxied. Only
+    /// of a marked request is a second header looked up.
+    fn take_mark(&self) -> Origin {
+        let Sidecar { host, config, key, .. } = &*self.sidecar;
+        let Some(proxied) = host.header(HeaderMap::Request, &config.proxied_header) else {
+            return Origin::Direct;
+        };
+        host.remove_header(HeaderMap::Request, &config.proxied_header);
+        let counted_key = host.header(HeaderMap::Request, KEY_HEADER);
+        if counted_key.is_some() {
+            host.remove_header(HeaderMap::Request, KEY_HEADER);
+        }
+        Origin::from_headers(Some(&proxied), counted_key.as_deref(), key)
+    }
+
     /// Returns whether the request is a probe.
     fn is_probe(&self) -> bool {
-        let header = |name| self.host.header(HeaderMap::Request, name);
+        let header = |name| self.sidecar.host.header(HeaderMap::Request, name);
         header("user-agent").is_some_and(|agent| is_kubelet_agent(&agent))
             || header(KUBELET_PROBE_HEADER).is_some()
             || header(NETWORK_PROBE_HEADER).is_some()
@@ -99,7 +108,7 @@ impl<H: Host> SidecarStream<H> {
     /// Called once at the end of the stream, however it ended. It is the only callback that comes
     /// for local replies, resets and disconnected clients alike.
     pub fn on_log(&mut self) {
-        let host = self.host;
+        let host = self.sidecar.host;
         self.leave(|| host.response_code());
     }
 
@@ -110,9 +119,9 @@ impl<H: Host> SidecarStream<H> {
         if self.counted.is_none() && self.permit.is_none() {
             return;
         }
-        let now = self.host.monotonic();
+        let now = self.sidecar.host.monotonic();
         let permit = self.permit.take().map(|permit| permit.get());
-        let Ok(mut worker) = self.worker.try_borrow_mut() else { return };
+        let Ok(mut worker) = self.sidecar.worker.try_borrow_mut() else { return };
         if let Some(CountedRequest { since, origin }) = self.counted.take() {
             let total_ns = now.since(since);
             let app_ns = match permit {
@@ -127,7 +136,7 @@ impl<H: Host> SidecarStream<H> {
         let actions = breaker.zip(permit).map(|(breaker, permit)| breaker.leave(permit, now));
         drop(worker);
         if let Some(actions) = actions {
-            actions.apply(self.host, self.id);
+            actions.apply(self.sidecar.host, self.id);
         }
     }
 }

@@ -38,6 +38,8 @@ const GATEWAY: &[&str] = &[
         "statserver": {"cluster": "stats", "timeout": "100ms"}}"#,
 ];
 
+const UNMARKED: &[&str] = &[r#"{"role": "gateway", "pod": "gw", "gateway": {"mark": false}}"#];
+
 /// Runs a world to its end. The server must have every request and every nanosecond, once.
 fn counts_everything(seed: u64, configurations: &'static [&'static str], faults: Faults) -> &'static World {
     let world = World::start(seed, configurations, faults);
@@ -184,6 +186,42 @@ fn when_all_ends_the_last_reports_hold_everything() {
         assert_eq!(world.server.borrow().counted, *world.truth.borrow(), "seed {seed}");
         world.end();
     }
+}
+
+#[test]
+fn a_sidecar_takes_a_request_as_proxied_only_under_its_own_key_and_removes_the_mark() {
+    let world = World::by_hand(8, PLAIN);
+    let proxied = ("k-proxy-request", "activator");
+    for (headers, is_proxied) in [
+        (vec![], 0),
+        (vec![proxied], 1),
+        (vec![proxied, ("x-inflight-key", "ns/rev")], 1),
+        (vec![proxied, ("x-inflight-key", "ns/another")], 0),
+        (vec![proxied, ("x-inflight-key", "")], 0),
+        (vec![("k-proxy-request", "me")], 0),
+    ] {
+        let before = world.stat("queue_proxied_requests_total");
+        assert!(world.request_with(1, &headers).is_empty(), "{headers:?}");
+        world.answer_at(1);
+        world.pass(200_000_000);
+        assert_eq!(world.stat("queue_proxied_requests_total") - before, is_proxied, "{headers:?}");
+    }
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn a_gateway_marks_with_the_key_that_it_counts_under_and_with_nothing_else() {
+    let world = World::by_hand(9, GATEWAY);
+    let claimed = [("k-proxy-request", "me"), ("x-inflight-key", "ns/mine")];
+    let headers = world.request_with(1, &claimed);
+    let (key, _) = world.truth.borrow().first_key_value().map(|(key, sum)| (key.clone(), *sum)).unwrap();
+    assert_eq!(headers["k-proxy-request"], b"activator");
+    assert_eq!(headers["x-inflight-key"], format!("{}/{}", key.0, key.1).into_bytes());
+    let world = World::by_hand(9, UNMARKED);
+    assert!(world.request_with(1, &claimed).is_empty());
+    world.settle();
+    world.end();
 }
 
 #[test]

@@ -18,6 +18,9 @@ use crate::roles::sidecar::SidecarStream;
 use crate::root::{ActiveRole, Root};
 use crate::vm::worker_registry::WorkerRegistry;
 
+/// The header by which a kubelet's probe is known.
+const KUBELET: (&str, &str) = ("user-agent", "kube-probe/1.33");
+
 /// A namespace and a name.
 pub type Key = (String, String);
 
@@ -239,7 +242,15 @@ impl World {
 
     /// Sends a request to a VM.
     pub fn request_to(&'static self, index: usize) {
-        self.request(index, self.vms[index].borrow_mut().as_mut().unwrap(), false);
+        self.request(index, self.vms[index].borrow_mut().as_mut().unwrap(), &[]);
+    }
+
+    /// A request with headers comes to a VM. Returns the headers that it goes on with.
+    pub fn request_with(&'static self, index: usize, headers: &[(&str, &str)]) -> BTreeMap<String, Vec<u8>> {
+        let mut vm = self.vms[index].borrow_mut();
+        let vm = vm.as_mut().unwrap();
+        self.request(index, vm, headers);
+        self.hosts[index].borrow().streams[&vm.streams.last().unwrap().id].headers.clone()
     }
 
     /// Answers the oldest request of a VM that is in the app.
@@ -420,7 +431,10 @@ impl World {
                 3 | 4 => self.tick(index, vm),
                 5 => self.read_mail(index, vm),
                 6 | 7 => self.end_one(index, vm),
-                8 | 9 if index > 0 => self.request(index, vm, self.roll(8) == 0),
+                8 | 9 if index > 0 => {
+                    let is_probe = self.roll(8) == 0;
+                    self.request(index, vm, if is_probe { &[KUBELET] } else { &[] });
+                }
                 _ => {
                     drop(guard);
                     self.deliver();
@@ -447,22 +461,21 @@ impl World {
         }
     }
 
-    fn request(&'static self, index: usize, vm: &mut Vm, is_probe: bool) {
+    fn request(&'static self, index: usize, vm: &mut Vm, headers: &[(&str, &str)]) {
         let (root_id, root) = vm.roots.last().unwrap();
         let id = self.context();
         // Two keys are active at a time, so that the others become idle.
         let busy = 2 * (self.now_ns.get() / 500_000_000 % 3) + self.roll(2);
         let cluster = format!("outbound|80||key{busy}.ns.svc.cluster.local");
-        let mut headers = BTreeMap::new();
-        if is_probe {
-            headers.insert("user-agent".into(), b"kube-probe/1.33".to_vec());
-        }
+        let is_probe = headers.contains(&KUBELET);
+        let headers = headers.iter().map(|(name, value)| ((*name).into(), value.as_bytes().to_vec()));
+        let headers = headers.collect();
         let side = StreamSide { headers, cluster, ..StreamSide::default() };
         self.hosts[index].borrow_mut().streams.insert(id, side);
         self.put_into_effect(index, id);
         let (action, logic, key) = match root.role() {
             ActiveRole::Sidecar(sidecar) => {
-                let mut stream = SidecarStream::new(id, sidecar);
+                let mut stream = SidecarStream::new(id, Rc::clone(sidecar));
                 let key = (!is_probe).then(|| ("ns".into(), "rev".into()));
                 (stream.on_request_headers(), Logic::Sidecar(stream), key)
             }

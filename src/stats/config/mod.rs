@@ -150,6 +150,11 @@ impl Config {
         })
     }
 
+    /// Returns the key that a sidecar reports: `NAMESPACE/NAME`.
+    pub fn key(&self) -> String {
+        format!("{}/{}", self.identity.namespace, self.identity.revision)
+    }
+
     /// What tells this pod's figures from those of another plugin in the same VM.
     pub fn domain(&self) -> String {
         let Identity { namespace, revision, pod, .. } = &self.identity;

@@ -17,6 +17,9 @@ pub fn is_kubelet_agent(user_agent: &[u8]) -> bool {
     user_agent.starts_with(KUBE_PROBE_AGENT_PREFIX)
 }
 
+/// Header in which a gateway names the key that it counted a request under: `NAMESPACE/NAME`.
+pub const KEY_HEADER: &str = "x-inflight-key";
+
 /// Whether a proxy in front of the pod has already counted the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -27,9 +30,12 @@ pub enum Origin {
 }
 
 impl Origin {
-    /// Returns the origin that the value of the proxied header says.
-    pub fn from_header(value: Option<&[u8]>) -> Self {
-        if value == Some(PROXIED_VALUE) { Self::Proxied } else { Self::Direct }
+    /// Returns the origin of a request by its proxied header and its [`KEY_HEADER`]. Whoever counted
+    /// the request under another key than `own_key` did not count it for this pod: then nothing may
+    /// be subtracted here. Knative's activator names no key.
+    pub fn from_headers(proxied: Option<&[u8]>, key: Option<&[u8]>, own_key: &str) -> Self {
+        let counted_here = key.is_none_or(|key| key == own_key.as_bytes());
+        if proxied == Some(PROXIED_VALUE) && counted_here { Self::Proxied } else { Self::Direct }
     }
 }
 
@@ -60,11 +66,17 @@ mod tests {
     }
 
     #[test]
-    fn only_the_activators_value_makes_a_request_proxied() {
-        assert_eq!(Origin::from_header(Some(b"activator")), Origin::Proxied);
-        assert_eq!(Origin::from_header(Some(b"Activator")), Origin::Direct);
-        assert_eq!(Origin::from_header(Some(b"")), Origin::Direct);
-        assert_eq!(Origin::from_header(None), Origin::Direct);
+    fn only_the_activators_value_and_no_other_key_make_a_request_proxied() {
+        let origin = |proxied: &'static [u8], key: Option<&'static [u8]>| {
+            Origin::from_headers(Some(proxied), key, "ns/web")
+        };
+        assert_eq!(origin(b"activator", None), Origin::Proxied);
+        assert_eq!(origin(b"activator", Some(b"ns/web")), Origin::Proxied);
+        assert_eq!(origin(b"activator", Some(b"ns/web-v2")), Origin::Direct);
+        assert_eq!(origin(b"activator", Some(b"")), Origin::Direct);
+        assert_eq!(origin(b"Activator", Some(b"ns/web")), Origin::Direct);
+        assert_eq!(origin(b"", None), Origin::Direct);
+        assert_eq!(Origin::from_headers(None, Some(b"ns/web"), "ns/web"), Origin::Direct);
     }
 
     #[test]
