@@ -238,6 +238,19 @@ fn the_first_request_of_a_key_is_reported_before_any_tick() {
 }
 
 #[test]
+fn a_report_that_is_too_large_for_the_server_is_split_and_nothing_is_dropped() {
+    for seed in 0..50 {
+        let world = World::start(seed, GATEWAY, ROUGH);
+        world.server.borrow_mut().max_keys = 1;
+        world.run(1_500, 8_000_000);
+        world.settle();
+        assert_eq!(world.server.borrow().counted, *world.truth.borrow(), "seed {seed}");
+        assert_eq!(world.stat("inflight_reports_dropped_total"), 0, "seed {seed}");
+        world.end();
+    }
+}
+
+#[test]
 fn keys_that_are_idle_and_acknowledged_make_room_for_others() {
     let world = World::by_hand(5, &GATEWAY[..1]);
     for _ in 0..100 {

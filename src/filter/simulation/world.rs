@@ -69,11 +69,17 @@ pub struct Server {
     known: BTreeMap<Key, Snapshot>,
     pub counted: Sums,
     pub taken: u64,
+    /// The most keys that a report may have; 0 for any number.
+    pub max_keys: usize,
 }
 
 impl Server {
-    fn take(&mut self, bytes: &[u8]) {
+    /// Returns the status of its answer.
+    fn take(&mut self, bytes: &[u8]) -> u16 {
         let report = Report::decode(bytes).unwrap();
+        if self.max_keys > 0 && report.messages.len() > self.max_keys {
+            return 413;
+        }
         for message in report.messages {
             let key = (message.namespace, message.name);
             let known = self.known.get(&key).copied();
@@ -84,6 +90,7 @@ impl Server {
             self.known.insert(key, known.map_or(message.until, |known| known.ceiling(&message.until)));
         }
         self.taken += 1;
+        202
     }
 }
 
@@ -618,15 +625,13 @@ impl World {
         };
         if let Some(call) = taken {
             let is_lost = self.network_fails();
-            if !is_lost {
-                self.server.borrow_mut().take(&call.body);
-            }
+            let status = if is_lost { 504 } else { self.server.borrow_mut().take(&call.body) };
             if self.network_fails() {
                 // The report arrives once more, and nothing waits for this answer.
                 let Call { vm, ref body, .. } = call;
                 self.sent.borrow_mut().push(Call { number: 0, vm, root: 0, body: body.clone() });
             }
-            let status = if is_lost || self.network_fails() { 504 } else { 202 };
+            let status = if self.network_fails() { 504 } else { status };
             self.answers.borrow_mut().push((call, status));
         }
         let Some((call, status)) = self.answers.borrow_mut().pop() else { return };

@@ -12,6 +12,9 @@ use crate::host::metric::Counter;
 use crate::host::{CallError, Host, HttpCall};
 use crate::vm::config_stack::period_ns;
 
+/// The status by which a server says that a report is too large for its limits.
+const TOO_LARGE: u16 = 413;
+
 /// A report that is ready to be sent.
 pub struct EncodedReport {
     pub bytes: Vec<u8>,
@@ -24,6 +27,16 @@ pub enum ReportScope {
     Pod(u64, Snapshot),
     /// Keys of a gateway, up to these snapshots.
     Keys(Vec<(KeyName, Snapshot)>),
+}
+
+impl ReportScope {
+    /// Returns how many keys the report has.
+    fn keys(&self) -> usize {
+        match self {
+            Self::Pod(..) => 1,
+            Self::Keys(known) => known.len(),
+        }
+    }
 }
 
 /// A report that has not been answered yet.
@@ -40,8 +53,14 @@ pub struct ReportSender<H> {
     pending: Vec<PendingReport>,
     /// Whether the last report failed. A failure is logged once.
     failing: bool,
+    /// Whether the last answer dropped a report.
+    dropping: bool,
+    /// How many keys a report of a gateway may have: fewer after a server with lower limits has
+    /// refused one as too large.
+    max_keys: usize,
     sent: Counter,
     failed: Counter,
+    dropped: Counter,
 }
 
 impl<H: Host> ReportSender<H> {
@@ -50,8 +69,11 @@ impl<H: Host> ReportSender<H> {
             host,
             pending: Vec::new(),
             failing: false,
+            dropping: false,
+            max_keys: usize::MAX,
             sent: Counter::define(host, "inflight_reports_sent_total"),
             failed: Counter::define(host, "inflight_reports_failed_total"),
+            dropped: Counter::define(host, "inflight_reports_dropped_total"),
         }
     }
 
@@ -60,6 +82,11 @@ impl<H: Host> ReportSender<H> {
     pub fn may_send(&mut self, config: &Config, now: PodNs) -> bool {
         self.pending.retain(|report| now < report.deadline);
         config.statserver.is_some() && self.pending.is_empty()
+    }
+
+    /// Returns how many keys a report of a gateway may have.
+    pub fn max_keys(&self) -> usize {
+        self.max_keys
     }
 
     /// Notes a report that is on its way.
@@ -85,23 +112,33 @@ impl<H: Host> ReportSender<H> {
     ) -> Option<ReportScope> {
         let position = self.pending.iter().position(|report| report.call == call)?;
         let scope = self.pending.swap_remove(position).scope;
-        let verdict = Verdict::from_status(status);
-        match verdict {
+        match Verdict::from_status(status) {
             Verdict::Acknowledged => {
                 self.sent.add(self.host, 1);
+                self.dropping = false;
                 if std::mem::take(&mut self.failing) {
                     log::info!("inflight: the stats server acknowledges reports again");
                 }
+                Some(scope)
             }
-            Verdict::Refused => {
-                self.count_failure(|| {
-                    format!(
-                        "the stats server refused a report for good with {status}: {}; its counts stay in \
-                         Envoy's stats only",
-                        body()
-                    )
-                });
-            }
+            Verdict::Refused => match scope.keys() {
+                keys @ 2.. if status == TOO_LARGE => {
+                    self.max_keys = self.max_keys.min(keys / 2);
+                    let max_keys = self.max_keys;
+                    self.count_failure(|| {
+                        format!(
+                            "the stats server refused a report of {keys} keys as too large with {status}: \
+                             {}; reports have at most {max_keys} keys from now on",
+                            body()
+                        )
+                    });
+                    None
+                }
+                _ => {
+                    self.count_dropped(status, body);
+                    Some(scope)
+                }
+            },
             Verdict::TryAgain => {
                 self.count_failure(|| {
                     format!(
@@ -110,9 +147,22 @@ impl<H: Host> ReportSender<H> {
                         body()
                     )
                 });
+                None
             }
         }
-        (verdict != Verdict::TryAgain).then_some(scope)
+    }
+
+    /// Counts a report that will never be taken. The log has the first of several in a row.
+    fn count_dropped(&mut self, status: u16, body: impl FnOnce() -> String) {
+        self.failed.add(self.host, 1);
+        self.dropped.add(self.host, 1);
+        if !std::mem::replace(&mut self.dropping, true) {
+            log::warn!(
+                "inflight: the stats server refused a report for good with {status}: {}; its counts stay \
+                 in Envoy's stats only",
+                body()
+            );
+        }
     }
 
     /// Counts a failure. The log has the first of several: the counter has the rest.
@@ -137,9 +187,14 @@ pub fn pod_report(
     encode(&report, ReportScope::Pod(incarnation, until))
 }
 
-/// Returns the reports of a gateway.
-pub fn key_reports(config: &Config, incarnation: u64, totals: &KeyTotals) -> Vec<EncodedReport> {
-    let reports = totals.reports(&config.identity.pod, incarnation).into_iter();
+/// Returns the reports of a gateway, each of at most `max_keys` keys.
+pub fn key_reports(
+    config: &Config,
+    incarnation: u64,
+    totals: &KeyTotals,
+    max_keys: usize,
+) -> Vec<EncodedReport> {
+    let reports = totals.reports(&config.identity.pod, incarnation, max_keys).into_iter();
     reports.filter_map(|(report, known)| encode(&report, ReportScope::Keys(known))).collect()
 }
 

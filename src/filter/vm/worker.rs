@@ -260,7 +260,7 @@ impl<H: Host> Worker<H> {
         departed: Vec<u64>,
         now: PodNs,
     ) -> (Vec<EncodedReport>, Vec<u64>) {
-        let may_send = self.reports.may_send(config, now);
+        let (may_send, max_keys) = (self.reports.may_send(config, now), self.reports.max_keys());
         let state = self.member.pod().state(&self.host);
         let workers: Vec<u64> = state.map(|state| state.workers().collect()).unwrap_or_default();
         let Some(keyed) = &mut self.keyed else { return (Vec::new(), departed) };
@@ -274,7 +274,7 @@ impl<H: Host> Worker<H> {
             keyed.acknowledged(known);
             return (Vec::new(), fully_collected);
         }
-        let reports = if may_send { key_reports(config, incarnation, totals) } else { Vec::new() };
+        let reports = if may_send { key_reports(config, incarnation, totals, max_keys) } else { Vec::new() };
         (reports, fully_collected)
     }
 
@@ -393,12 +393,15 @@ impl<H: Host> Worker<H> {
         self.close_breaker();
         let Some(now) = self.seal() else { return Vec::new() };
         let Ok((until, state)) = self.member.last_figure(&self.host, now) else { return Vec::new() };
+        let max_keys = self.reports.max_keys();
         if let Some(keyed) = &mut self.keyed {
             // The leader may have removed this worker just now, and may end, too, before it
             // collects.
             let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
             let totals = keyed.collect_last(&all, until.as_of_ns);
-            return totals.map(|totals| key_reports(config, state.incarnation, totals)).unwrap_or_default();
+            return totals
+                .map(|totals| key_reports(config, state.incarnation, totals, max_keys))
+                .unwrap_or_default();
         }
         pod_report(config, state.incarnation, state.reported_since(), until).into_iter().collect()
     }

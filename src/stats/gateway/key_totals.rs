@@ -198,7 +198,12 @@ impl KeyTotals {
 
     /// Returns all keys as reports of at most [`MAX_BYTES`]. Each report comes with the snapshots
     /// that it reports of its keys.
-    pub fn reports(&self, pod: &str, incarnation: u64) -> Vec<(Report, Vec<(KeyName, Snapshot)>)> {
+    pub fn reports(
+        &self,
+        pod: &str,
+        incarnation: u64,
+        max_keys: usize,
+    ) -> Vec<(Report, Vec<(KeyName, Snapshot)>)> {
         const SNAPSHOTS_AND_LENGTHS: usize = 2 * 64 + 2 * 8 + 1;
         let head = pod.len() + 32;
         let empty = || Report { version: VERSION, pod: pod.to_owned(), incarnation, messages: Vec::new() };
@@ -206,7 +211,8 @@ impl KeyTotals {
         let mut size = head;
         for (key, total) in &self.keys {
             let more = key.namespace.len() + key.name.len() + SNAPSHOTS_AND_LENGTHS;
-            if size + more > MAX_BYTES {
+            let is_full = reports.last().is_some_and(|(_, known)| known.len() >= max_keys.max(1));
+            if is_full || size + more > MAX_BYTES {
                 reports.push((empty(), Vec::new()));
                 size = head;
             }
@@ -388,7 +394,9 @@ mod tests {
         worker.advance(PodNs(1_100));
         let mut totals = KeyTotals::starting_at(1_000);
         collect(&mut totals, &[(1, &worker)], 1_100);
-        let reports = totals.reports("gateway", 7);
+        assert_eq!(totals.reports("gateway", 7, 1_000).len(), 10);
+        assert_eq!(totals.reports("gateway", 7, 0).len(), 10_000, "one key to a report at least");
+        let reports = totals.reports("gateway", 7, usize::MAX);
         assert!(reports.len() > 1);
         let keys: BTreeSet<_> = (reports.iter())
             .flat_map(|(report, known)| {
