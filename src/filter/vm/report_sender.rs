@@ -6,7 +6,7 @@ use inflight_stats::counting::time::PodNs;
 use inflight_stats::gateway::key_name::KeyName;
 use inflight_stats::gateway::key_totals::KeyTotals;
 use inflight_stats::protocol::report::{CONTENT_TYPE, VERSION, Verdict};
-use inflight_stats::{Config, Identity, KeyReport, Report, Snapshot};
+use inflight_stats::{Config, KeyReport, Report, Snapshot};
 
 use crate::host::metric::Counter;
 use crate::host::{CallError, Host, HttpCall};
@@ -181,9 +181,10 @@ pub fn pod_report(
     since: Snapshot,
     until: Snapshot,
 ) -> Option<EncodedReport> {
-    let Identity { namespace, revision, pod, .. } = config.identity.clone();
-    let message = KeyReport { namespace, name: revision, from_gateway: false, since, until };
-    let report = Report { version: VERSION, pod, incarnation, messages: vec![message] };
+    let (namespace, name) = (config.identity.namespace.clone(), config.name().to_owned());
+    let message = KeyReport { namespace, name, from_gateway: false, since, until };
+    let report =
+        Report { version: VERSION, pod: config.identity.pod.clone(), incarnation, messages: vec![message] };
     encode(&report, ReportScope::Pod(incarnation, until))
 }
 

@@ -66,6 +66,15 @@ pub struct GatewayConfig {
     pub mark: bool,
 }
 
+/// Where a sidecar's key has its name from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameFrom {
+    /// The revision.
+    Revision,
+    /// The service alone.
+    Service,
+}
+
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -73,6 +82,8 @@ pub struct Config {
     pub role: Role,
     /// Who it serves.
     pub identity: Identity,
+    /// Which of its names a sidecar reports under.
+    pub name_from: NameFrom,
     /// The distance between two reports.
     pub reporting_period: Duration,
     /// The header that marks a proxied request, in lower case.
@@ -119,17 +130,23 @@ impl Config {
         let roles = [("sidecar", Role::Sidecar), ("gateway", Role::Gateway), ("exporter", Role::Exporter)];
         let role =
             fields.one_of(options::ROLE.name, options::ROLE.expected, &roles)?.unwrap_or(Role::Sidecar);
+        let names = [("revision", NameFrom::Revision), ("service", NameFrom::Service)];
+        let name_from = fields.one_of(options::NAME_FROM.name, options::NAME_FROM.expected, &names)?;
+        let name_from = name_from.unwrap_or(NameFrom::Revision);
+        let needs_service = role != Role::Gateway && name_from == NameFrom::Service;
+        let service = if needs_service { Fields::name } else { Fields::label };
         // A gateway stands for no revision; its namespace only completes clusters that name none.
         let name = if role == Role::Gateway { Fields::label } else { Fields::name };
         Ok(Self {
             role,
             identity: Identity {
                 namespace: name(&mut fields, options::NAMESPACE.name, &node.namespace)?,
-                service: fields.label(options::SERVICE.name, &node.service)?,
+                service: service(&mut fields, options::SERVICE.name, &node.service)?,
                 configuration: fields.label(options::CONFIGURATION.name, &node.configuration)?,
                 revision: name(&mut fields, options::REVISION.name, &node.revision)?,
                 pod: fields.name(options::POD.name, &node.pod)?,
             },
+            name_from,
             gateway,
             reporting_period: fields
                 .duration(options::REPORTING_PERIOD.name, options::REPORTING_PERIOD.expected, |period| {
@@ -152,7 +169,15 @@ impl Config {
 
     /// Returns the key that a sidecar reports: `NAMESPACE/NAME`.
     pub fn key(&self) -> String {
-        format!("{}/{}", self.identity.namespace, self.identity.revision)
+        format!("{}/{}", self.identity.namespace, self.name())
+    }
+
+    /// Returns the name that a sidecar reports under.
+    pub fn name(&self) -> &str {
+        match self.name_from {
+            NameFrom::Revision => &self.identity.revision,
+            NameFrom::Service => &self.identity.service,
+        }
     }
 
     /// What tells this pod's figures from those of another plugin in the same VM.
@@ -299,6 +324,17 @@ mod tests {
     }
 
     #[test]
+    fn a_sidecar_reports_its_revision_or_its_service() {
+        let parse =
+            |more: &str| parse(&format!(r#"{{"namespace": "n", "revision": "r", "pod": "p"{more}}}"#));
+        assert_eq!(parse("").unwrap().key(), "n/r");
+        assert_eq!(parse(r#", "name_from": "revision", "service": "s""#).unwrap().key(), "n/r");
+        assert_eq!(parse(r#", "name_from": "service", "service": "s""#).unwrap().key(), "n/s");
+        let error = parse(r#", "name_from": "service""#).unwrap_err().to_string();
+        assert!(error.contains("`service` is missing; expected a string of 1 to 512 bytes"), "{error}");
+    }
+
+    #[test]
     fn what_is_left_out_comes_from_the_node() {
         let node = Identity {
             namespace: "mesh".into(),
@@ -383,7 +419,7 @@ mod tests {
         assert_eq!(
             error(r#"{"namespace": "ns", "revision": "r", "pod_name": "p"}"#),
             "invalid configuration: unknown key `pod_name`; expected one of role, namespace, service, \
-             configuration, revision, pod, reporting_period, proxied_header, container_concurrency, \
+             configuration, revision, name_from, pod, reporting_period, proxied_header, container_concurrency, \
              queue_depth, queue_timeout, probes_bypass_breaker, statserver, gateway"
         );
         assert_eq!(

@@ -60,6 +60,14 @@ pub(super) const REVISION: ConfigKey = ConfigKey {
     expected: A_NAME,
     help: "Name under which the workload is scaled. Required for the roles `sidecar` and `exporter`",
 };
+pub(super) const NAME_FROM: ConfigKey = ConfigKey {
+    object: "",
+    name: "name_from",
+    default: r#""revision""#,
+    expected: r#""revision" or "service""#,
+    help: "Role `sidecar`: the name under which the pod reports. `service`, which must not be empty, is \
+           what a gateway reports for a Service of that name; all its versions are then one key",
+};
 pub(super) const POD: ConfigKey = ConfigKey {
     object: "",
     name: "pod",
@@ -207,12 +215,13 @@ pub(super) const GATEWAY_MARK: ConfigKey = ConfigKey {
 };
 
 /// All keys, in the order of the reference page.
-pub const CONFIG_KEYS: [ConfigKey; 25] = [
+pub const CONFIG_KEYS: [ConfigKey; 26] = [
     ROLE,
     NAMESPACE,
     SERVICE,
     CONFIGURATION,
     REVISION,
+    NAME_FROM,
     POD,
     REPORTING_PERIOD,
     PROXIED_HEADER,
@@ -236,7 +245,7 @@ pub const CONFIG_KEYS: [ConfigKey; 25] = [
 ];
 
 /// The names of the document's own keys.
-pub(super) const DOCUMENT_KEYS: [&str; 14] = names_in("");
+pub(super) const DOCUMENT_KEYS: [&str; 15] = names_in("");
 /// Those of `statserver`.
 pub(super) const STATSERVER_KEYS: [&str; 5] = names_in("statserver.");
 /// Those of `gateway`.
