@@ -12,8 +12,10 @@ use crate::protocol::report_delta::{CounterDecreased, addition};
 use crate::protocol::stat::Stat;
 use crate::scaling::decider::{Decider, Decision, Observation, delay_bytes};
 use crate::scaling::memory::heap_bytes;
+use crate::scaling::mismatch::{Mismatch, MismatchDetector};
 use crate::scaling::sender::{
-    ImplausibleStat, Incarnation, PerSecond, SILENT_PERIODS, Senders, Streamed, is_activator,
+    ImplausibleStat, Incarnation, Live, PerSecond, SILENT_PERIODS, SenderPage, Senders, Streamed,
+    is_activator,
 };
 use crate::scaling::settings::{KeySettings, Metric};
 use crate::scaling::windows::{Window, WindowSizes};
@@ -54,6 +56,11 @@ pub struct Figures {
     pub in_flight: u64,
     /// Pods that report.
     pub pods: u64,
+    /// Gateways that report.
+    pub gateways: u64,
+    /// The share of proxied requests among those that pods reported in the last 30 to 60 s; `None`
+    /// if they reported none.
+    pub proxied_share: Option<f64>,
     /// Over the stable window.
     pub stable: Averages,
     /// Over the panic window.
@@ -87,6 +94,7 @@ pub struct Key {
     /// When its first report or stat came.
     first_report_ns: Option<u64>,
     decided: Option<Decided>,
+    mismatches: MismatchDetector,
 }
 
 /// What a key wants, and since when.
@@ -113,6 +121,7 @@ impl Key {
             started_ns: None,
             first_report_ns: None,
             decided: None,
+            mismatches: MismatchDetector::default(),
         }
     }
 
@@ -193,7 +202,7 @@ impl Key {
         let KeyReport { since, until, from_gateway, .. } = report;
         let known = self.senders.incarnation(sender, incarnation);
         let period = addition(known.map(|known| &known.last), since, until)?;
-        let last = known.map(|known| known.last);
+        let (last, last_concurrency) = (known.map(|known| known.last), known.map(|known| known.concurrency));
         let is_latest =
             last.is_none_or(|last| until.as_of_ns >= last.as_of_ns && until.holds_totals_of(&last));
         // What is new happened since the report before, or since a later `since`. A sender that
@@ -215,18 +224,6 @@ impl Key {
             self.senders.touch(sender, incarnation, now_ns);
             return Ok(Recorded::default());
         }
-        let highest = last.map_or(*until, |last| last.ceiling(until));
-        let latest = last.filter(|_| !is_latest).unwrap_or(*until);
-        let Snapshot { in_flight, proxied_in_flight, .. } = latest;
-        let now = Incarnation {
-            id: incarnation,
-            last: Snapshot { in_flight, proxied_in_flight, ..highest },
-            since_ns: since.as_of_ns,
-            from_gateway: *from_gateway,
-            period_ns: length_ns.clamp(MIN_PERIOD_NS, MAX_PERIOD_NS),
-            seen_ns: now_ns,
-        };
-        self.senders.store(sender, now);
         // A gateway is in front of all; what it passed on arrives at the pods as proxied.
         let (proxied, proxied_ns) =
             if *from_gateway { (0, 0) } else { (period.proxied_requests, period.proxied_request_ns) };
@@ -247,10 +244,27 @@ impl Key {
             requests: per_second(period.requests as f64),
             proxied_requests: per_second(proxied as f64),
         };
+        let unproxied @ [concurrency, _] = added.unproxied();
+        let highest = last.map_or(*until, |last| last.ceiling(until));
+        let latest = last.filter(|_| !is_latest).unwrap_or(*until);
+        let Snapshot { in_flight, proxied_in_flight, .. } = latest;
+        let now = Incarnation {
+            id: incarnation,
+            last: Snapshot { in_flight, proxied_in_flight, ..highest },
+            since_ns: since.as_of_ns,
+            from_gateway: *from_gateway,
+            period_ns: length_ns.clamp(MIN_PERIOD_NS, MAX_PERIOD_NS),
+            seen_ns: now_ns,
+            concurrency: last_concurrency.filter(|_| !is_latest).unwrap_or(concurrency as f32),
+        };
+        self.senders.store(sender, now);
+        if !from_gateway {
+            self.mismatches.add_pod_requests(period.requests as f64, proxied as f64);
+        }
         // A gateway's first report of a key counts nothing yet: something in flight is traffic,
         // too.
         let in_flight = is_latest && in_flight > if *from_gateway { 0 } else { proxied_in_flight };
-        let became_active = self.add(added.unproxied(), seconds, in_flight, now_ns);
+        let became_active = self.add(unproxied, seconds, in_flight, now_ns);
         Ok(Recorded { added: (!period.is_empty()).then_some(added), became_active })
     }
 
@@ -270,8 +284,12 @@ impl Key {
         let unproxied @ [concurrency, requests] = added.unproxied();
         self.note_report(now_ns);
         let from_gateway = is_activator(sender);
-        let streamed = Streamed { concurrency, seen_ns: now_ns, from_gateway };
+        let proxied_concurrency = added.proxied_concurrency as f32;
+        let streamed = Streamed { concurrency, proxied_concurrency, seen_ns: now_ns, from_gateway };
         self.senders.sender_mut(sender).streamed = Some(streamed);
+        if !from_gateway {
+            self.mismatches.add_pod_requests(added.requests, added.proxied_requests);
+        }
         self.streamed_total += requests;
         let became_active = self.add(unproxied, 1, false, now_ns);
         Ok(Recorded { added: Some(added), became_active })
@@ -375,7 +393,7 @@ impl Key {
     /// Returns the figures at the receiver's unix time `now_ns`.
     pub fn figures(&self, now_ns: u64) -> Figures {
         let second = now_ns / SECOND_NS;
-        let (in_flight, pods) = self.senders.live(now_ns);
+        let Live { in_flight, pods, gateways } = self.senders.live(now_ns);
         // A stat with more proxied requests than requests is subtracted, as in Knative; what is
         // shown is never negative.
         let averages = |window: &Window<2>| {
@@ -386,6 +404,8 @@ impl Key {
             requests_total: self.requests_total.saturating_add(self.streamed_total.max(0.0).round() as u64),
             in_flight: in_flight.max(0.0).round() as u64,
             pods,
+            gateways,
+            proxied_share: self.mismatches.proxied_share(),
             stable: averages(&self.stable),
             panic: averages(&self.panic),
             last_report_age_ms: (self.last_report_ns > 0)
@@ -402,6 +422,9 @@ impl Key {
     /// stats server.)
     pub fn decide(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
+        if self.mismatches.is_window_over(now_ns) {
+            self.mismatches.end_window(now_ns, figures.gateways);
+        }
         if self.is_starting(now_ns) {
             return figures;
         }
@@ -424,6 +447,22 @@ impl Key {
         figures
     }
 
+    /// Returns counts that do not fit together, as of the last call of [`Key::decide`], unless
+    /// [`Key::mismatch_logged`] was called for them.
+    pub fn mismatch(&self) -> Option<Mismatch> {
+        self.mismatches.found()
+    }
+
+    /// Notes that a mismatch was logged: it is not returned again.
+    pub fn mismatch_logged(&mut self, mismatch: Mismatch) {
+        self.mismatches.logged(mismatch);
+    }
+
+    /// Returns the first `limit` senders whose names come after `after`, silent ones included.
+    pub fn senders(&self, after: &str, limit: usize, now_ns: u64) -> SenderPage {
+        self.senders.page(after, limit, now_ns)
+    }
+
     /// Returns the last decision; before the first, no pod is wanted.
     pub fn decision(&self) -> Decision {
         self.decided.as_ref().map(|decided| decided.decision).unwrap_or_default()
@@ -443,7 +482,7 @@ impl Key {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scaling::sender::RETENTION_NS;
+    use crate::scaling::sender::{RETENTION_NS, Role, SenderFigures};
 
     const S: u64 = SECOND_NS;
     const NOW: u64 = 1_700_000_000 * S;
@@ -683,6 +722,85 @@ mod tests {
         key.forget(NOW + RETENTION_NS);
         assert_eq!((key.sender_count(), key.sender_bytes()), (0, Senders::EMPTY_BYTES));
         assert!(key.senders.by_name.allocation_size() <= Senders::EMPTY_BYTES + Senders::BUCKET_BYTES);
+    }
+
+    #[test]
+    fn the_senders_of_a_key_are_listed_by_name_with_what_each_shows() {
+        let mut key = Key::new(Arc::default());
+        let proxied = Snapshot {
+            proxied_requests: 6,
+            proxied_request_ns: u128::from(3 * S),
+            proxied_in_flight: 2,
+            ..at(2, 8, 5, 3)
+        };
+        key.record("pod-b", 1, &report(at(1, 0, 0, 0), proxied), NOW).unwrap();
+        key.record("pod-a", 1, &report(at(1, 0, 0, 0), at(2, 0, 0, 0)), NOW + S).unwrap();
+        let gateway = KeyReport { from_gateway: true, ..report(at(1, 0, 0, 0), at(2, 6, 3, 2)) };
+        key.record("gateway", 1, &gateway, NOW + S).unwrap();
+        key.record_stat("activator-1", &stat("", 0.4, 1.0), NOW).unwrap();
+        let now = NOW + 10 * S + S / 2;
+        let SenderPage { senders, found, has_more } = key.senders("", 9, now);
+        let names: Vec<&str> = senders.iter().map(|sender| &*sender.name).collect();
+        assert_eq!((names.join(" "), found, has_more), ("activator-1 gateway pod-a pod-b".into(), 4, false));
+        assert_eq!(
+            senders[3],
+            SenderFigures {
+                name: "pod-b".into(),
+                role: Role::Pod,
+                is_live: false,
+                in_flight: 1,
+                proxied_in_flight: 2,
+                average_concurrency: 2.0,
+                last_report_age_ms: 10_500,
+            }
+        );
+        assert_eq!((senders[1].role, senders[1].in_flight, senders[1].is_live), (Role::Gateway, 2, true));
+        assert_eq!((senders[0].role, senders[0].is_live), (Role::Gateway, false), "silent for ten seconds");
+        // Page by page: each begins after the last name of the one before.
+        let page = |after, limit| {
+            let SenderPage { senders, has_more, .. } = key.senders(after, limit, now);
+            (senders.into_iter().map(|sender| sender.name).collect::<Vec<_>>().join(" "), has_more)
+        };
+        assert_eq!(page("", 3), ("activator-1 gateway pod-a".into(), true));
+        assert_eq!(page("pod-a", 3), ("pod-b".into(), false));
+        assert_eq!((page("zzz", 3), page("", 0)), ((String::new(), false), (String::new(), true)));
+        let figures = key.figures(NOW + S);
+        assert_eq!((figures.pods, figures.gateways, figures.proxied_share), (2, 2, Some(0.75)));
+    }
+
+    /// Has a pod and, if told, a gateway report each second, by `proxied` of ten requests. Returns
+    /// the second in which a mismatch is found.
+    fn second_of_mismatch(proxied: u64, gateway_until: u64) -> Option<u64> {
+        let mut key = Key::new(Arc::default());
+        let snapshot =
+            |second: u64| Snapshot { proxied_requests: second * proxied, ..at(second, second * 10, 0, 0) };
+        for second in 1..400 {
+            let now = NOW + second * S;
+            let of_pod = report(snapshot(second), snapshot(second + 1));
+            key.record("pod", 1, &of_pod, now).unwrap();
+            if second < gateway_until {
+                key.record("gateway", 1, &KeyReport { from_gateway: true, ..of_pod }, now).unwrap();
+            }
+            if second % 2 == 0 {
+                key.decide(now);
+            }
+            if let Some(mismatch) = key.mismatch() {
+                assert_eq!(mismatch, Mismatch::NoGateway);
+                assert_eq!(key.figures(now).proxied_share, Some(1.0));
+                key.mismatch_logged(mismatch);
+                assert_eq!(key.mismatch(), None, "once");
+                return Some(second);
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn a_key_whose_pods_have_proxied_requests_alone_needs_a_gateway_that_reports_it() {
+        assert_eq!(second_of_mismatch(10, 0), Some(92), "after three windows");
+        assert_eq!(second_of_mismatch(9, 0), None, "one of ten came directly");
+        assert_eq!(second_of_mismatch(10, 400), None);
+        assert_eq!(second_of_mismatch(10, 100), Some(182), "its gateway fell silent");
     }
 
     /// What a gateway reports each second: the totals, and what is in flight.

@@ -3,6 +3,7 @@
 pub mod decider;
 pub mod key;
 pub mod memory;
+pub mod mismatch;
 pub mod sender;
 pub mod settings;
 pub mod windows;

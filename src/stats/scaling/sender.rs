@@ -97,6 +97,8 @@ pub(super) struct Incarnation {
     pub(super) from_gateway: bool,
     pub(super) period_ns: u64,
     pub(super) seen_ns: u64,
+    /// The average over its latest report, proxied requests subtracted.
+    pub(super) concurrency: f32,
 }
 
 impl Incarnation {
@@ -108,7 +110,9 @@ impl Incarnation {
 /// The last stat that a sender streamed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Streamed {
+    /// Without proxied requests.
     pub(super) concurrency: f64,
+    pub(super) proxied_concurrency: f32,
     pub(super) seen_ns: u64,
     pub(super) from_gateway: bool,
 }
@@ -127,25 +131,128 @@ pub(super) struct Sender {
     pub(super) streamed: Option<Streamed>,
 }
 
-impl Sender {
-    /// Returns what is in flight at the sender and whether it counts as a pod, or `None` if it is
-    /// silent.
-    fn live(&self, now_ns: u64) -> Option<(f64, bool)> {
-        let mut live = None;
-        let mut add = |in_flight: f64, is_pod: bool| {
-            let (sum, pod) = live.unwrap_or((0.0, false));
-            live = Some((sum + in_flight, pod || is_pod));
-        };
-        for incarnation in self.incarnations.iter().filter(|incarnation| incarnation.is_live(now_ns)) {
-            let Incarnation { last, from_gateway, .. } = incarnation;
-            let proxied = if *from_gateway { 0 } else { last.proxied_in_flight };
-            add(last.in_flight.saturating_sub(proxied).into(), !from_gateway);
+/// What an incarnation, a stat, or all of them show of a sender.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    in_flight: f64,
+    proxied_in_flight: f64,
+    concurrency: f64,
+    from_gateway: bool,
+    is_live: bool,
+    seen_ns: u64,
+}
+
+impl Incarnation {
+    fn part(&self, now_ns: u64) -> Part {
+        let Self { last, from_gateway, seen_ns, .. } = *self;
+        // A gateway is in front of all: what it passed on is not proxied to it.
+        let proxied = if from_gateway { 0 } else { last.proxied_in_flight };
+        Part {
+            in_flight: last.in_flight.saturating_sub(proxied).into(),
+            proxied_in_flight: proxied.into(),
+            concurrency: self.concurrency.into(),
+            from_gateway,
+            is_live: self.is_live(now_ns),
+            seen_ns,
         }
-        if let Some(streamed) = self.streamed.filter(|streamed| streamed.is_live(now_ns)) {
-            add(streamed.concurrency, !streamed.from_gateway);
-        }
-        live
     }
+}
+
+impl Streamed {
+    fn part(&self, now_ns: u64) -> Part {
+        let Self { concurrency, proxied_concurrency, seen_ns, from_gateway } = *self;
+        Part {
+            in_flight: concurrency,
+            proxied_in_flight: proxied_concurrency.into(),
+            concurrency,
+            from_gateway,
+            is_live: self.is_live(now_ns),
+            seen_ns,
+        }
+    }
+}
+
+impl Sender {
+    fn parts(&self, now_ns: u64) -> impl Iterator<Item = Part> {
+        let reported = self.incarnations.iter().map(move |incarnation| incarnation.part(now_ns));
+        reported.chain(self.streamed.iter().map(move |streamed| streamed.part(now_ns)))
+    }
+
+    /// Returns what the sender shows: the sum of what is live, or, if it is silent, what it showed
+    /// last.
+    fn figures(&self, name: &str, now_ns: u64) -> Option<SenderFigures> {
+        let latest = self.parts(now_ns).max_by_key(|part| part.seen_ns)?;
+        let live = self.parts(now_ns).filter(|part| part.is_live);
+        let sum = live.reduce(|sum, part| Part {
+            in_flight: sum.in_flight + part.in_flight,
+            proxied_in_flight: sum.proxied_in_flight + part.proxied_in_flight,
+            concurrency: sum.concurrency + part.concurrency,
+            ..sum
+        });
+        let Part { in_flight, proxied_in_flight, concurrency, is_live, .. } = sum.unwrap_or(latest);
+        Some(SenderFigures {
+            name: name.to_owned(),
+            role: if latest.from_gateway { Role::Gateway } else { Role::Pod },
+            is_live,
+            in_flight: rounded(in_flight),
+            proxied_in_flight: rounded(proxied_in_flight),
+            average_concurrency: concurrency.max(0.0),
+            last_report_age_ms: now_ns.saturating_sub(latest.seen_ns) / 1_000_000,
+        })
+    }
+}
+
+/// Returns what is shown of a number of requests, which is never negative.
+fn rounded(requests: f64) -> u64 {
+    requests.max(0.0).round() as u64
+}
+
+/// What a sender is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It serves the key's requests.
+    Pod,
+    /// It is in front of the pods.
+    Gateway,
+}
+
+/// What is known of one sender of a key at one time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SenderFigures {
+    /// The pod's or the gateway's name.
+    pub name: String,
+    /// By its latest report.
+    pub role: Role,
+    /// Whether it counts: it has reported within ten of its periods.
+    pub is_live: bool,
+    /// Requests in flight as of its last report, proxied ones subtracted.
+    pub in_flight: u64,
+    /// Proxied requests in flight.
+    pub proxied_in_flight: u64,
+    /// The average over its last report, proxied requests subtracted.
+    pub average_concurrency: f64,
+    /// Milliseconds since its last report.
+    pub last_report_age_ms: u64,
+}
+
+/// Some senders of a key, in order of their names.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SenderPage {
+    /// The senders.
+    pub senders: Vec<SenderFigures>,
+    /// How many there are in all.
+    pub found: usize,
+    /// Whether more follow.
+    pub has_more: bool,
+}
+
+/// What all live senders of a key show.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Live {
+    /// Without proxied requests.
+    pub(super) in_flight: f64,
+    pub(super) pods: u64,
+    pub(super) gateways: u64,
 }
 
 /// A key's senders by name, and the memory that they take.
@@ -186,14 +293,38 @@ impl Senders {
         self.by_name.values().flat_map(|sender| &sender.incarnations)
     }
 
-    /// Returns what is in flight, and how many pods report.
-    pub(super) fn live(&self, now_ns: u64) -> (f64, u64) {
-        let (mut in_flight, mut pods) = (0.0, 0);
-        for (of_sender, is_pod) in self.by_name.values().filter_map(|sender| sender.live(now_ns)) {
-            in_flight += of_sender;
-            pods += u64::from(is_pod);
+    /// Returns what all live senders show.
+    pub(super) fn live(&self, now_ns: u64) -> Live {
+        let mut live = Live::default();
+        for sender in self.by_name.values() {
+            let (mut is_pod, mut is_gateway) = (false, false);
+            for part in sender.parts(now_ns).filter(|part| part.is_live) {
+                live.in_flight += part.in_flight;
+                is_pod |= !part.from_gateway;
+                is_gateway |= part.from_gateway;
+            }
+            live.pods += u64::from(is_pod);
+            live.gateways += u64::from(is_gateway);
         }
-        (in_flight, pods)
+        live
+    }
+
+    /// Returns the first `limit` senders whose names come after `after`, silent ones included.
+    pub(super) fn page(&self, after: &str, limit: usize, now_ns: u64) -> SenderPage {
+        let mut follow: Vec<(&str, &Sender)> = self
+            .by_name
+            .iter()
+            .map(|(name, sender)| (&**name, sender))
+            .filter(|(name, _)| *name > after)
+            .collect();
+        let has_more = follow.len() > limit;
+        if has_more {
+            follow.select_nth_unstable_by_key(limit, |(name, _)| *name);
+            follow.truncate(limit);
+        }
+        follow.sort_unstable_by_key(|(name, _)| *name);
+        let senders = follow.into_iter().filter_map(|(name, sender)| sender.figures(name, now_ns)).collect();
+        SenderPage { senders, found: self.by_name.len(), has_more }
     }
 
     /// Stores what an incarnation reported. If there are too many, the one that was silent for

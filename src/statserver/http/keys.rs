@@ -1,4 +1,4 @@
-//! `GET /v1/keys`, and a key's figures and history.
+//! `GET /v1/keys`, and a key's figures, senders and history.
 
 use std::sync::Arc;
 
@@ -8,17 +8,18 @@ use axum::response::{IntoResponse, Json, Response};
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::scaling::decider::DECISION_PERIOD_NS;
 use inflight_stats::scaling::key::Averages;
+use inflight_stats::scaling::sender::{Role, SenderFigures, SenderPage};
 use inflight_stats::scaling::settings::KeySettings;
 use serde::Serialize;
 
 use crate::app::state::ServerState;
-use crate::http::extract::KeyPath;
+use crate::http::extract::{KEY_PARAMETERS, KeyPath};
 use crate::keys::history::HistoryPoint;
 use crate::keys::key_table::KeyView;
 use crate::net::auth::Grant;
 use crate::os::clock::now_ns;
 
-/// How many keys one `GET` lists if its query does not say, and at most.
+/// How many keys or senders one `GET` lists if its query does not say, and at most.
 const DEFAULT_LISTED: usize = 100;
 const MAX_LISTED: usize = 10_000;
 /// The largest list in bytes: names may be long.
@@ -26,6 +27,11 @@ const MAX_LIST_BYTES: usize = 8 << 20;
 
 /// The parameters of `GET /v1/keys`.
 pub const LIST_PARAMETERS: &[&str] = &["search", "limit"];
+/// The parameters of `GET /v1/keys/NAMESPACE/NAME/senders`.
+pub const SENDER_PARAMETERS: &[&str] = &["limit", "after"];
+/// The parameters of `GET /v1/key/senders`, which names the key, too.
+pub const KEY_AND_SENDER_PARAMETERS: &[&str] =
+    &[KEY_PARAMETERS[0], KEY_PARAMETERS[1], SENDER_PARAMETERS[0], SENDER_PARAMETERS[1]];
 
 /// A key as JSON.
 #[derive(Serialize)]
@@ -35,6 +41,9 @@ struct KeyJson {
     requests_total: u64,
     in_flight: u64,
     pods: u64,
+    gateways: u64,
+    /// `null` where pods reported no request.
+    proxied_share: Option<f64>,
     stable: AveragesJson,
     panic: AveragesJson,
     /// `null` where it is not known yet.
@@ -68,6 +77,8 @@ impl From<KeyView> for KeyJson {
             requests_total: figures.requests_total,
             in_flight: figures.in_flight,
             pods: figures.pods,
+            gateways: figures.gateways,
+            proxied_share: figures.proxied_share,
             stable: figures.stable.into(),
             panic: figures.panic.into(),
             desired_pods,
@@ -100,16 +111,92 @@ impl ListQuery {
             if name == "search" {
                 list.search = value.into_owned();
             } else if name == "limit" {
-                list.limit = value.parse().ok().filter(|limit| *limit <= MAX_LISTED).ok_or_else(|| {
-                    let given: String = value.chars().take(100).collect();
-                    let reason =
-                        format!("`limit` is {given:?}; expected a whole number from 0 to {MAX_LISTED}\n");
-                    (StatusCode::BAD_REQUEST, reason)
-                })?;
+                list.limit = parse_limit(&value)?;
             }
         }
         Ok(list)
     }
+}
+
+fn parse_limit(value: &str) -> Result<usize, (StatusCode, String)> {
+    value.parse().ok().filter(|limit| *limit <= MAX_LISTED).ok_or_else(|| {
+        let given: String = value.chars().take(100).collect();
+        let reason = format!("`limit` is {given:?}; expected a whole number from 0 to {MAX_LISTED}\n");
+        (StatusCode::BAD_REQUEST, reason)
+    })
+}
+
+/// Which senders to list.
+struct SenderQuery {
+    /// Those whose names come after this one.
+    after: String,
+    limit: usize,
+}
+
+impl SenderQuery {
+    fn parse(query: &str) -> Result<Self, (StatusCode, String)> {
+        let mut senders = Self { after: String::new(), limit: DEFAULT_LISTED };
+        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            if name == "after" {
+                senders.after = value.into_owned();
+            } else if name == "limit" {
+                senders.limit = parse_limit(&value)?;
+            }
+        }
+        Ok(senders)
+    }
+}
+
+/// A sender as JSON.
+#[derive(Serialize)]
+struct SenderJson<'a> {
+    name: &'a str,
+    role: &'static str,
+    live: bool,
+    in_flight: u64,
+    proxied_in_flight: u64,
+    average_concurrency: f64,
+    last_report_age_ms: u64,
+}
+
+impl<'a> From<&'a SenderFigures> for SenderJson<'a> {
+    fn from(sender: &'a SenderFigures) -> Self {
+        Self {
+            name: &sender.name,
+            role: match sender.role {
+                Role::Pod => "pod",
+                Role::Gateway => "gateway",
+            },
+            live: sender.is_live,
+            in_flight: sender.in_flight,
+            proxied_in_flight: sender.proxied_in_flight,
+            average_concurrency: sender.average_concurrency,
+            last_report_age_ms: sender.last_report_age_ms,
+        }
+    }
+}
+
+/// Appends items as the elements of a JSON array, as many as fit into [`MAX_LIST_BYTES`]. Returns
+/// how many did.
+fn write_elements<T: Serialize>(text: &mut Vec<u8>, items: impl Iterator<Item = T>) -> usize {
+    let mut written = 0;
+    for item in items {
+        let before = text.len();
+        if written > 0 {
+            text.push(b',');
+        }
+        if serde_json::to_writer(&mut *text, &item).is_err() || text.len() > MAX_LIST_BYTES {
+            text.truncate(before);
+            break;
+        }
+        written += 1;
+    }
+    written
+}
+
+fn json(mut text: Vec<u8>) -> Response {
+    text.shrink_to_fit();
+    ([(header::CONTENT_TYPE, "application/json")], text).into_response()
 }
 
 /// Lists the first keys that match, and in `found` how many there are, also beyond the limit.
@@ -122,20 +209,30 @@ pub async fn list_keys(
     let _one_at_a_time = state.listing.lock().await;
     let (views, found) = state.keys.views(&grant, &search, limit, now_ns());
     let mut text = b"{\"keys\":[".to_vec();
-    for view in views {
-        let before = text.len();
-        if before > b"{\"keys\":[".len() {
-            text.push(b',');
-        }
-        let written = serde_json::to_writer(&mut text, &KeyJson::from(view));
-        if written.is_err() || text.len() > MAX_LIST_BYTES {
-            text.truncate(before);
-            break;
-        }
-    }
+    write_elements(&mut text, views.into_iter().map(KeyJson::from));
     text.extend_from_slice(format!("],\"found\":{found}}}").as_bytes());
-    text.shrink_to_fit();
-    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
+    Ok(json(text))
+}
+
+/// Lists a key's senders in order of their names, in `found` how many it has, and in `next` what to
+/// ask for as `after` to get those that follow.
+pub async fn list_senders(
+    State(state): State<Arc<ServerState>>,
+    KeyPath { name, .. }: KeyPath,
+    RawQuery(query): RawQuery,
+) -> Result<Response, (StatusCode, String)> {
+    let SenderQuery { after, limit } = SenderQuery::parse(query.as_deref().unwrap_or_default())?;
+    let _one_at_a_time = state.listing.lock().await;
+    let Some(page) = state.keys.read(&name, |key| key.senders(&after, limit, now_ns())) else {
+        return Ok(unknown_key(&name));
+    };
+    let SenderPage { senders, found, has_more } = page;
+    let mut text = b"{\"senders\":[".to_vec();
+    let written = write_elements(&mut text, senders.iter().map(SenderJson::from));
+    let last = written.checked_sub(1).and_then(|last| senders.get(last));
+    let next = last.filter(|_| has_more || written < senders.len()).map(|last| &last.name);
+    text.extend_from_slice(format!("],\"found\":{found},\"next\":{}}}", serde_json::json!(next)).as_bytes());
+    Ok(json(text))
 }
 
 /// Returns the response for a key that is not known.
@@ -158,4 +255,19 @@ pub async fn get_history(State(state): State<Arc<ServerState>>, KeyPath { name, 
         || unknown_key(&name),
         |points| Json(HistoryJson { seconds_between, points }).into_response(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_ends_before_it_is_too_large() {
+        let mut text = b"[".to_vec();
+        let written = write_elements(&mut text, std::iter::repeat_n("x".repeat(1 << 20), 20));
+        assert_eq!(written, 7);
+        text.push(b']');
+        assert!(text.len() <= MAX_LIST_BYTES);
+        assert_eq!(serde_json::from_slice::<Vec<String>>(&text).unwrap().len(), 7);
+    }
 }

@@ -11,7 +11,7 @@ use inflight_stats::config::suggestion::closest;
 
 use crate::app::state::ServerState;
 use crate::http::extract::KEY_PARAMETERS;
-use crate::http::keys::LIST_PARAMETERS;
+use crate::http::keys::{KEY_AND_SENDER_PARAMETERS, LIST_PARAMETERS, SENDER_PARAMETERS};
 use crate::net::auth::Grant;
 use crate::net::connection_limits::ConnectionGuard;
 use crate::protocols::stat_stream;
@@ -22,6 +22,8 @@ pub async fn only_known_parameters(request: Request, next: Next) -> Response {
     let known = match path {
         "/v1/keys" => LIST_PARAMETERS,
         "/v1/key" | "/v1/key/history" | "/v1/key/settings" => KEY_PARAMETERS,
+        "/v1/key/senders" => KEY_AND_SENDER_PARAMETERS,
+        _ if is_sender_list(path) => SENDER_PARAMETERS,
         _ => &[],
     };
     let is_ours = path.starts_with("/v1/");
@@ -39,6 +41,12 @@ pub async fn only_known_parameters(request: Request, next: Next) -> Response {
         }
     }
     next.run(request).await
+}
+
+/// Returns whether a path is `/v1/keys/NAMESPACE/NAME/senders`; a key may be named `senders`.
+fn is_sender_list(path: &str) -> bool {
+    let key = path.strip_prefix("/v1/keys/").and_then(|below| below.strip_suffix("/senders"));
+    key.is_some_and(|key| key.contains('/'))
 }
 
 /// Refuses what a page of another site has a browser do: report, change settings, open a stream. A

@@ -19,9 +19,11 @@ pub fn router(state: Arc<ServerState>) -> Router {
         .route("/v1/keys", get(keys::list_keys))
         .route("/v1/keys/{namespace}/{name}", get(keys::get_key))
         .route("/v1/keys/{namespace}/{name}/history", get(keys::get_history))
+        .route("/v1/keys/{namespace}/{name}/senders", get(keys::list_senders))
         .route("/v1/keys/{namespace}/{name}/settings", settings_methods())
         .route("/v1/key", get(keys::get_key))
         .route("/v1/key/history", get(keys::get_history))
+        .route("/v1/key/senders", get(keys::list_senders))
         .route("/v1/key/settings", settings_methods())
         .route("/", get(page::document))
         .route("/page.css", get(page::style))
@@ -41,7 +43,7 @@ pub fn router(state: Arc<ServerState>) -> Router {
 
 async fn unknown_path() -> (StatusCode, &'static str) {
     let reason = "unknown path; expected /, /healthz, /readyz, /metrics, /v1/reports, /v1/keys, \
-                  /v1/keys/NAMESPACE/NAME and below it /history and /settings, or \
+                  /v1/keys/NAMESPACE/NAME and below it /history, /senders and /settings, or \
                   /v1/key?namespace=NAMESPACE&name=NAME likewise\n";
     (StatusCode::NOT_FOUND, reason)
 }

@@ -156,6 +156,45 @@ async fn names_that_no_path_can_have_are_in_the_query() {
 }
 
 #[tokio::test]
+async fn a_key_shows_who_reports_it() {
+    let state = state();
+    for (pod, from_gateway) in [("pod-2", false), ("gateway", true), ("pod-1", false)] {
+        let mut report = sample("rev", 4);
+        report.pod = pod.into();
+        report.messages[0].from_gateway = from_gateway;
+        (report.messages[0].until.proxied_requests, report.messages[0].until.proxied_in_flight) = (3, 1);
+        send(&state, report.encode().unwrap()).await;
+    }
+    let json = async |path: &str| {
+        let (status, body) = read(&state, path).await;
+        assert_eq!(status, StatusCode::OK, "{body}");
+        serde_json::from_str::<serde_json::Value>(&body).unwrap()
+    };
+    let key = json("/v1/keys/ns/rev").await;
+    assert_eq!((&key["pods"], &key["gateways"], &key["proxied_share"]), (&2.into(), &1.into(), &0.75.into()));
+    let first = json("/v1/keys/ns/rev/senders?limit=2").await;
+    assert_eq!((&first["found"], &first["next"]), (&3.into(), &"pod-1".into()));
+    let mut gateway = first["senders"][0].clone();
+    assert!(gateway["last_report_age_ms"].take().as_u64().unwrap() < 60_000);
+    let expected = serde_json::json!({"name": "gateway", "role": "gateway", "live": true, "in_flight": 2,
+        "proxied_in_flight": 0, "average_concurrency": 3.0, "last_report_age_ms": null});
+    assert_eq!(gateway, expected);
+    let second = json("/v1/key/senders?namespace=ns&name=rev&limit=2&after=pod-1").await;
+    assert_eq!((second["senders"].as_array().unwrap().len(), &second["next"]), (1, &serde_json::Value::Null));
+    let pod = &second["senders"][0];
+    assert_eq!((&pod["name"], &pod["role"]), (&"pod-2".into(), &"pod".into()));
+    assert_eq!((&pod["in_flight"], &pod["proxied_in_flight"]), (&1.into(), &1.into()));
+    // A key may be named like the list.
+    assert_eq!(read(&state, "/v1/keys/ns/senders").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(read(&state, "/v1/keys/ns/none/senders").await.0, StatusCode::NOT_FOUND);
+    for wrong in
+        ["/v1/keys/ns/senders?limit=1", "/v1/keys/ns/rev/senders?limit=x", "/v1/key/senders?search=a"]
+    {
+        assert_eq!(read(&state, wrong).await.0, StatusCode::BAD_REQUEST, "{wrong}");
+    }
+}
+
+#[tokio::test]
 async fn settings_for_which_there_is_no_room_change_nothing() {
     let state = state();
     for number in 0..100 {

@@ -17,6 +17,7 @@ use inflight_stats::scaling::memory::heap_bytes;
 use inflight_stats::scaling::sender::{ImplausibleStat, PerSecond};
 use inflight_stats::scaling::settings::KeySettings;
 use inflight_stats::{KeyReport, Report};
+use tracing::warn;
 
 use crate::cli::limits::Limit;
 use crate::keys::activity::ActivityWatchers;
@@ -24,6 +25,7 @@ use crate::keys::capacity::{Capacity, CapacityExceeded};
 use crate::keys::history::{History, HistoryPoint};
 use crate::net::auth::Grant;
 use crate::os::lock::lock;
+use crate::telemetry::log_limit::LogLimiter;
 
 const SHARDS: usize = 64;
 /// Maximum number of keys whose history is kept: 4.8 KB each.
@@ -132,6 +134,8 @@ pub struct KeyTable {
     own_settings: RwLock<HashMap<KeyName, Arc<KeySettings>>>,
     /// Who waits for a key's first traffic.
     pub activity: ActivityWatchers,
+    /// For warnings about single keys, of which there may be many at once.
+    warnings: LogLimiter,
 }
 
 impl KeyTable {
@@ -152,6 +156,7 @@ impl KeyTable {
             histories: AtomicUsize::new(0),
             own_settings: RwLock::default(),
             activity: ActivityWatchers::default(),
+            warnings: LogLimiter::default(),
         }
     }
 
@@ -294,6 +299,7 @@ impl KeyTable {
         }
         self.for_each(|entry| {
             let figures = entry.key.decide(now_ns);
+            self.warn_of_mismatch(entry, &figures);
             if !entry.key.is_decided() {
                 return;
             }
@@ -307,6 +313,17 @@ impl KeyTable {
             entry.history.push(HistoryPoint::new(&figures, &entry.key.decision()));
         });
         self.activity.refresh(|name| self.read(name, |key| key.is_active(now_ns)).unwrap_or(false));
+    }
+
+    /// Warns of counts of a key that do not fit together, once. Where many keys have such counts,
+    /// the others' turn comes with later decisions.
+    fn warn_of_mismatch(&self, entry: &mut TableEntry, figures: &Figures) {
+        let Some(mismatch) = entry.key.mismatch() else { return };
+        self.warnings.log(|waiting| {
+            let Figures { pods, gateways, .. } = figures;
+            warn!(key = %entry.name, pods, gateways, waiting, "{mismatch}");
+            entry.key.mismatch_logged(mismatch);
+        });
     }
 
     /// Reserves memory for a key with these settings. Returns whether the key is new.

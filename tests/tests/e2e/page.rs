@@ -82,6 +82,12 @@ async fn the_page_shows_what_the_server_knows_each_second() {
         .until("document.querySelector('svg path.stable').getAttribute('d').includes('L')", json!(true))
         .await;
     assert_eq!(browser.value("document.activeElement.textContent").await, json!("ns/b"), "the focus stays");
+    let senders = "[...document.querySelectorAll('#senders tr')].map(r => [...r.cells].slice(0, 5).map(c => c.textContent).join(' ')).join()";
+    browser.until(senders, json!("b pod 30 0 30")).await;
+    let reported_by = "document.getElementById('reported-by').textContent";
+    browser
+        .until(reported_by, json!("reported by 1 pod and 0 gateways; 0 % of the pods' requests are proxied"))
+        .await;
     let panics = "getComputedStyle(document.querySelector('.chosen .panics')).display != 'none'";
     browser.until(panics, json!(true)).await;
 

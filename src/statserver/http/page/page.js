@@ -2,13 +2,14 @@
 
 // As many rows as a person reads; the server has the rest.
 const MAX_ROWS = 100;
+const MAX_SENDERS = 10;
 const SECONDS = 600;
 const SVG = "http://www.w3.org/2000/svg";
 const LINES = [["flight", "in_flight"], ["stable", "stable"], ["panic", "panic"]];
 
 const at = (id) => document.getElementById(id);
 // Not in the path: a browser takes a name like ".." for the folder above.
-const path = ({ namespace, name }) => `/v1/key/history?${new URLSearchParams({ namespace, name })}`;
+const path = (part, { namespace, name }, more = {}) => `/v1/key${part}?${new URLSearchParams({ namespace, name, ...more })}`;
 const label = (key) => `${key.namespace}/${key.name}`;
 // Names may have slashes, so that two keys can have the same label.
 const fragment = (key) => `#${encodeURIComponent(key.namespace)}/${encodeURIComponent(key.name)}`;
@@ -121,9 +122,33 @@ function draw(points, between) {
 
 async function chart() {
   if (chosen === null) return;
-  const past = await get(path(chosen));
-  at("chart-title").textContent = label(chosen);
+  const key = chosen;
+  const [past, now, list] = await Promise.all([
+    get(path("/history", key)), get(path("", key)), get(path("/senders", key, { limit: MAX_SENDERS })),
+  ]);
+  if (key !== chosen) return;
+  at("chart-title").textContent = label(key);
   draw(past.points, past.seconds_between);
+  senders(now, list);
+}
+
+const counted = (number, what) => `${rounded(number)} ${what}${number === 1 ? "" : "s"}`;
+
+// Who reports the chosen key.
+function senders(key, { senders, found }) {
+  const share = key.proxied_share === null ? "" : `; ${rounded(key.proxied_share * 100)} % of the pods' requests are proxied`;
+  at("reported-by").textContent = `reported by ${counted(key.pods, "pod")} and ${counted(key.gateways, "gateway")}${share}`;
+  at("senders").replaceChildren(...senders.map((sender) => {
+    const line = document.createElement("tr");
+    line.classList.toggle("silent", !sender.live);
+    const values = [
+      sender.name, sender.role, rounded(sender.in_flight), rounded(sender.proxied_in_flight),
+      rounded(sender.average_concurrency), `${rounded(sender.last_report_age_ms / 1000)} s ago`,
+    ];
+    for (const value of values) line.appendChild(document.createElement("td")).textContent = value;
+    return line;
+  }));
+  at("more-senders").textContent = found > senders.length ? `and ${rounded(found - senders.length)} more` : "";
 }
 
 async function tick() {
