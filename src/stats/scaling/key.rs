@@ -419,7 +419,8 @@ impl Key {
     /// Ready are the pods that report. Where none does, because a gateway alone reports the key,
     /// the last decision is assumed to be done: were it always one pod, panic would never end, and
     /// nothing would ever be scaled down. (Knative asks the endpoints, which need not exist for the
-    /// stats server.)
+    /// stats server.) Told ready pods count only as far as that decision: a constant would keep the
+    /// key above zero for ever.
     pub fn decide(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
         if self.mismatches.is_window_over(now_ns) {
@@ -428,11 +429,11 @@ impl Key {
         if self.is_starting(now_ns) {
             return figures;
         }
-        let assumed = match figures.pods {
-            0 => self.decision().desired_pods,
-            reporting => u32::try_from(reporting).unwrap_or(u32::MAX),
+        let told = self.settings.ready_pods;
+        let ready = match figures.pods {
+            0 => told.unwrap_or(u32::MAX).min(self.decision().desired_pods),
+            reporting => told.unwrap_or_else(|| u32::try_from(reporting).unwrap_or(u32::MAX)),
         };
-        let ready = self.settings.ready_pods.unwrap_or(assumed);
         let metric = self.settings.metric;
         let (stable, panic) = (figures.stable.value(metric), figures.panic.value(metric));
         let decided = self.decided.get_or_insert_with(|| Decided {
@@ -810,11 +811,16 @@ mod tests {
         KeyReport { from_gateway: true, ..report(since, at(second + 1, 0, *total, concurrency)) }
     }
 
-    #[test]
-    fn behind_a_gateway_alone_panic_ends_and_pods_go_in_the_end_all_of_them() {
-        let json = serde_json::json!({"stable_window": "6s"});
+    /// Returns desired pods and panic mode at each decision of 60 s: for 9 s with 700 requests in
+    /// flight, for 25 s with 210, then with none. One gateway reports them, or the pods that the
+    /// key wants, ten at first.
+    fn decisions(ready_pods: Option<u32>, of_pods: bool) -> Vec<(u32, bool)> {
+        let json = match ready_pods {
+            Some(ready) => serde_json::json!({"stable_window": "6s", "ready_pods": ready}),
+            None => serde_json::json!({"stable_window": "6s"}),
+        };
         let mut key = Key::new(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
-        let (mut total, mut counts) = (0, Vec::new());
+        let (mut totals, mut counts) = ([0; 10], vec![(10, true)]);
         for second in 0..60 {
             let concurrency = match second {
                 0..9 => 700,
@@ -822,17 +828,39 @@ mod tests {
                 _ => 0,
             };
             let now = NOW + second * S;
-            key.record("gateway", 1, &gateway(second + 1, &mut total, concurrency), now).unwrap();
+            let senders = if of_pods { counts.last().unwrap().0.clamp(1, 10) } else { 1 };
+            for (number, total) in totals.iter_mut().enumerate().take(senders as usize) {
+                let share = concurrency / senders;
+                let report = KeyReport { from_gateway: !of_pods, ..gateway(second + 1, total, share) };
+                key.record(&format!("sender-{number}"), 1, &report, now).unwrap();
+            }
             if second % 2 == 0 {
                 key.decide(now);
                 let Decision { desired_pods, panic_mode, .. } = key.decision();
                 counts.push((desired_pods, panic_mode));
             }
         }
-        let at = |second: usize| counts[second / 2];
-        assert_eq!(at(4), (10, true));
-        assert_eq!(at(32), (3, false), "{counts:?}");
-        assert_eq!(at(58), (0, false), "{counts:?}");
+        counts.split_off(1)
+    }
+
+    #[test]
+    fn behind_a_gateway_alone_panic_ends_and_pods_go_in_the_end_all_of_them() {
+        // Told ready pods count only as far as the last decision.
+        for ready_pods in [None, Some(10), Some(1_000)] {
+            let counts = decisions(ready_pods, false);
+            let at = |second: usize| counts[second / 2];
+            assert_eq!(at(4), (10, true), "{counts:?}");
+            assert_eq!(at(32), (3, false), "{counts:?}");
+            assert_eq!(at(58), (0, false), "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn a_gateway_alone_gets_the_decisions_of_ten_sidecars() {
+        for of_pods in [false, true] {
+            let counts = decisions(None, of_pods);
+            assert_eq!((counts[2], counts[16]), ((10, true), (3, false)), "{of_pods}: {counts:?}");
+        }
     }
 
     #[test]
