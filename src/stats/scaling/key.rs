@@ -14,7 +14,7 @@ use crate::scaling::decider::{Decider, Decision, Observation, delay_bytes};
 use crate::scaling::memory::heap_bytes;
 use crate::scaling::mismatch::{Mismatch, MismatchDetector};
 use crate::scaling::sender::{
-    ImplausibleStat, Incarnation, Live, PerSecond, SILENT_PERIODS, SenderPage, Senders, Streamed,
+    Early, ImplausibleStat, Incarnation, Live, PerSecond, SILENT_PERIODS, SenderPage, Senders, Streamed,
     is_activator,
 };
 use crate::scaling::settings::{KeySettings, Metric};
@@ -72,8 +72,9 @@ pub struct Figures {
 /// What a report or a stat did to its key.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Recorded {
-    /// What was not known before; `None` if nothing.
-    pub added: Option<PerSecond>,
+    /// What to forward to a Knative autoscaler: what was not known before, as its activator would
+    /// say it; `None` if nothing.
+    pub forward: Option<PerSecond>,
     /// Whether the key had no traffic in its stable window until now.
     pub became_active: bool,
 }
@@ -203,6 +204,7 @@ impl Key {
         let known = self.senders.incarnation(sender, incarnation);
         let period = addition(known.map(|known| &known.last), since, until)?;
         let (last, last_concurrency) = (known.map(|known| known.last), known.map(|known| known.concurrency));
+        let early = known.map_or(Early::Nothing, |known| known.early);
         let is_latest =
             last.is_none_or(|last| until.as_of_ns >= last.as_of_ns && until.holds_totals_of(&last));
         // What is new happened since the report before, or since a later `since`. A sender that
@@ -245,6 +247,20 @@ impl Key {
             proxied_requests: per_second(proxied as f64),
         };
         let unproxied @ [concurrency, _] = added.unproxied();
+        // A gateway's first report of a key counts nothing yet: something in flight is traffic,
+        // too.
+        let has_in_flight =
+            is_latest && until.in_flight > if *from_gateway { 0 } else { until.proxied_in_flight };
+        let added_anything = (!period.is_empty()).then_some(added);
+        let (forward, early) = match until.as_of_ns > since.as_of_ns {
+            true if early == Early::Nothing => (added_anything, early),
+            true => (Some(early.take_off(added)), Early::Nothing),
+            false if has_in_flight && early == Early::Nothing => {
+                let (said, early) = Early::say(added);
+                (Some(said), early)
+            }
+            false => (added_anything, early),
+        };
         let highest = last.map_or(*until, |last| last.ceiling(until));
         let latest = last.filter(|_| !is_latest).unwrap_or(*until);
         let Snapshot { in_flight, proxied_in_flight, .. } = latest;
@@ -256,16 +272,14 @@ impl Key {
             period_ns: length_ns.clamp(MIN_PERIOD_NS, MAX_PERIOD_NS),
             seen_ns: now_ns,
             concurrency: last_concurrency.filter(|_| !is_latest).unwrap_or(concurrency as f32),
+            early,
         };
         self.senders.store(sender, now);
         if !from_gateway {
             self.mismatches.add_pod_requests(period.requests as f64, proxied as f64);
         }
-        // A gateway's first report of a key counts nothing yet: something in flight is traffic,
-        // too.
-        let in_flight = is_latest && in_flight > if *from_gateway { 0 } else { proxied_in_flight };
-        let became_active = self.add(unproxied, seconds, in_flight, now_ns);
-        Ok(Recorded { added: (!period.is_empty()).then_some(added), became_active })
+        let became_active = self.add(unproxied, seconds, has_in_flight, now_ns);
+        Ok(Recorded { forward, became_active })
     }
 
     /// Adds a stat of the stream, at the receiver's unix time `now_ns`. As in Knative, proxied
@@ -292,7 +306,7 @@ impl Key {
         }
         self.streamed_total += requests;
         let became_active = self.add(unproxied, 1, false, now_ns);
-        Ok(Recorded { added: Some(added), became_active })
+        Ok(Recorded { forward: Some(added), became_active })
     }
 
     /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the
@@ -307,6 +321,15 @@ impl Key {
         let became_active = traffic && !self.has_traffic(now_ns);
         if traffic {
             self.last_traffic_second = self.last_traffic_second.max(Some(this));
+            // A key at zero does not wait for the next tick. Traffic too small to want a pod asks
+            // again at most once a second.
+            let asks = |decided: &Decided| {
+                let has_asked = decided.at_ns / SECOND_NS >= this;
+                decided.decision.desired_pods == 0 && (became_active || !has_asked)
+            };
+            if self.decided.as_ref().is_some_and(asks) {
+                self.decide(now_ns);
+            }
         }
         became_active
     }
@@ -361,7 +384,7 @@ impl Key {
     pub fn desired_pods(&self, now_ns: u64) -> Option<u32> {
         let decided_second = self.decided.as_ref().map_or(0, |decided| decided.at_ns / SECOND_NS);
         let has_new_traffic = self.has_traffic(now_ns) && self.last_traffic_second >= Some(decided_second);
-        let at_once = || self.settings.bounded(1);
+        let at_once = || self.settings.bounded(self.settings.activation_scale.max(1));
         match &self.decided {
             Some(Decided { decision, .. }) if has_new_traffic => Some(decision.desired_pods.max(at_once())),
             Some(Decided { decision, .. }) => Some(decision.desired_pods),
@@ -435,7 +458,11 @@ impl Key {
             reporting => told.unwrap_or_else(|| u32::try_from(reporting).unwrap_or(u32::MAX)),
         };
         let metric = self.settings.metric;
-        let (stable, panic) = (figures.stable.value(metric), figures.panic.value(metric));
+        // Of a key's first report nothing is in the windows yet. It counts as what Knative's
+        // activator says at once: one request.
+        let or_in_flight = |value: f64| if value == 0.0 && figures.in_flight > 0 { 1.0 } else { value };
+        let stable = or_in_flight(figures.stable.value(metric));
+        let panic = or_in_flight(figures.panic.value(metric));
         let decided = self.decided.get_or_insert_with(|| Decided {
             decider: Decider::new(now_ns, ready),
             decision: Decision::default(),
@@ -606,19 +633,78 @@ mod tests {
         let gateway = |since, until| KeyReport { from_gateway: true, ..report(since, until) };
         let at_once = gateway(floor, Snapshot { in_flight: 1, ..floor });
         let recorded = key.record("gateway", 1, &at_once, NOW).unwrap();
-        assert_eq!(recorded, Recorded { added: None, became_active: true });
+        let early = PerSecond { concurrency: 1.0, requests: 1.0, ..PerSecond::default() };
+        assert_eq!(recorded, Recorded { forward: Some(early), became_active: true });
+        let again = key.record("gateway", 1, &at_once, NOW).unwrap();
+        assert_eq!(again, Recorded::default(), "it was forwarded already");
         assert!(key.is_active(NOW));
         let figures = key.figures(NOW + 59 * S);
         assert_eq!((figures.in_flight, figures.requests_total), (1, 0));
         let next = gateway(at(100, 7, 3, 0), at(101, 9, 5, 1));
         let recorded = key.record("gateway", 1, &next, NOW + S).unwrap();
-        assert!(!recorded.became_active, "it was active already");
+        let rest = PerSecond { concurrency: 1.0, requests: 1.0, ..PerSecond::default() };
+        assert_eq!(
+            recorded,
+            Recorded { forward: Some(rest), became_active: false },
+            "two of each, one early"
+        );
         // The first report comes once more, late: it takes nothing.
         key.record("gateway", 1, &at_once, NOW + S).unwrap();
         let figures = key.figures(NOW + S);
         assert_eq!((figures.requests_total, figures.in_flight, figures.panic.concurrency), (2, 1, 1.0));
         assert_eq!(key.figures(NOW + 11 * S).in_flight, 1);
         assert_eq!(key.figures(NOW + 11 * S + 1).in_flight, 0);
+    }
+
+    #[test]
+    fn what_is_forwarded_of_a_gateway_has_an_average_above_zero_at_once_and_the_right_sum() {
+        let mut key = Key::new(Arc::default());
+        let gateway = |since, until| KeyReport { from_gateway: true, ..report(since, until) };
+        let (mut total, mut forwarded) = (0, 0.0);
+        for round in 0..20 {
+            // A key that comes back: its request at once, and what came of it with the next tick.
+            let begins = at(100 + round * 10, total, total, 0);
+            let counted_at_once = round % 2;
+            total += 1 + round % 3;
+            let first = Snapshot { in_flight: 1, requests: begins.requests + counted_at_once, ..begins };
+            let next = at(101 + round * 10, total, total, 0);
+            let mut forward = |since, until| {
+                let recorded =
+                    key.record("gateway", 1, &gateway(since, until), NOW + round * 10 * S).unwrap();
+                forwarded += recorded.forward.map_or(0.0, |forward| forward.requests);
+                recorded.forward
+            };
+            assert_eq!(
+                forward(begins, first).map(|stat| (stat.concurrency, stat.requests)),
+                Some((1.0, 1.0))
+            );
+            assert_eq!(forward(begins, next).map(|stat| stat.concurrency), Some((round % 3) as f64));
+            assert_eq!(forward(next, at(102 + round * 10, total, total, 0)), None);
+        }
+        assert_eq!((forwarded, key.figures(NOW).requests_total), (total as f64, total));
+    }
+
+    #[test]
+    fn a_key_at_zero_gets_its_decision_with_the_first_report() {
+        let json = serde_json::json!({"activation_scale": 3});
+        for (settings, pods) in
+            [(KeySettings::default(), 1), (KeySettings::default().with(json, 200.0).unwrap(), 3)]
+        {
+            let mut key = Key::new(Arc::new(settings));
+            let gateway = |since, until| KeyReport { from_gateway: true, ..report(since, until) };
+            key.record("gateway", 1, &gateway(at(1, 0, 0, 0), at(2, 0, 0, 0)), NOW).unwrap();
+            key.decide(NOW);
+            assert_eq!(key.decision().desired_pods, 0);
+            let begins = at(10, 0, 0, 0);
+            let now = NOW + S / 10;
+            key.record("gateway", 1, &gateway(begins, Snapshot { in_flight: 1, ..begins }), now).unwrap();
+            assert_eq!((key.decision().desired_pods, key.desired_pods(now)), (pods, Some(pods)));
+            // It stays so until the gateway's next report, unless that fails to come.
+            for second in 1..10 {
+                key.decide(NOW + second * S);
+                assert_eq!(key.desired_pods(NOW + second * S), Some(pods), "{second}");
+            }
+        }
     }
 
     #[test]

@@ -99,6 +99,42 @@ pub(super) struct Incarnation {
     pub(super) seen_ns: u64,
     /// The average over its latest report, proxied requests subtracted.
     pub(super) concurrency: f32,
+    pub(super) early: Early,
+}
+
+/// What was forwarded of a request before any time had passed, and is taken off the next stat.
+/// Knative's activator does the same: its autoscaler reacts at once only to an average above 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Early {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A concurrency of 1; the report had the request itself.
+    Concurrency,
+    /// A concurrency of 1, and a request that the next report has.
+    Request,
+}
+
+impl Early {
+    /// Returns what to forward of a first report of no length, and what of it was early.
+    pub(super) fn say(added: PerSecond) -> (PerSecond, Self) {
+        let early = if added.requests < 1.0 { Self::Request } else { Self::Concurrency };
+        (PerSecond { concurrency: 1.0, requests: added.requests.max(1.0), ..added }, early)
+    }
+
+    /// Returns what is left to forward of the next report.
+    pub(super) fn take_off(self, added: PerSecond) -> PerSecond {
+        let (concurrency, requests) = match self {
+            Self::Nothing => return added,
+            Self::Concurrency => (1.0, 0.0),
+            Self::Request => (1.0, 1.0),
+        };
+        PerSecond {
+            concurrency: (added.concurrency - concurrency).max(0.0),
+            requests: added.requests - requests,
+            ..added
+        }
+    }
 }
 
 impl Incarnation {

@@ -56,16 +56,16 @@ impl Forwarder {
         self.finish_change(queue);
     }
 
-    /// Queues what a report added to a key, as the stat that an activator (for a gateway) or a
-    /// queue-proxy would send.
-    pub fn queue_report(&self, pod: &str, report: &KeyReport, added: &PerSecond) {
+    /// Queues what is to be forwarded of a key's report, as the stat that an activator (for a
+    /// gateway) or a queue-proxy would send.
+    pub fn queue_report(&self, pod: &str, report: &KeyReport, forward: &PerSecond) {
         let text = |text: &str| text.as_bytes().to_vec().into();
         let stat = Stat {
             pod_name: text(pod),
-            average_concurrent_requests: added.concurrency,
-            average_proxied_concurrent_requests: added.proxied_concurrency,
-            request_count: added.requests,
-            proxied_request_count: added.proxied_requests,
+            average_concurrent_requests: forward.concurrency,
+            average_proxied_concurrent_requests: forward.proxied_concurrency,
+            request_count: forward.requests,
+            proxied_request_count: forward.proxied_requests,
             process_uptime: 0.0,
             timestamp: i64::try_from(wall_time().as_secs()).unwrap_or(i64::MAX),
         };

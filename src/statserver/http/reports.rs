@@ -63,9 +63,9 @@ async fn record(
         return Err((StatusCode::BAD_REQUEST, reason));
     }
     remove_forbidden(state, grant, &mut report)?;
-    let recorded = state.keys.record(&report, now_ns(), |message, added| {
+    let recorded = state.keys.record(&report, now_ns(), |message, stat| {
         if let Some(forwarder) = &state.forwarder {
-            forwarder.queue_report(&report.pod, message, added);
+            forwarder.queue_report(&report.pod, message, stat);
         }
     });
     match recorded {

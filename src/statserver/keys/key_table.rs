@@ -165,7 +165,7 @@ impl KeyTable {
         &self.defaults
     }
 
-    /// Records a report, and calls `on_added` with what it adds to each key. Keys that cannot be
+    /// Records a report, and calls `forward` with what to forward of each key. Keys that cannot be
     /// recorded are left out, and do not affect the others. The sender has to send those that
     /// exceed the capacity again: what was recorded adds nothing when it is sent again.
     ///
@@ -175,7 +175,7 @@ impl KeyTable {
         &self,
         report: &Report,
         now_ns: u64,
-        mut on_added: impl FnMut(&KeyReport, &PerSecond),
+        mut forward: impl FnMut(&KeyReport, &PerSecond),
     ) -> Result<(), RecordError> {
         let Report { pod, incarnation, messages, .. } = report;
         let sender = SenderId { name: pod, incarnation: Some(*incarnation) };
@@ -197,8 +197,8 @@ impl KeyTable {
                     continue;
                 }
             };
-            if let Some(added) = &recorded.added {
-                on_added(message, added);
+            if let Some(stat) = &recorded.forward {
+                forward(message, stat);
             }
             if recorded.became_active {
                 self.activity.mark_active(namespace, name);

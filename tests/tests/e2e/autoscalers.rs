@@ -42,6 +42,17 @@ async fn report(server: SocketAddr, name: &str, incarnation: u64, concurrency: u
     assert_eq!(answer.0, 202, "{}", answer.1);
 }
 
+/// Reports what a gateway reports at once of a key's first request: in flight, and no time passed.
+async fn report_first_request(server: SocketAddr, name: &str) {
+    let since = Snapshot::starting_at(5 * SECOND);
+    let until = Snapshot { in_flight: 1, ..since };
+    let message = KeyReport { namespace: "ns".into(), name: name.into(), from_gateway: true, since, until };
+    let report = Report { version: 1, pod: "gateway".into(), incarnation: 1, messages: vec![message] };
+    let body = report.encode().expect("a report").into();
+    let answer = http::post(server, "/v1/reports", "application/x-bincode", body).await.expect("an answer");
+    assert_eq!(answer.0, 202, "{}", answer.1);
+}
+
 fn object(name: &str, metadata: &[(&str, &str)]) -> ScaledObjectRef {
     let scaler_metadata = metadata.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
     ScaledObjectRef { name: name.into(), namespace: "ns".into(), scaler_metadata }
@@ -93,6 +104,31 @@ async fn keda_gets_what_a_key_has_and_what_a_pod_should_have() {
         assert_eq!(refused.code(), Code::InvalidArgument);
         assert!(refused.message().contains(&format!("`{key}` is ")), "{}", refused.message());
     }
+}
+
+#[tokio::test]
+async fn the_first_request_of_an_idle_key_is_decided_on_at_once() {
+    let server = StatServer::start(None).await;
+    let desired = async |name: &str| {
+        let key = server.key("ns", name).await.expect("a key");
+        (key["desired_pods"].as_u64(), key["excess_burst_capacity"].is_number())
+    };
+    let names: Vec<String> = (0..20).map(|number| format!("rev-{number}")).collect();
+    for name in &names {
+        report(server.address, name, 1, 0).await;
+    }
+    for name in &names {
+        wait::until_equal("desired pods", SETTLED, (Some(0), true), || desired(name)).await;
+    }
+    let mut waits = Vec::new();
+    for name in &names {
+        let sent = Instant::now();
+        report_first_request(server.address, name).await;
+        wait::until_equal("desired pods", SETTLED, (Some(1), true), || desired(name)).await;
+        waits.push(sent.elapsed());
+    }
+    waits.sort();
+    println!("0 -> 1 desired after {:?} (median of 20), at most {:?}", waits[10], waits[19]);
 }
 
 #[tokio::test]

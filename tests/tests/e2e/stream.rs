@@ -227,6 +227,47 @@ async fn autoscaler(listener: &TcpListener) -> WebSocketStream<TcpStream> {
 }
 
 #[tokio::test]
+async fn the_first_request_of_a_key_reaches_an_autoscaler_with_an_average_above_zero() {
+    use inflight_stats::protocol::stat::WireStatMessages;
+    use inflight_stats::{KeyReport, Report, Snapshot};
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("ws://{}/", listener.local_addr().expect("an address"));
+    let server = StatServer::with(None, &["--forward", &url]).await;
+    let mut autoscaler = autoscaler(&listener).await;
+    let second = 1_000_000_000;
+    let begins = Snapshot::starting_at(5 * second);
+    let next = Snapshot {
+        as_of_ns: 6 * second,
+        requests: 3,
+        request_ns: 5_u128 * 500_000_000,
+        ..Snapshot::default()
+    };
+    // A gateway's report of the first request, which has no length, and the one of its next tick.
+    for (until, expected) in [(Snapshot { in_flight: 1, ..begins }, (1.0, 1.0)), (next, (1.5, 2.0))] {
+        let message = KeyReport {
+            namespace: "ns".into(),
+            name: "rev".into(),
+            from_gateway: true,
+            since: begins,
+            until,
+        };
+        let report = Report { version: 1, pod: "gateway".into(), incarnation: 1, messages: vec![message] };
+        let body = report.encode().expect("a report").into();
+        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
+        assert_eq!(answer.expect("an answer").0, 202);
+        let frame = tokio::time::timeout(SETTLED, autoscaler.next()).await.expect("a frame in time");
+        let frame = frame.expect("a frame").expect("a frame").into_data();
+        let messages = WireStatMessages::decode(frame).expect("protobuf").messages;
+        let stats: Vec<(f64, f64)> = messages
+            .into_iter()
+            .filter_map(|message| message.stat)
+            .map(|stat| (stat.average_concurrent_requests, stat.request_count))
+            .collect();
+        assert_eq!(stats, [expected]);
+    }
+}
+
+#[tokio::test]
 async fn every_stat_goes_on_to_an_autoscaler_also_when_that_was_away() {
     use inflight_stats::protocol::stat::WireStatMessages;
     use inflight_stats::{KeyReport, Report, Snapshot};
