@@ -75,7 +75,7 @@ pub struct Recorded {
     /// What to forward to a Knative autoscaler: what was not known before, as its activator would
     /// say it; `None` if nothing.
     pub forward: Option<PerSecond>,
-    /// Whether the key had no traffic in its stable window until now.
+    /// Whether the key was not active until now.
     pub became_active: bool,
 }
 
@@ -95,6 +95,8 @@ pub struct Key {
     /// When its first report or stat came.
     first_report_ns: Option<u64>,
     decided: Option<Decided>,
+    /// Whether the key was active as of the last call of [`Key::decide`] or since.
+    was_active: bool,
     mismatches: MismatchDetector,
 }
 
@@ -122,6 +124,7 @@ impl Key {
             started_ns: None,
             first_report_ns: None,
             decided: None,
+            was_active: false,
             mismatches: MismatchDetector::default(),
         }
     }
@@ -278,8 +281,9 @@ impl Key {
         if !from_gateway {
             self.mismatches.add_pod_requests(period.requests as f64, proxied as f64);
         }
-        let became_active = self.add(unproxied, seconds, has_in_flight, now_ns);
-        Ok(Recorded { forward, became_active })
+        let has_traffic_again = self.add(unproxied, seconds, has_in_flight, now_ns);
+        let is_busy = is_latest && until.in_flight > 0;
+        Ok(Recorded { forward, became_active: self.note_activity(has_traffic_again, is_busy) })
     }
 
     /// Adds a stat of the stream, at the receiver's unix time `now_ns`. As in Knative, proxied
@@ -305,12 +309,21 @@ impl Key {
             self.mismatches.add_pod_requests(added.requests, added.proxied_requests);
         }
         self.streamed_total += requests;
-        let became_active = self.add(unproxied, 1, false, now_ns);
+        let has_traffic_again = self.add(unproxied, 1, false, now_ns);
+        let became_active = self.note_activity(has_traffic_again, added.concurrency > 0.0);
         Ok(Recorded { forward: Some(added), became_active })
     }
 
-    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether the
-    /// key became active: whether this is traffic, after a stable window without.
+    /// Notes whether a report or a stat makes the key active: traffic after a stable window without
+    /// does, and anything in flight, proxied or not. Returns whether the key was not active before.
+    fn note_activity(&mut self, has_traffic_again: bool, is_busy: bool) -> bool {
+        let became_active = has_traffic_again || (is_busy && !self.was_active);
+        self.was_active |= became_active;
+        became_active
+    }
+
+    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether this
+    /// is traffic, after a stable window without.
     fn add(&mut self, per_second: [f64; 2], seconds: u64, in_flight: bool, now_ns: u64) -> bool {
         let this = now_ns / SECOND_NS;
         for second in (this + 1).saturating_sub(seconds.min(self.stable.seconds() as u64))..=this {
@@ -318,20 +331,20 @@ impl Key {
             self.panic.record(second, per_second);
         }
         let traffic = in_flight || per_second.into_iter().any(|value| value > 0.0);
-        let became_active = traffic && !self.has_traffic(now_ns);
+        let has_traffic_again = traffic && !self.has_traffic(now_ns);
         if traffic {
             self.last_traffic_second = self.last_traffic_second.max(Some(this));
             // A key at zero does not wait for the next tick. Traffic too small to want a pod asks
             // again at most once a second.
             let asks = |decided: &Decided| {
                 let has_asked = decided.at_ns / SECOND_NS >= this;
-                decided.decision.desired_pods == 0 && (became_active || !has_asked)
+                decided.decision.desired_pods == 0 && (has_traffic_again || !has_asked)
             };
             if self.decided.as_ref().is_some_and(asks) {
                 self.decide(now_ns);
             }
         }
-        became_active
+        has_traffic_again
     }
 
     /// Returns whether anything came or was in flight within the stable window.
@@ -341,9 +354,14 @@ impl Key {
             .is_some_and(|last| second.saturating_sub(last) < self.stable.seconds() as u64)
     }
 
-    /// Returns whether the key should have any pod: it has traffic, or its decider still wants one.
+    /// Returns whether the key should have any pod: it has traffic, its decider still wants one, or
+    /// anything is in flight at a live sender. Proxied requests count there, too: if no gateway
+    /// counted them under this key, nothing else shows them.
     pub fn is_active(&self, now_ns: u64) -> bool {
-        self.has_traffic(now_ns) || self.decision().desired_pods > 0 || self.settings.min_scale > 0
+        self.has_traffic(now_ns)
+            || self.decision().desired_pods > 0
+            || self.settings.min_scale > 0
+            || self.senders.live(now_ns).is_busy
     }
 
     /// Notes that a report or a stat came. What was decided after a start and before the first of
@@ -416,7 +434,7 @@ impl Key {
     /// Returns the figures at the receiver's unix time `now_ns`.
     pub fn figures(&self, now_ns: u64) -> Figures {
         let second = now_ns / SECOND_NS;
-        let Live { in_flight, pods, gateways } = self.senders.live(now_ns);
+        let Live { in_flight, pods, gateways, .. } = self.senders.live(now_ns);
         // A stat with more proxied requests than requests is subtracted, as in Knative; what is
         // shown is never negative.
         let averages = |window: &Window<2>| {
@@ -445,6 +463,12 @@ impl Key {
     /// stats server.) Told ready pods count only as far as that decision: a constant would keep the
     /// key above zero for ever.
     pub fn decide(&mut self, now_ns: u64) -> Figures {
+        let figures = self.decide_by_figures(now_ns);
+        self.was_active = self.is_active(now_ns);
+        figures
+    }
+
+    fn decide_by_figures(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
         if self.mismatches.is_window_over(now_ns) {
             self.mismatches.end_window(now_ns, figures.gateways);
@@ -1095,6 +1119,40 @@ mod tests {
         };
         assert_eq!([at(0, 0.0), at(1, 1.0), at(2, 1.0)], [(false, false), (true, true), (false, true)]);
         assert_eq!([at(61, 0.0), at(62, 0.0), at(63, 1.0)], [(false, true), (false, false), (true, true)]);
+    }
+
+    #[test]
+    fn a_key_with_anything_in_flight_is_active_proxied_or_not() {
+        let mut key = Key::new(Arc::default());
+        let proxied = |second: u64, in_flight: u32| Snapshot {
+            proxied_requests: 10,
+            proxied_request_ns: u128::from(second * 10 * S),
+            proxied_in_flight: in_flight,
+            ..at(second, 10, second * 10, in_flight)
+        };
+        let mut record = |second: u64, in_flight: u32| {
+            let now = NOW + second * S;
+            let of_pod = report(proxied(second, in_flight), proxied(second + 1, in_flight));
+            let recorded = key.record("pod", 1, &of_pod, now).unwrap();
+            if second % 2 == 0 {
+                key.decide(now);
+            }
+            (recorded.became_active, key.is_active(now))
+        };
+        assert_eq!(record(0, 0), (false, false));
+        assert_eq!(record(1, 10), (true, true));
+        for second in 2..200 {
+            assert_eq!(record(second, 10), (false, true), "as long as the requests last: {second}");
+        }
+        assert_eq!([record(200, 0), record(201, 0)], [(false, false); 2]);
+        assert_eq!(record(202, 1), (true, true));
+        let (in_flight, desired) = (key.figures(NOW + 202 * S).in_flight, key.decision().desired_pods);
+        assert_eq!((in_flight, desired), (0, 0), "counted elsewhere, if at all");
+        assert!(!key.is_active(NOW + 213 * S), "its sender fell silent");
+        let stat = Stat { average_proxied_concurrent_requests: 0.4, ..stat("p", 0.4, 0.0) };
+        key.decide(NOW + 213 * S);
+        assert!(key.record_stat("p", &stat, NOW + 213 * S).unwrap().became_active);
+        assert!(key.is_active(NOW + 213 * S));
     }
 
     #[test]

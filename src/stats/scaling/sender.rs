@@ -289,6 +289,8 @@ pub(super) struct Live {
     pub(super) in_flight: f64,
     pub(super) pods: u64,
     pub(super) gateways: u64,
+    /// Whether anything is in flight, proxied or not.
+    pub(super) is_busy: bool,
 }
 
 /// A key's senders by name, and the memory that they take.
@@ -336,6 +338,7 @@ impl Senders {
             let (mut is_pod, mut is_gateway) = (false, false);
             for part in sender.parts(now_ns).filter(|part| part.is_live) {
                 live.in_flight += part.in_flight;
+                live.is_busy |= part.in_flight > 0.0 || part.proxied_in_flight > 0.0;
                 is_pod |= !part.from_gateway;
                 is_gateway |= part.from_gateway;
             }

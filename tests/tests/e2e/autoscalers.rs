@@ -160,6 +160,44 @@ async fn a_key_becomes_active_with_its_first_report_and_stays_so_for_a_stable_wi
 }
 
 #[tokio::test]
+async fn a_key_whose_requests_are_all_proxied_is_active_while_they_last() {
+    let server = StatServer::with(None, &["--stable-window", "6s"]).await;
+    let mut client = keda(&server).await;
+    let mut active = client.stream_is_active(object("rev", &[])).await.expect("a stream").into_inner();
+    assert!(!active.next().await.expect("at once").expect("at once").result);
+    // Ten requests that a gateway counted under another key.
+    let proxied = |second: u64, in_flight: u32| Snapshot {
+        as_of_ns: second * SECOND,
+        requests: 10,
+        proxied_requests: 10,
+        request_ns: u128::from(second * 10 * SECOND),
+        proxied_request_ns: u128::from(second * 10 * SECOND),
+        in_flight,
+        proxied_in_flight: in_flight,
+    };
+    for second in 1..10 {
+        let in_flight = if second < 9 { 10 } else { 0 };
+        let (since, until) = (proxied(second, in_flight), proxied(second + 1, in_flight));
+        let message =
+            KeyReport { namespace: "ns".into(), name: "rev".into(), from_gateway: false, since, until };
+        let report = Report { version: 1, pod: "pod".into(), incarnation: 1, messages: vec![message] };
+        let body = report.encode().expect("a report").into();
+        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
+        assert_eq!(answer.expect("an answer").0, 202);
+        let is_active = client.is_active(object("rev", &[])).await.map(|answer| answer.into_inner().result);
+        match second {
+            1 => assert!(active.next().await.expect("a change").expect("a change").result),
+            9 => {
+                let ended = tokio::time::timeout(SETTLED, active.next()).await.expect("with a decision");
+                assert!(!ended.expect("a change").expect("a change").result);
+            }
+            _ => assert!(is_active.expect("an answer"), "{second}"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+#[tokio::test]
 async fn the_spec_follows_what_a_key_is_told_and_streams_end_with_the_server() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("settings.json");
