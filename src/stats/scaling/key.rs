@@ -1134,7 +1134,7 @@ mod tests {
             let now = NOW + second * S;
             let of_pod = report(proxied(second, in_flight), proxied(second + 1, in_flight));
             let recorded = key.record("pod", 1, &of_pod, now).unwrap();
-            if second % 2 == 0 {
+            if second.is_multiple_of(2) {
                 key.decide(now);
             }
             (recorded.became_active, key.is_active(now))

@@ -13,7 +13,7 @@ use inflight_stats::scaling::settings::KeySettings;
 use serde::Serialize;
 
 use crate::app::state::ServerState;
-use crate::http::extract::{KEY_PARAMETERS, KeyPath};
+use crate::http::extract::KeyPath;
 use crate::keys::history::HistoryPoint;
 use crate::keys::key_table::KeyView;
 use crate::net::auth::Grant;
@@ -30,8 +30,7 @@ pub const LIST_PARAMETERS: &[&str] = &["search", "limit"];
 /// The parameters of `GET /v1/keys/NAMESPACE/NAME/senders`.
 pub const SENDER_PARAMETERS: &[&str] = &["limit", "after"];
 /// The parameters of `GET /v1/key/senders`, which names the key, too.
-pub const KEY_AND_SENDER_PARAMETERS: &[&str] =
-    &[KEY_PARAMETERS[0], KEY_PARAMETERS[1], SENDER_PARAMETERS[0], SENDER_PARAMETERS[1]];
+pub const KEY_AND_SENDER_PARAMETERS: &[&str] = &["namespace", "name", "limit", "after"];
 
 /// A key as JSON.
 #[derive(Serialize)]
