@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use inflight_stats::scaling::decider::DECISION_PERIOD_NS;
 use tokio::task::JoinSet;
-use tokio::time::interval;
+use tokio::time::{Instant, interval, interval_at};
 
 use crate::app::state::ServerState;
 use crate::net::tls::Tls;
 use crate::os::clock::now_ns;
 use crate::os::memory;
+use crate::telemetry::refusals;
 
 /// The time between two looks at files that may change.
 const RELOAD_PERIOD: Duration = Duration::from_secs(2);
@@ -22,6 +23,7 @@ pub fn start(state: &Arc<ServerState>, tls: Option<Arc<Tls>>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     tasks.spawn(decide(Arc::clone(state)));
     tasks.spawn(forget(Arc::clone(state)));
+    tasks.spawn(log_refusals(Arc::clone(state)));
     tasks.spawn(reload(Arc::clone(state), tls));
     tasks.spawn(trim_memory());
     if let Some(forwarder) = &state.forwarder {
@@ -43,6 +45,15 @@ async fn forget(state: Arc<ServerState>) {
     loop {
         ticks.tick().await;
         state.keys.forget(now_ns());
+    }
+}
+
+async fn log_refusals(state: Arc<ServerState>) {
+    // The first tick of an interval is at once.
+    let mut ticks = interval_at(Instant::now() + refusals::LOG_PERIOD, refusals::LOG_PERIOD);
+    loop {
+        ticks.tick().await;
+        state.refusals.log_counts();
     }
 }
 

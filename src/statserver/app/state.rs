@@ -8,11 +8,12 @@ use crate::cli::limits::Limits;
 use crate::forward::forwarder::Forwarder;
 use crate::keys::key_table::KeyTable;
 use crate::keys::settings_store::SettingsStore;
-use crate::net::auth::Access;
+use crate::net::auth::{Access, Peer};
 use crate::net::memory_budget::Budget;
 use crate::net::shutdown::DrainWatcher;
 use crate::telemetry::log_limit::LogLimiter;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::refusals::RefusalLog;
 
 /// What all requests share.
 pub struct ServerState {
@@ -42,4 +43,14 @@ pub struct ServerState {
     pub drain: DrainWatcher,
     /// For log lines that clients cause.
     pub log_limiter: LogLimiter,
+    /// Logs callers that may not do what they ask for.
+    pub refusals: RefusalLog,
+}
+
+impl ServerState {
+    /// Counts and logs a caller that may not do what it asks for.
+    pub fn refuse(&self, peer: Peer, reason: &'static str) {
+        self.metrics.unauthorized.inc();
+        self.refusals.refused(peer.address, reason);
+    }
 }

@@ -1,5 +1,6 @@
 //! Who asks, and for which key: extractors that refuse what is not granted.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, Path, RawPathParams};
@@ -9,21 +10,30 @@ use axum::response::{IntoResponse, Response};
 use inflight_stats::protocol::key_name::KeyName;
 
 use crate::app::state::ServerState;
-use crate::net::auth::{Grant, Peer, Unauthenticated, not_covered};
+use crate::net::auth::{Grant, NOT_ADMIN, NOT_COVERED, Peer, Unauthenticated, not_covered};
 use crate::net::connection_limits::ConnectionGuard;
 
 /// How `/v1/key` names a key.
 pub const KEY_PARAMETERS: &[&str] = &["namespace", "name"];
+
+/// What is known of the client.
+impl<S: Send + Sync> FromRequestParts<S> for Peer {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(parts.extensions.get::<Self>().copied().unwrap_or_default())
+    }
+}
 
 /// What the client may do; 401 without a known token.
 impl FromRequestParts<Arc<ServerState>> for Grant {
     type Rejection = Response;
 
     async fn from_request_parts(parts: &mut Parts, state: &Arc<ServerState>) -> Result<Self, Response> {
+        let Ok(peer) = Peer::from_request_parts(parts, state).await;
         let authorization = parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
-        let peer = parts.extensions.get::<Peer>().copied().unwrap_or_default();
         let grant = state.access.check(authorization, peer).map_err(|error: Unauthenticated| {
-            state.metrics.unauthorized.inc();
+            state.refuse(peer, error.reason());
             // A browser asks its user for a password. Clients without a token keep no connection.
             let headers = [
                 (header::WWW_AUTHENTICATE, "Basic realm=\"inflight\", charset=\"UTF-8\""),
@@ -38,9 +48,9 @@ impl FromRequestParts<Arc<ServerState>> for Grant {
     }
 }
 
-/// Counts and returns a refusal: the token does not cover a namespace.
-pub fn forbidden(state: &ServerState, namespace: &str) -> (StatusCode, String) {
-    state.metrics.unauthorized.inc();
+/// Counts, logs and returns a refusal: the token does not cover a namespace.
+pub fn forbidden(state: &ServerState, peer: Peer, namespace: &str) -> (StatusCode, String) {
+    state.refuse(peer, NOT_COVERED);
     (StatusCode::FORBIDDEN, format!("{}\n", not_covered(namespace)))
 }
 
@@ -73,7 +83,10 @@ impl FromRequestParts<Arc<ServerState>> for KeyPath {
         };
         match grant.covers(&name.namespace) {
             true => Ok(Self { name, grant }),
-            false => Err(forbidden(state, &name.namespace).into_response()),
+            false => {
+                let Ok(peer) = Peer::from_request_parts(parts, state).await;
+                Err(forbidden(state, peer, &name.namespace).into_response())
+            }
         }
     }
 }
@@ -110,9 +123,9 @@ impl FromRequestParts<Arc<ServerState>> for AdminKeyPath {
     async fn from_request_parts(parts: &mut Parts, state: &Arc<ServerState>) -> Result<Self, Response> {
         let KeyPath { name, grant } = KeyPath::from_request_parts(parts, state).await?;
         if !grant.admin {
-            state.metrics.unauthorized.inc();
-            let reason = "changing settings requires a token that is marked admin\n";
-            return Err((StatusCode::FORBIDDEN, reason).into_response());
+            let Ok(peer) = Peer::from_request_parts(parts, state).await;
+            state.refuse(peer, NOT_ADMIN);
+            return Err((StatusCode::FORBIDDEN, format!("{NOT_ADMIN}\n")).into_response());
         }
         Ok(Self(name))
     }

@@ -15,17 +15,18 @@ use crate::cli::limits::Limit;
 use crate::http::body::{self, ReceivedBody};
 use crate::http::extract::forbidden;
 use crate::keys::key_table::RecordError;
-use crate::net::auth::Grant;
+use crate::net::auth::{Grant, Peer};
 use crate::os::clock::{now_ns, wall_time};
 
 /// Records a report.
 pub async fn post_report(
     State(state): State<Arc<ServerState>>,
     grant: Grant,
+    peer: Peer,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let (code, reason, bytes) = match record(&state, &grant, &headers, body).await {
+    let (code, reason, bytes) = match record(&state, (peer, &grant), &headers, body).await {
         Ok(bytes) => (StatusCode::ACCEPTED, String::new(), bytes),
         Err((code, reason)) => (code, reason, 0),
     };
@@ -39,7 +40,7 @@ pub async fn post_report(
 /// Returns how many bytes the report had.
 async fn record(
     state: &ServerState,
-    grant: &Grant,
+    (peer, grant): (Peer, &Grant),
     headers: &HeaderMap,
     body: Body,
 ) -> Result<usize, (StatusCode, String)> {
@@ -60,9 +61,10 @@ async fn record(
     if keys > max {
         state.metrics.refused(Limit::Messages);
         let reason = format!("the report has {keys} keys; expected at most {max} (--max-messages)\n");
-        return Err((StatusCode::BAD_REQUEST, reason));
+        // A sender splits a report on this answer, and drops it on a 400.
+        return Err((StatusCode::PAYLOAD_TOO_LARGE, reason));
     }
-    remove_forbidden(state, grant, &mut report)?;
+    remove_forbidden(state, peer, grant, &mut report)?;
     let recorded = state.keys.record(&report, now_ns(), |message, stat| {
         if let Some(forwarder) = &state.forwarder {
             forwarder.queue_report(&report.pod, message, stat);
@@ -89,20 +91,24 @@ async fn record(
 /// others with them.
 fn remove_forbidden(
     state: &ServerState,
+    peer: Peer,
     grant: &Grant,
     report: &mut Report,
 ) -> Result<(), (StatusCode, String)> {
     let forbidden_key = report.messages.iter().find(|message| !grant.covers(&message.namespace));
     let Some(namespace) = forbidden_key.map(|message| message.namespace.clone()) else { return Ok(()) };
-    let refused = forbidden(state, &namespace);
+    let keys = report.messages.len();
     report.messages.retain(|message| grant.covers(&message.namespace));
+    let left_out = keys - report.messages.len();
+    state.metrics.report_keys_forbidden.inc_by(left_out as u64);
     if report.messages.is_empty() {
-        return Err(refused);
+        return Err(forbidden(state, peer, &namespace));
     }
     state.log_limiter.log(|suppressed| {
         warn!(
             namespace,
             pod = report.pod,
+            left_out,
             suppressed,
             "left out keys of a namespace that the token does not cover"
         );

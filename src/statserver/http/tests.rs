@@ -24,6 +24,7 @@ use crate::net::memory_budget::Budget;
 use crate::net::shutdown::{DrainTrigger, new_drain};
 use crate::os::clock::now_ns;
 use crate::telemetry::log_limit::LogLimiter;
+use crate::telemetry::refusals::RefusalLog;
 
 fn state() -> Arc<ServerState> {
     state_with(Access::load(None, false, AnonymousAccess::Full).unwrap()).1
@@ -47,6 +48,7 @@ fn state_with(access: Access) -> (DrainTrigger, Arc<ServerState>) {
         rps_target: DEFAULT_RPS_TARGET,
         drain,
         log_limiter: LogLimiter::default(),
+        refusals: RefusalLog::default(),
     };
     (trigger, Arc::new(state))
 }
@@ -287,6 +289,20 @@ async fn of_a_report_the_keys_that_are_granted_are_taken() {
     assert_eq!((is_there("other", "a"), is_there("ns", "b")), (false, true));
     report.messages.pop();
     assert_eq!((send(&report).await, is_there("other", "a")), (StatusCode::FORBIDDEN, false));
+    assert_eq!((state.metrics.report_keys_forbidden.get(), state.metrics.unauthorized.get()), (2, 1));
+}
+
+#[tokio::test]
+async fn who_shows_no_token_is_told_so_and_who_shows_an_unknown_one_as_well() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, "reporter-of-ns-0123 ns\n").unwrap();
+    let state = state_with(Access::load(Some(&file), false, AnonymousAccess::Denied).unwrap()).1;
+    let unauthorized = |reason: &str| (StatusCode::UNAUTHORIZED, format!("{reason}\n"));
+    assert_eq!(read(&state, "/v1/keys").await, unauthorized("no bearer token"));
+    let request = Request::get("/v1/keys").header("authorization", "Bearer reporter-of-ns-0124");
+    let answer = ask(&state, request.body(Body::empty()).unwrap()).await;
+    assert_eq!(answer, unauthorized("unknown bearer token"));
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -29,6 +30,8 @@ const LINE: &str = "`TOKEN NAMESPACES [admin]`";
 pub struct Peer {
     /// It has a certificate that the client CA signed.
     pub has_certificate: bool,
+    /// Where it connects from.
+    pub address: Option<IpAddr>,
 }
 
 /// What a client may do.
@@ -62,18 +65,41 @@ impl Grant {
     }
 }
 
+/// Why a client is refused whose token does not cover a namespace, in the log.
+pub const NOT_COVERED: &str = "the token does not cover the namespace";
+/// Why a client is refused that may not change settings.
+pub const NOT_ADMIN: &str = "changing settings requires a token that is marked admin";
+
 /// Returns why a request about a namespace is refused whose token does not cover it.
 pub fn not_covered(namespace: &str) -> String {
     format!("the token does not cover namespace {namespace}")
 }
 
-/// No token, or none of those in the file.
+/// Why a client is not authenticated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unauthenticated;
+pub enum Unauthenticated {
+    /// It shows no token.
+    NoToken,
+    /// It shows a token that is not in the file.
+    UnknownToken,
+    /// It shows no certificate, and there are no tokens.
+    NoCertificate,
+}
+
+impl Unauthenticated {
+    /// Returns the reason in words.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::NoToken => "no bearer token",
+            Self::UnknownToken => "unknown bearer token",
+            Self::NoCertificate => "no client certificate",
+        }
+    }
+}
 
 impl fmt::Display for Unauthenticated {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("missing or unknown bearer token")
+        f.write_str(self.reason())
     }
 }
 
@@ -194,13 +220,17 @@ impl Access {
         match (&self.file, authorization) {
             (None, _) | (Some(_), None) => {
                 let is_certified = self.certificates && peer.has_certificate;
-                return if is_certified { Ok(Grant::EVERY_NAMESPACE) } else { Err(Unauthenticated) };
+                let missing = match self.file {
+                    Some(_) => Unauthenticated::NoToken,
+                    None => Unauthenticated::NoCertificate,
+                };
+                return if is_certified { Ok(Grant::EVERY_NAMESPACE) } else { Err(missing) };
             }
             // A token that is shown must be right, also beside a certificate.
             (Some(_), Some(_)) => {}
         }
-        let secret = authorization.and_then(secret).ok_or(Unauthenticated)?;
-        self.find(&secret).ok_or(Unauthenticated)
+        let secret = authorization.and_then(secret).ok_or(Unauthenticated::NoToken)?;
+        self.find(&secret).ok_or(Unauthenticated::UnknownToken)
     }
 
     fn find(&self, secret: &[u8]) -> Option<Grant> {
@@ -315,25 +345,27 @@ mod tests {
     const FILE: &str =
         "# who may report\nshop-token-0123456789 shop,cart\n\n  root-token-0123456789   *  admin \n";
 
-    const NOBODY: Peer = Peer { has_certificate: false };
-    const CERTIFIED: Peer = Peer { has_certificate: true };
+    const NOBODY: Peer = Peer { has_certificate: false, address: None };
+    const CERTIFIED: Peer = Peer { has_certificate: true, address: None };
 
     #[test]
     fn a_certificate_is_good_for_every_namespace_and_for_no_settings() {
         let (folder, _) = access(FILE);
         let file = folder.path().join("tokens");
-        for file in [None, Some(&*file)] {
+        let cases = [(None, Unauthenticated::NoCertificate), (Some(&*file), Unauthenticated::NoToken)];
+        for (file, reason) in cases {
             let access = Access::load(file, true, AnonymousAccess::Full).unwrap();
-            assert_eq!(access.check(None, NOBODY), Err(Unauthenticated));
+            assert_eq!(access.check(None, NOBODY), Err(reason));
             let grant = access.check(None, CERTIFIED).unwrap();
             assert_eq!((grant.covers("anything"), grant.admin), (true, false));
         }
         let both = Access::load(Some(&file), true, AnonymousAccess::WithoutSettings).unwrap();
-        assert_eq!(both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED), Err(Unauthenticated));
+        let wrong = both.check(Some(b"Bearer wrong-wrong-wrong-wrong"), CERTIFIED);
+        assert_eq!(wrong, Err(Unauthenticated::UnknownToken));
         assert!(!both.check(Some(b"Bearer shop-token-0123456789"), CERTIFIED).unwrap().covers("other"));
         // A certificate that nobody asked for is none.
         let tokens = Access::load(Some(&file), false, AnonymousAccess::WithoutSettings).unwrap();
-        assert_eq!(tokens.check(None, CERTIFIED), Err(Unauthenticated));
+        assert_eq!(tokens.check(None, CERTIFIED), Err(Unauthenticated::NoToken));
     }
 
     fn access(text: &str) -> (tempfile::TempDir, Result<Access, String>) {
@@ -357,18 +389,13 @@ mod tests {
         assert_eq!((root.covers("anything"), root.admin), (true, true));
         let browser = format!("Basic {}", STANDARD.encode("anyone:shop-token-0123456789"));
         assert_eq!(access.check(Some(browser.as_bytes()), NOBODY).unwrap(), shop);
-        for wrong in [
-            &b"Bearer shop-token-012345678"[..],
-            b"Bearer",
-            b"Bearer ",
-            b"Basic !!!",
-            b"Basic YWJj",
-            b"",
-            b"\xff \xff",
-        ] {
-            assert_eq!(access.check(Some(wrong), NOBODY), Err(Unauthenticated), "{wrong:?}");
+        let unknown = Err(Unauthenticated::UnknownToken);
+        assert_eq!(access.check(Some(b"Bearer shop-token-012345678"), NOBODY), unknown);
+        assert_eq!(access.check(Some(b"Bearer "), NOBODY), unknown);
+        for none in [&b"Bearer"[..], b"Basic !!!", b"Basic YWJj", b"", b"\xff \xff"] {
+            assert_eq!(access.check(Some(none), NOBODY), Err(Unauthenticated::NoToken), "{none:?}");
         }
-        assert_eq!(access.check(None, NOBODY), Err(Unauthenticated));
+        assert_eq!(access.check(None, NOBODY), Err(Unauthenticated::NoToken));
     }
 
     #[test]
@@ -377,7 +404,7 @@ mod tests {
         assert_eq!(access(AnonymousAccess::Full), Ok(Grant::ALL));
         let insecure = access(AnonymousAccess::WithoutSettings).unwrap();
         assert_eq!((insecure.covers("anything"), insecure.admin), (true, false));
-        assert_eq!(access(AnonymousAccess::Denied), Err(Unauthenticated));
+        assert_eq!(access(AnonymousAccess::Denied), Err(Unauthenticated::NoCertificate));
     }
 
     #[test]
@@ -431,7 +458,8 @@ mod tests {
         let file = folder.path().join("tokens");
         std::fs::write(&file, "other-token-0123456789 *\n").unwrap();
         access.reload();
-        assert_eq!(access.check(Some(b"Bearer shop-token-0123456789"), NOBODY), Err(Unauthenticated));
+        let old = access.check(Some(b"Bearer shop-token-0123456789"), NOBODY);
+        assert_eq!(old, Err(Unauthenticated::UnknownToken));
         std::fs::write(&file, "short *\n").unwrap();
         access.reload();
         assert!(access.check(Some(b"Bearer other-token-0123456789"), NOBODY).is_ok());

@@ -152,10 +152,12 @@ impl Listener {
         let Accepted { stream, permit, unauthenticated } = accepted;
         // Responses are small and written whole; waiting for more to send would only delay them.
         let _ = stream.set_nodelay(true);
-        let (transport, peer) = match &self.shared.tls {
-            None => (Transport::Plain(stream), Peer::default()),
+        let address = stream.peer_addr().ok().map(|address| address.ip().to_canonical());
+        let (transport, has_certificate) = match &self.shared.tls {
+            None => (Transport::Plain(stream), false),
             Some(tls) => self.tls_handshake(tls, stream, unauthenticated.as_ref()).await?,
         };
+        let peer = Peer { has_certificate, address };
         let Shared { limits, budget, metrics, .. } = &self.shared;
         let is_grpc = matches!(self.protocol, Protocol::Grpc);
         let idle_connections = Arc::clone(&self.idle_connections);
@@ -167,12 +169,13 @@ impl Listener {
         Some(Connection::new(transport, self.protocol, peer, guard, permit))
     }
 
+    /// Returns whether the client has shown a certificate, too.
     async fn tls_handshake(
         &self,
         tls: &Tls,
         stream: TcpStream,
         unauthenticated: Option<&UnauthenticatedConnection>,
-    ) -> Option<(Transport, Peer)> {
+    ) -> Option<(Transport, bool)> {
         let Shared { limits, metrics, .. } = &self.shared;
         let handshake = tokio::time::timeout(limits.head_timeout, tls.handshake(stream, self.protocol));
         let evicted = async {
@@ -187,8 +190,8 @@ impl Listener {
         };
         match handshake {
             Ok(Ok(stream)) => {
-                let peer = Peer { has_certificate: stream.get_ref().1.peer_certificates().is_some() };
-                Some((Transport::Tls(Box::new(stream)), peer))
+                let has_certificate = stream.get_ref().1.peer_certificates().is_some();
+                Some((Transport::Tls(Box::new(stream)), has_certificate))
             }
             Ok(Err(error)) => {
                 debug!(%error, "TLS handshake failed");

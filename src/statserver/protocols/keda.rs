@@ -13,7 +13,7 @@ use tokio_stream::wrappers::{IntervalStream, WatchStream};
 use tonic::{Extensions, Request, Response, Status};
 
 use crate::app::state::ServerState;
-use crate::net::auth::{Grant, Unauthenticated, not_covered};
+use crate::net::auth::{Grant, NOT_COVERED, Peer, Unauthenticated, not_covered};
 use crate::os::clock::now_ns;
 
 /// Generated from `proto/externalscaler.proto`.
@@ -51,11 +51,11 @@ impl Query {
         object: ScaledObjectRef,
     ) -> Result<Self, Status> {
         let grant = extensions.get::<Grant>().cloned();
-        let grant = grant.ok_or_else(|| Status::unauthenticated(Unauthenticated.to_string()))?;
+        let grant = grant.ok_or_else(|| Status::unauthenticated(Unauthenticated::NoToken.reason()))?;
         let query = Self::parse(object, grant)?;
         let namespace = &query.key.namespace;
         if !query.grant.covers(namespace) {
-            state.metrics.unauthorized.inc();
+            state.refuse(extensions.get::<Peer>().copied().unwrap_or_default(), NOT_COVERED);
             return Err(Status::permission_denied(not_covered(namespace)));
         }
         Ok(query)

@@ -66,7 +66,14 @@ pub async fn serve(connection: Connection, router: Router, state: Arc<ServerStat
             let response = match admit(&state, peer, &guard, request.headers()) {
                 Ok((grant, permit)) => {
                     let (state, guard) = (Arc::clone(&state), Arc::clone(&guard));
-                    Either::Left(Box::pin(respond(request, router.clone(), state, guard, grant, permit)))
+                    Either::Left(Box::pin(respond(
+                        request,
+                        router.clone(),
+                        state,
+                        guard,
+                        (peer, grant),
+                        permit,
+                    )))
                 }
                 Err(refused) => Either::Right(std::future::ready(refused.into_http())),
             };
@@ -119,7 +126,7 @@ fn admit(
     guard.call_started();
     let authorization = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes);
     let grant = state.access.check(authorization, peer).map_err(|error: Unauthenticated| {
-        state.metrics.unauthorized.inc();
+        state.refuse(peer, error.reason());
         guard.unauthenticated_call();
         Status::unauthenticated(error.to_string())
     })?;
@@ -140,7 +147,7 @@ async fn respond(
     router: Router,
     state: Arc<ServerState>,
     guard: Arc<ConnectionGuard>,
-    grant: Grant,
+    (peer, grant): (Peer, Grant),
     permit: OwnedSemaphorePermit,
 ) -> Response {
     let (mut parts, body) = request.into_parts();
@@ -149,6 +156,7 @@ async fn respond(
         Ok(message) => message,
         Err(refused) => return refused.into_http(),
     };
+    parts.extensions.insert(peer);
     parts.extensions.insert(grant);
     let Ok(response) = router.oneshot(hyper::Request::from_parts(parts, Body::from(message))).await;
     drop(reservation);

@@ -29,6 +29,7 @@ use crate::net::unauthenticated::UnauthenticatedConnections;
 use crate::os::clock::now_ns;
 use crate::serve::{grpc, http1};
 use crate::telemetry::log_limit::LogLimiter;
+use crate::telemetry::refusals::RefusalLog;
 
 /// How long open requests may take once the listeners are closed.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -114,6 +115,7 @@ fn state(
         rps_target: flags.rps_target,
         drain,
         log_limiter: LogLimiter::default(),
+        refusals: RefusalLog::default(),
     }
 }
 

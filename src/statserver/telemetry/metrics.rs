@@ -62,6 +62,8 @@ pub struct Metrics {
     pub stats_dropped: Counter,
     /// Requests that were not authenticated, or not authorized.
     pub unauthorized: Counter,
+    /// Keys of reports that were left out because the token does not cover their namespaces.
+    pub report_keys_forbidden: Counter,
     /// Stats that were forwarded.
     pub forwarded: Counter,
     /// Stats that were dropped because the queue to the autoscaler was full.
@@ -106,6 +108,10 @@ impl Default for Metrics {
             "unauthorized",
             "Requests without a known token, or whose token does not allow what they ask",
         );
+        let report_keys_forbidden = counter(
+            "report_keys_forbidden",
+            "Keys that were left out of reports because the token does not cover their namespaces",
+        );
         let handshakes_failed = counter("tls_handshakes_failed", "TLS handshakes that failed");
         let forwarded = counter("forwarded_stats", "Stats that were forwarded to the autoscaler");
         let forward_dropped = counter(
@@ -134,6 +140,7 @@ impl Default for Metrics {
             stats,
             stats_dropped,
             unauthorized,
+            report_keys_forbidden,
             forwarded,
             forward_dropped,
             forward_connected,

@@ -2,3 +2,4 @@
 
 pub mod log_limit;
 pub mod metrics;
+pub mod refusals;

@@ -98,7 +98,7 @@ async fn what_goes_beyond_a_limit_is_told_so_and_counted() {
 
     let (status, reason) = post(report("one", &["a", "b", "c"])).await;
     assert!(
-        status == 400 && reason.contains("3 keys; expected at most 2 (--max-messages)"),
+        status == 413 && reason.contains("3 keys; expected at most 2 (--max-messages)"),
         "{status} {reason}"
     );
     let (status, reason) = post(report("one", &["c"])).await;
@@ -251,4 +251,34 @@ async fn keys_and_their_pods_take_no_more_memory_than_they_may() {
     assert_eq!((counts["max-keys"], counts["max-table-bytes"]), (1, 1), "{counts:?}");
     // A known pod can still report.
     assert_eq!(post("pod-0", 0..1_000).await, 202);
+}
+
+#[tokio::test]
+async fn who_is_refused_is_told_why_and_logged() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, "reporter-of-ns-0123 ns\n").expect("written");
+    let server = StatServer::with(None, &["--token-file", file.to_str().expect("a path")]).await;
+    let ask = async |token: Option<&str>| {
+        let mut request = Request::post("/v1/reports").header("host", "test");
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Full::new(report("pod", &["a"]))).expect("a request");
+        let (status, body) = http::ask(server.address, request).await.expect("an answer");
+        (status.as_u16(), String::from_utf8_lossy(&body).into_owned())
+    };
+    for _ in 0..5 {
+        assert_eq!(ask(None).await, (401, "no bearer token\n".into()));
+        assert_eq!(ask(Some("reporter-of-ns-0124")).await, (401, "unknown bearer token\n".into()));
+    }
+    assert_eq!(ask(Some("reporter-of-ns-0123")).await.0, 202);
+    let log = server.process.log();
+    let refused: Vec<&str> = log.lines().filter(|line| line.contains("refused a caller")).collect();
+    // The others of this minute are counted at its end.
+    assert_eq!(refused.len(), 2, "{log}");
+    for (line, reason) in refused.iter().zip(["no bearer token", "unknown bearer token"]) {
+        assert!(line.contains("127.0.0.1") && line.contains(reason), "{line}");
+    }
+    assert!(!log.contains("reporter-of-ns"), "no secret: {log}");
 }
