@@ -208,6 +208,8 @@ impl Key {
         let period = addition(known.map(|known| &known.last), since, until)?;
         let (last, last_concurrency) = (known.map(|known| known.last), known.map(|known| known.concurrency));
         let early = known.map_or(Early::Nothing, |known| known.early);
+        let known_before = until.requests.saturating_sub(period.requests);
+        let window_requests = known.map_or(known_before, |known| known.window_requests);
         let is_latest =
             last.is_none_or(|last| until.as_of_ns >= last.as_of_ns && until.holds_totals_of(&last));
         // What is new happened since the report before, or since a later `since`. A sender that
@@ -276,6 +278,7 @@ impl Key {
             seen_ns: now_ns,
             concurrency: last_concurrency.filter(|_| !is_latest).unwrap_or(concurrency as f32),
             early,
+            window_requests,
         };
         self.senders.store(sender, now);
         if !from_gateway {
@@ -471,7 +474,8 @@ impl Key {
     fn decide_by_figures(&mut self, now_ns: u64) -> Figures {
         let figures = self.figures(now_ns);
         if self.mismatches.is_window_over(now_ns) {
-            self.mismatches.end_window(now_ns, figures.gateways);
+            let of_gateways = self.senders.take_gateway_requests(now_ns);
+            self.mismatches.end_window(now_ns, of_gateways);
         }
         if self.is_starting(now_ns) {
             return figures;
@@ -813,6 +817,7 @@ mod tests {
         assert_eq!(key.figures(NOW + S).requests_total, 60_000);
         assert_eq!(key.additional_bytes("pod", Some(19_997)), 0);
         assert_eq!(key.senders.by_name["pod"].incarnations.capacity(), 4);
+        assert!(size_of::<Incarnation>() <= 112, "what 100,000 pods take depends on it");
         let four = Senders::sender_bytes("pod") + 4 * Senders::INCARNATION_BYTES;
         assert_eq!((key.senders.bytes, key.sender_bytes()), (four, four + Senders::EMPTY_BYTES));
     }
@@ -877,6 +882,67 @@ mod tests {
         assert_eq!((page("zzz", 3), page("", 0)), ((String::new(), false), (String::new(), true)));
         let figures = key.figures(NOW + S);
         assert_eq!((figures.pods, figures.gateways, figures.proxied_share), (2, 2, Some(0.75)));
+    }
+
+    /// Has two gateways report each second, one half a second after the other, and decides. `split`
+    /// returns how many requests each had in a half second, and how many of them a pod had as
+    /// proxied ones. Returns the second in which a mismatch is found.
+    fn second_of_agreement(seconds: u64, mut split: impl FnMut() -> [u64; 3]) -> Option<u64> {
+        let mut key = Key::new(Arc::default());
+        let (mut totals, mut reported) = ([0; 3], [at(1, 0, 0, 0); 3]);
+        for half in 2..seconds * 2 {
+            let now = NOW + half * S / 2;
+            totals.iter_mut().zip(split()).for_each(|(total, more)| *total += more);
+            for (sender, (total, since)) in totals.into_iter().zip(&mut reported).enumerate() {
+                if half % 2 == (sender % 2) as u64 {
+                    let is_pod = sender == 2;
+                    let until = Snapshot {
+                        as_of_ns: now,
+                        requests: total,
+                        proxied_requests: if is_pod { total } else { 0 },
+                        ..*since
+                    };
+                    let of_sender = KeyReport { from_gateway: !is_pod, ..report(*since, until) };
+                    key.record(["front", "behind", "pod"][sender], 1, &of_sender, now).unwrap();
+                    *since = until;
+                }
+            }
+            if half % 4 == 0 {
+                key.decide(now);
+            }
+            if let Some(mismatch) = key.mismatch() {
+                assert_eq!(mismatch, Mismatch::GatewaysInARow);
+                key.mismatch_logged(mismatch);
+                assert_eq!(key.mismatch(), None, "once");
+                return Some(half / 2);
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn gateways_in_a_row_are_told_from_those_that_share_the_traffic() {
+        let mut seed = 1_u64;
+        let mut roll = |sides: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % sides
+        };
+        let in_a_row = second_of_agreement(3_000, || {
+            let requests = 40 + roll(20);
+            [requests, requests, requests]
+        });
+        assert!(in_a_row.is_some_and(|second| second >= 240), "{in_a_row:?}");
+        let too_few = second_of_agreement(3_000, || [5, 5, 5]);
+        assert_eq!(too_few, None);
+        for requests in [50, 500] {
+            let by_chance = second_of_agreement(20_000, || {
+                let first = (0..requests).filter(|_| roll(2) == 0).count() as u64;
+                [first, requests - first, 0]
+            });
+            assert_eq!(by_chance, None, "{requests} requests in half a second");
+        }
+        // By turns, so exactly evenly; the pods have all of them.
+        assert_eq!(second_of_agreement(3_000, || [50, 50, 100]), None);
     }
 
     /// Has a pod and, if told, a gateway report each second, by `proxied` of ten requests. Returns

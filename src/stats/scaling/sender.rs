@@ -9,6 +9,7 @@ use hashbrown::hash_map::EntryRef;
 use crate::counting::snapshot::Snapshot;
 use crate::protocol::stat::Stat;
 use crate::scaling::memory::heap_bytes;
+use crate::scaling::mismatch::GatewayRequests;
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// A sender that has not reported for this many of its periods no longer counts.
@@ -100,6 +101,8 @@ pub(super) struct Incarnation {
     /// The average over its latest report, proxied requests subtracted.
     pub(super) concurrency: f32,
     pub(super) early: Early,
+    /// Its requests at the beginning of the present window of [`crate::scaling::mismatch`].
+    pub(super) window_requests: u64,
 }
 
 /// What was forwarded of a request before any time had passed, and is taken off the next stat.
@@ -346,6 +349,20 @@ impl Senders {
             live.gateways += u64::from(is_gateway);
         }
         live
+    }
+
+    /// Returns what live gateways reported since the last call.
+    pub(super) fn take_gateway_requests(&mut self, now_ns: u64) -> GatewayRequests {
+        let mut requests = GatewayRequests { gateways: self.live(now_ns).gateways, ..Default::default() };
+        for incarnation in self.by_name.values_mut().flat_map(|sender| &mut sender.incarnations) {
+            if incarnation.from_gateway && incarnation.is_live(now_ns) {
+                let total = incarnation.last.requests;
+                let more = total.saturating_sub(std::mem::replace(&mut incarnation.window_requests, total));
+                requests.all = requests.all.saturating_add(more);
+                requests.busiest = requests.busiest.max(more);
+            }
+        }
+        requests
     }
 
     /// Returns the first `limit` senders whose names come after `after`, silent ones included.
