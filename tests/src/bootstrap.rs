@@ -52,9 +52,8 @@ impl Bootstrap {
         at(&mut bootstrap.0, MANAGER)["delayed_close_timeout"] = json!("0s");
         // Two more ways for a request to end, which need Envoy's help.
         bootstrap.local_route();
-        let routes = at(&mut bootstrap.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
         let nohosts = json!({"match": {"prefix": "/nohosts"}, "route": {"cluster": "nohosts"}});
-        routes.as_array_mut().expect("routes").insert(0, nohosts);
+        bootstrap.route(nohosts);
         bootstrap
     }
 
@@ -127,9 +126,13 @@ impl Bootstrap {
     }
 
     fn local_route(&mut self) {
+        self.route(json!({"match": {"prefix": "/local"}, "direct_response": {"status": 403}}));
+    }
+
+    /// Adds a route in front of all others.
+    pub fn route(&mut self, route: Value) {
         let routes = at(&mut self.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
-        let local = json!({"match": {"prefix": "/local"}, "direct_response": {"status": 403}});
-        routes.as_array_mut().expect("routes").insert(0, local);
+        routes.as_array_mut().expect("routes").insert(0, route);
     }
 
     /// Replaces the filter, the cluster and the stats tags by those of an EnvoyFilter.
@@ -202,10 +205,9 @@ impl Bootstrap {
                 "explicit_http_config": {"http2_protocol_options": {}},
             },
         });
-        let routes = at(&mut self.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
         let grpc =
             json!({"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "streams", "timeout": "0s"}});
-        routes.as_array_mut().expect("routes").insert(0, grpc);
+        self.route(grpc);
     }
 
     /// Makes a worker block for the seconds in a request's header `x-stall`, after the filter has

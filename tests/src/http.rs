@@ -84,11 +84,22 @@ impl Connection {
     /// # Errors
     /// What went wrong, in words.
     pub async fn ask(&mut self, request: Request<Full<Bytes>>) -> Result<StatusCode, String> {
+        Ok(self.ask_for_body(request).await?.0)
+    }
+
+    /// Sends a request and reads the whole answer. Returns the answer's status and body.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub async fn ask_for_body(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<(StatusCode, Bytes), String> {
         self.sender.ready().await.map_err(|e| e.to_string())?;
         let response = self.sender.send_request(request).await.map_err(|e| e.to_string())?;
         let status = response.status();
-        response.into_body().collect().await.map_err(|e| e.to_string())?;
-        Ok(status)
+        let body = response.into_body().collect().await.map_err(|e| e.to_string())?;
+        Ok((status, body.to_bytes()))
     }
 }
 

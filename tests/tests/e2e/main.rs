@@ -14,6 +14,7 @@ mod faults;
 mod gateway;
 mod headers;
 mod install;
+mod keys;
 mod limits;
 mod page;
 mod soak;
