@@ -17,6 +17,7 @@ mod install;
 mod keys;
 mod limits;
 mod page;
+mod routes;
 mod soak;
 mod stream;
 mod tls;
