@@ -259,7 +259,7 @@ impl Key {
         let added_anything = (!period.is_empty()).then_some(added);
         let (forward, early) = match until.as_of_ns > since.as_of_ns {
             true if early == Early::Nothing => (added_anything, early),
-            true => (Some(early.take_off(added)), Early::Nothing),
+            true => (Some(early.take_off(added, seconds)), Early::Nothing),
             false if has_in_flight && early == Early::Nothing => {
                 let (said, early) = Early::say(added);
                 (Some(said), early)
@@ -710,6 +710,24 @@ mod tests {
             assert_eq!(forward(next, at(102 + round * 10, total, total, 0)), None);
         }
         assert_eq!((forwarded, key.figures(NOW).requests_total), (total as f64, total));
+    }
+
+    #[test]
+    fn what_was_forwarded_early_is_taken_off_once_however_long_the_next_report_is() {
+        let gateway = |since, until| KeyReport { from_gateway: true, ..report(since, until) };
+        for seconds in 1..5 {
+            let mut key = Key::new(Arc::default());
+            let begins = at(10, 0, 0, 0);
+            let first = gateway(begins, Snapshot { in_flight: 1, ..begins });
+            key.record("gateway", 1, &first, NOW).unwrap();
+            let next = gateway(begins, at(10 + seconds, 1, 1, 0));
+            let recorded = key.record("gateway", 1, &next, NOW + seconds * S).unwrap();
+            assert_eq!(
+                recorded.forward,
+                Some(PerSecond::default()),
+                "the only request was forwarded already"
+            );
+        }
     }
 
     #[test]

@@ -125,16 +125,17 @@ impl Early {
         (PerSecond { concurrency: 1.0, requests: added.requests.max(1.0), ..added }, early)
     }
 
-    /// Returns what is left to forward of the next report.
-    pub(super) fn take_off(self, added: PerSecond) -> PerSecond {
+    /// Returns what is left to forward of the next report, which covers so many seconds.
+    pub(super) fn take_off(self, added: PerSecond, seconds: u64) -> PerSecond {
         let (concurrency, requests) = match self {
             Self::Nothing => return added,
             Self::Concurrency => (1.0, 0.0),
             Self::Request => (1.0, 1.0),
         };
+        let seconds = seconds as f64;
         PerSecond {
-            concurrency: (added.concurrency - concurrency).max(0.0),
-            requests: added.requests - requests,
+            concurrency: (added.concurrency - concurrency / seconds).max(0.0),
+            requests: added.requests - requests / seconds,
             ..added
         }
     }
