@@ -11,6 +11,7 @@ use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::{Mode, Recorded, Tap};
 use inflight_e2e::{http, process, wait};
+use inflight_stats::{KeyReport, Report};
 use serde_json::json;
 
 const SETTLED: Duration = Duration::from_secs(15);
@@ -275,6 +276,167 @@ async fn what_a_proxy_in_between_refuses_is_sent_again() {
         server.number("default", "hello-00001", "requests_total")
     })
     .await;
+}
+
+/// A gateway in front of a sidecar, both under load, with one tap for the reports of both.
+struct Pair {
+    app: App,
+    server: StatServer,
+    tap: Tap,
+    pod: Envoy,
+    front: Envoy,
+}
+
+/// The names under which the two of a [`Pair`] report.
+const SENDERS: [&str; 2] = ["hello-00001-pod-1", "gateway-1"];
+
+impl Pair {
+    async fn start(version: Version) -> Self {
+        let (app, server) = (App::start().await, StatServer::start(None).await);
+        let tap = Tap::start(Some(server.address)).await;
+        let start = async |mut bootstrap: Bootstrap| {
+            bootstrap.configure("reporting_period", "200ms".into());
+            // No answer of the tap may come too late on a busy machine.
+            bootstrap.configure("statserver", json!({"cluster": "inflight-statserver", "timeout": "20s"}));
+            Envoy::start(version, &bootstrap, 2).await
+        };
+        let pod = start(Bootstrap::sidecar(app.address, tap.address)).await;
+        let front = start(Bootstrap::gateway(pod.address, tap.address)).await;
+        Self { app, server, tap, pod, front }
+    }
+
+    /// Starts a load through the gateway, and one on the sidecar alone.
+    fn load(&self) -> [Load; 2] {
+        let through = Plan { connections: 4, mixed: false, seed: 5, ..STEADY };
+        let direct = Plan { connections: 4, ..STEADY };
+        [(through, &self.front), (direct, &self.pod)]
+            .map(|(plan, envoy)| Load::start(plan, envoy.address, &self.app.counts))
+    }
+
+    /// Returns the reports of a sender that got this answer. A gateway's report of a first request
+    /// counts nothing, and is left out.
+    fn answered(&self, sender: &str, status: u16) -> Vec<Report> {
+        let recorded = self.tap.recorded().into_iter().filter(|r| r.answered == Some(status));
+        let counts = |m: &KeyReport| m.until.as_of_ns > m.since.as_of_ns;
+        recorded
+            .map(|recorded| recorded.report)
+            .filter(|report| report.pod == sender && report.messages.iter().any(counts))
+            .collect()
+    }
+
+    /// Waits until both senders have had this answer that often.
+    async fn both_answered(&self, status: u16, times: [usize; 2]) {
+        wait::until(&format!("both are answered {status}"), SETTLED, || async {
+            let answered = SENDERS.map(|sender| self.answered(sender, status).len());
+            if answered[0] >= times[0] && answered[1] >= times[1] { Ok(()) } else { Err(answered) }
+        })
+        .await;
+    }
+
+    /// Passes reports on, and waits until one of each sender was acknowledged.
+    async fn recovers(&self) {
+        let times = SENDERS.map(|sender| self.answered(sender, 202).len() + 1);
+        self.tap.set_mode(Mode::Forward);
+        self.both_answered(202, times).await;
+    }
+
+    /// Ends both loads. Returns the requests sent by each.
+    async fn finish(loads: [Load; 2]) -> [u64; 2] {
+        let [through, direct] = loads;
+        through.stop();
+        direct.stop();
+        [through.finish().await, direct.finish().await]
+    }
+}
+
+/// Returns the requests, and how many of them are proxied, that reports add up to.
+fn sum(reports: &[Report]) -> (u64, u64) {
+    let messages = reports.iter().flat_map(|report| &report.messages);
+    messages.fold((0, 0), |(requests, proxied), KeyReport { since, until, .. }| {
+        let (all, of_gateway) =
+            (until.requests - since.requests, until.proxied_requests - since.proxied_requests);
+        (requests + all, proxied + of_gateway)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_for_five_seconds_is_counted_in_the_end() {
+    join_all([Version::Oldest, Version::Newest].map(refused_for_five_seconds)).await;
+}
+
+async fn refused_for_five_seconds(version: Version) {
+    let pair = Pair::start(version).await;
+    let loads = pair.load();
+    pair.recovers().await;
+    for status in [401, 403, 404, 408, 429, 500] {
+        pair.tap.set_mode(Mode::Answer(status));
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        pair.both_answered(status, [3, 3]).await;
+        pair.recovers().await;
+    }
+    let [through, direct] = Pair::finish(loads).await;
+    wait::until_equal("the server's count", SETTLED, through + direct, || pair.server.total()).await;
+    let refused = [401, 403, 404, 408, 429, 500].map(|status| {
+        let [of_pod, of_gateway] = SENDERS.map(|sender| pair.answered(sender, status).len());
+        of_pod + of_gateway
+    });
+    for envoy in [&pair.pod, &pair.front] {
+        assert_eq!(envoy.stat("inflight_reports_dropped_total", &[]).await, 0.0);
+        let log = envoy.process.log();
+        assert!(!log.contains("for good"), "{log}");
+    }
+    println!(
+        "{version:?}: {through} requests through the gateway and {direct} others, all counted; reports \
+         refused with 401, 403, 404, 408, 429, 500: {refused:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_for_good_is_logged_and_counted_and_nothing_else_is_lost() {
+    join_all([Version::Oldest, Version::Newest].map(refused_for_good)).await;
+}
+
+async fn refused_for_good(version: Version) {
+    let pair = Pair::start(version).await;
+    let loads = pair.load();
+    pair.recovers().await;
+    for status in [400, 409] {
+        pair.tap.set_mode(Mode::Answer(status));
+        pair.both_answered(status, [5, 5]).await;
+        pair.recovers().await;
+    }
+    let [through, direct] = Pair::finish(loads).await;
+    let dropped = SENDERS.map(|sender| [400, 409].map(|status| pair.answered(sender, status)).concat());
+    let [of_pod, of_gateway] = [sum(&dropped[0]), sum(&dropped[1])];
+    let known = through - of_gateway.0 + direct - (of_pod.0 - of_pod.1);
+    wait::until_equal("the server's count", SETTLED, known, || pair.server.total()).await;
+    for (envoy, dropped) in [&pair.pod, &pair.front].into_iter().zip(&dropped) {
+        let stat = || envoy.stat("inflight_reports_dropped_total", &[]);
+        wait::until_equal("dropped reports", SETTLED, dropped.len() as f64, stat).await;
+        let log = envoy.process.log();
+        let lines: Vec<&str> =
+            log.lines().filter(|line| line.contains("refused a report for good")).collect();
+        assert_eq!(lines.len(), 2, "one line at the first of several: {log}");
+        for (line, status) in lines.iter().zip([400, 409]) {
+            assert!(
+                line.contains(&format!("with {status}: as asked; its counts stay in Envoy's stats only")),
+                "{line}"
+            );
+        }
+    }
+    // What was dropped is in Envoy's own counters.
+    let counted = || pair.front.stat("activator_request_count", &[]);
+    wait::until_equal("the gateway's own count", SETTLED, through as f64, counted).await;
+    let counted = || pair.pod.stat("queue_requests_total", &[]);
+    wait::until_equal("the sidecar's own count", SETTLED, (through + direct) as f64, counted).await;
+    println!(
+        "{version:?}: of {through} requests through the gateway and {direct} others {} and {} were in the {} and {} \
+         reports that were dropped",
+        of_gateway.0,
+        of_pod.0 - of_pod.1,
+        dropped[1].len(),
+        dropped[0].len()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
