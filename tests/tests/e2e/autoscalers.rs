@@ -3,6 +3,8 @@
 
 use std::net::SocketAddr;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
@@ -12,6 +14,7 @@ use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, prometheus, root, wait};
 use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -266,6 +269,114 @@ async fn after_a_start_traffic_is_told_at_once_and_less_when_all_can_have_report
     .await;
     assert!(said.iter().all(|desired| desired.is_null()) && desired == 10, "{said:?}, then {desired}");
     assert!(value(&mut client, object("rev", &[])).await > 0.0);
+}
+
+/// A sender that reports a key once in each second.
+struct Sender {
+    pod: String,
+    key: &'static str,
+    from_gateway: bool,
+    until: Snapshot,
+}
+
+impl Sender {
+    fn new(pod: String, key: &'static str, from_gateway: bool) -> Self {
+        Self { pod, key, from_gateway, until: Snapshot::starting_at(SECOND) }
+    }
+
+    /// Reports a second with so many requests in flight throughout.
+    async fn report(&mut self, server: SocketAddr, in_flight: u32) {
+        let since = self.until;
+        let requests = u64::from(in_flight);
+        self.until = Snapshot {
+            as_of_ns: since.as_of_ns + SECOND,
+            requests: since.requests + requests,
+            request_ns: since.request_ns + u128::from(requests * SECOND),
+            in_flight,
+            ..since
+        };
+        let (namespace, name) = ("ns".into(), self.key.into());
+        let message =
+            KeyReport { namespace, name, from_gateway: self.from_gateway, since, until: self.until };
+        let report = Report { version: 1, pod: self.pod.clone(), incarnation: 1, messages: vec![message] };
+        let body = report.encode().expect("a report").into();
+        let answer = http::post(server, "/v1/reports", "application/x-bincode", body).await;
+        assert_eq!(answer.expect("an answer").0, 202);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_only_gateways_report_comes_down_as_one_that_pods_report() {
+    // 70 requests for each pod, and a panic window of three seconds: one of a single second holds
+    // no report at times.
+    let flags = ["--target=100", "--target-utilization-percentage=70", "--stable-window=6s"];
+    let flags = [&flags[..], &["--panic-window-percentage=50"]].concat();
+    let server = StatServer::with(None, &flags).await;
+    let address = server.address;
+    let told = Request::put("/v1/keys/ns/told/settings").header("host", "x");
+    let told = told.body(Full::from(json!({"ready_pods": 10}).to_string())).expect("a request");
+    assert_eq!(http::ask(address, told).await.expect("an answer").0, 200);
+    let load = Arc::new(AtomicU32::new(700));
+    let decided = async |name: &str| {
+        let key = server.key("ns", name).await.unwrap_or_default();
+        (key["desired_pods"].as_u64(), key["panic_mode"].as_bool())
+    };
+    let mut reports = JoinSet::new();
+    for name in ["gateway", "told"] {
+        let load = Arc::clone(&load);
+        reports.spawn(async move {
+            let mut sender = Sender::new(format!("gateway-of-{name}"), name, true);
+            let mut seconds = tokio::time::interval(Duration::from_secs(1));
+            loop {
+                seconds.tick().await;
+                sender.report(address, load.load(Ordering::SeqCst)).await;
+            }
+        });
+    }
+    // As many pods as the key wants share its requests.
+    let of_pods = Arc::clone(&load);
+    let wanted = Arc::new(AtomicU32::new(10));
+    let pods = Arc::clone(&wanted);
+    reports.spawn(async move {
+        let mut senders: Vec<Sender> =
+            (0..10).map(|number| Sender::new(format!("pod-{number}"), "pods", false)).collect();
+        let mut seconds = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            seconds.tick().await;
+            let pods = pods.load(Ordering::SeqCst);
+            for sender in senders.iter_mut().take(pods as usize) {
+                sender.report(address, of_pods.load(Ordering::SeqCst) / pods).await;
+            }
+        }
+    });
+    let mut seen = Vec::new();
+    for (requests, wanted_pods, panics) in [(700, 10, true), (210, 3, false)] {
+        load.store(requests, Ordering::SeqCst);
+        let began = Instant::now();
+        for name in ["gateway", "told", "pods"] {
+            wait::until(
+                &format!("{name}: {wanted_pods} pods, panic {panics}"),
+                Duration::from_secs(60),
+                || async {
+                    let ready = decided("pods").await.0.map_or(10, |pods| pods.clamp(1, 10) as u32);
+                    wanted.store(ready, Ordering::SeqCst);
+                    let now = decided(name).await;
+                    if now == (Some(wanted_pods), Some(panics)) { Ok(()) } else { Err(now) }
+                },
+            )
+            .await;
+            seen.push((name, wanted_pods, began.elapsed()));
+        }
+    }
+    // It stays so.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(6) {
+        for name in ["gateway", "told", "pods"] {
+            assert_eq!(decided(name).await, (Some(3), Some(false)), "{name}");
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    println!("700 requests in flight, then 210, 70 for each pod: {seen:?}");
 }
 
 /// Returns the output of a tool of the repository.
