@@ -22,3 +22,4 @@ mod soak;
 mod stream;
 mod tls;
 mod vm;
+mod wake;

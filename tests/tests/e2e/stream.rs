@@ -222,7 +222,7 @@ async fn held_open(_stream: TcpStream) -> bool {
 }
 
 /// Stands in for Knative's autoscaler: accepts one connection.
-async fn autoscaler(listener: &TcpListener) -> WebSocketStream<TcpStream> {
+pub async fn autoscaler(listener: &TcpListener) -> WebSocketStream<TcpStream> {
     accept_async(listener.accept().await.expect("a connection").0).await.expect("a websocket")
 }
 
