@@ -6,6 +6,7 @@
 //! | `/reset` | closes the connection without an answer |
 //! | `/half?ms=N` | sends the head and a part of the body, then closes after N milliseconds |
 //! | `/hang` | sends the head and a part of the body, then nothing for a minute |
+//! | `/redirect?/PATH` | answers 302 with this path at the host `app` |
 //! | `/headers` | answers 200 with the names and values of the request's headers, one per line |
 //! | `/ws` | accepts a websocket and leaves it open until the client closes |
 //! | any, over HTTP/2 | sends back what it receives, and `grpc-status: 0` at the end |
@@ -246,6 +247,14 @@ async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Respo
             let lines = request.headers().iter().map(|(name, value)| format!("{name}: {value:?}\n"));
             let text = lines.collect::<String>();
             Ok(Response::new(Answer { inside: Some(inside), left: Left::Text(text.into()) }))
+        }
+        "/redirect" => {
+            let to = format!("http://app{}", request.uri().query().unwrap_or("/"));
+            let to = HeaderValue::try_from(to).map_err(|_| "no path")?;
+            let mut response = Response::new(Answer { inside: Some(inside), left: Left::Nothing });
+            *response.status_mut() = StatusCode::FOUND;
+            response.headers_mut().insert("location", to);
+            Ok(response)
         }
         "/ws" => Ok(websocket(request, inside)),
         _ => {
