@@ -127,7 +127,7 @@ async fn main() -> ExitCode {
     }
 
     if let Some(file) = &options.screenshot {
-        let mut browser = Browser::start(1100, 620).await;
+        let mut browser = Browser::start(1100, 700).await;
         browser.open(&format!("http://{}/", server.address)).await;
         browser.until("document.querySelectorAll('svg path.stable').length", 1.into()).await;
         browser.screenshot(file).await;
