@@ -12,6 +12,7 @@
 //! | [`pod`] | many workers, one figure: slots, the leader's lease, the ledger |
 //! | [`breaker`] | a limit on the requests in the app, with one queue for all workers |
 //! | [`gateway`] | a gateway's keys: which ones are tracked, and their totals |
+//! | [`hold`] | requests that wait at a gateway until a pod can take them |
 //! | [`config`] | the plugin's JSON configuration, and which workload an Envoy serves |
 //! | [`exporter`] | the role `exporter`: the answers to a scrape |
 //! | [`scaling`] | the receiver: windows, totals and decisions per key |
@@ -40,6 +41,7 @@ pub mod config;
 pub mod counting;
 pub mod exporter;
 pub mod gateway;
+pub mod hold;
 pub mod pod;
 pub mod protocol;
 pub mod scaling;

@@ -6,6 +6,7 @@ pub mod identity;
 pub mod options;
 pub mod suggestion;
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
@@ -14,6 +15,7 @@ use crate::breaker::rules::BreakerLimits;
 use crate::config::fields::Fields;
 pub use crate::config::fields::{ConfigError, parse_duration};
 use crate::config::identity::Identity;
+use crate::hold::settings::HoldSettings;
 
 /// What a filter does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +66,17 @@ pub struct GatewayConfig {
     pub max_keys: u32,
     /// Whether requests go on marked as proxied.
     pub mark: bool,
+    /// How requests are held until a pod can take them; `None` if they are not.
+    pub hold: Option<HoldSettings>,
+}
+
+/// How a sidecar answers the network probes of Knative's activator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkProbeConfig {
+    /// The Envoy cluster of the app.
+    pub app_cluster: String,
+    /// The `:path` of the probe that the app gets.
+    pub path: String,
 }
 
 /// Where a sidecar's key has its name from.
@@ -96,6 +109,8 @@ pub struct Config {
     pub queue_timeout: Option<Duration>,
     /// Whether probes pass by the breaker instead of through it; for the role `sidecar`.
     pub probes_bypass_breaker: bool,
+    /// How network probes are answered; `None` if they go on to the app; for the role `sidecar`.
+    pub network_probe: Option<NetworkProbeConfig>,
     /// Where reports go; without it, only Envoy stats are kept.
     pub statserver: Option<StatServerConfig>,
 }
@@ -163,6 +178,7 @@ impl Config {
                 |timeout| (Duration::from_millis(10)..=Duration::from_secs(3600)).contains(&timeout),
             )?,
             probes_bypass_breaker: fields.boolean(options::PROBES_BYPASS_BREAKER.name)?.unwrap_or(false),
+            network_probe: network_probe(&mut fields)?,
             statserver: statserver.map(StatServerConfig::parse).transpose()?,
         })
     }
@@ -192,7 +208,7 @@ impl Config {
 
 impl Default for GatewayConfig {
     fn default() -> Self {
-        Self { key: KeySource::Cluster, max_keys: 10_000, mark: true }
+        Self { key: KeySource::Cluster, max_keys: 10_000, mark: true, hold: None }
     }
 }
 
@@ -201,6 +217,8 @@ impl GatewayConfig {
         let default = Self::default();
         let key = fields.object(options::GATEWAY_KEY.name, &options::GATEWAY_KEY_KEYS)?;
         let key = key.map(KeySource::parse).transpose()?;
+        let hold = fields.object(options::GATEWAY_HOLD.name, &options::HOLD_KEYS)?;
+        let hold = hold.map(HoldSettings::parse).transpose()?;
         let max_keys =
             fields.integer(options::GATEWAY_MAX_KEYS.name, options::GATEWAY_MAX_KEYS.expected, |n| {
                 n <= MAX_KEYS
@@ -209,6 +227,32 @@ impl GatewayConfig {
             key: key.unwrap_or(default.key),
             max_keys: max_keys.unwrap_or(default.max_keys),
             mark: fields.boolean(options::GATEWAY_MARK.name)?.unwrap_or(default.mark),
+            hold,
+        })
+    }
+}
+
+impl HoldSettings {
+    fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let default = Self::default();
+        let mut duration = |key: options::ConfigKey, allowed: RangeInclusive<Duration>| {
+            fields.duration(key.name, key.expected, |given| allowed.contains(&given))
+        };
+        let timeout = duration(options::HOLD_TIMEOUT, Duration::from_millis(10)..=HOUR)?;
+        let probe_period =
+            duration(options::HOLD_PROBE_PERIOD, Duration::from_millis(5)..=Duration::from_secs(60))?;
+        let trust = duration(options::HOLD_TRUST, Duration::from_millis(10)..=HOUR)?;
+        let mut number = |key: options::ConfigKey| {
+            fields.integer(key.name, key.expected, |n| (1..=MAX_QUEUE_DEPTH).contains(&n))
+        };
+        Ok(Self {
+            timeout: timeout.unwrap_or(default.timeout),
+            depth: number(options::HOLD_DEPTH)?.unwrap_or(default.depth),
+            probe_period: probe_period.unwrap_or(default.probe_period),
+            trust: trust.unwrap_or(default.trust),
+            release: number(options::HOLD_RELEASE)?.unwrap_or(default.release),
+            probe_path: fields.url_path(options::HOLD_PROBE_PATH.name)?.unwrap_or(default.probe_path),
         })
     }
 }
@@ -233,6 +277,22 @@ impl KeySource {
 
 /// When a gateway's key names headers.
 const FROM_HEADERS: &str = r#"it only with "from": "headers""#;
+
+/// When the network probe's keys are allowed.
+const WITH_NETWORK_PROBE: &str = r#"it only with "answer_network_probe": true"#;
+
+fn network_probe(fields: &mut Fields) -> Result<Option<NetworkProbeConfig>, ConfigError> {
+    let [app_cluster, path] = [options::APP_CLUSTER.name, options::APP_PROBE_PATH.name];
+    if !fields.boolean(options::ANSWER_NETWORK_PROBE.name)?.unwrap_or(false) {
+        fields.absent(app_cluster, WITH_NETWORK_PROBE)?;
+        fields.absent(path, WITH_NETWORK_PROBE)?;
+        return Ok(None);
+    }
+    Ok(Some(NetworkProbeConfig {
+        app_cluster: fields.name(app_cluster, "")?,
+        path: fields.url_path(path)?.unwrap_or_else(|| "/".into()),
+    }))
+}
 
 fn limits(fields: &mut Fields) -> Result<Option<BreakerLimits>, ConfigError> {
     let key = options::CONTAINER_CONCURRENCY;
@@ -319,8 +379,34 @@ mod tests {
         let (namespace, name) = ("knative-serving-namespace".into(), "knative-serving-revision".into());
         assert_eq!(
             gateway,
-            GatewayConfig { key: KeySource::Headers { namespace, name }, max_keys: 10_000, mark: false }
+            GatewayConfig {
+                key: KeySource::Headers { namespace, name },
+                max_keys: 10_000,
+                mark: false,
+                hold: None
+            }
         );
+    }
+
+    #[test]
+    fn a_gateway_holds_only_if_it_is_told_to() {
+        let hold = |hold: &str| {
+            let json = format!(r#"{{"role": "gateway", "pod": "gw-1", "gateway": {{{hold}}}}}"#);
+            parse(&json).unwrap().gateway.hold
+        };
+        assert_eq!(hold(""), None);
+        assert_eq!(hold(r#""hold": {}"#), Some(HoldSettings::default()));
+        let given = r#""hold": {"timeout": "5s", "depth": 7, "probe_path": "/ready", "probe_period": "10ms",
+            "trust": "200ms", "release": 3}"#;
+        let expected = HoldSettings {
+            timeout: Duration::from_secs(5),
+            depth: 7,
+            probe_path: "/ready".into(),
+            probe_period: Duration::from_millis(10),
+            trust: Duration::from_millis(200),
+            release: 3,
+        };
+        assert_eq!(hold(given), Some(expected));
     }
 
     #[test]
@@ -390,6 +476,22 @@ mod tests {
                 r#""probes_bypass_breaker": "no""#,
                 r#"`probes_bypass_breaker` is "no"; expected true or false"#,
             ),
+            (
+                r#""app_cluster": "app""#,
+                r#"`app_cluster` is "app"; expected it only with "answer_network_probe": true"#,
+            ),
+            (
+                r#""answer_network_probe": true"#,
+                "`app_cluster` is missing; expected a string of 1 to 512 bytes",
+            ),
+            (
+                r#""gateway": {"hold": {"timeout": "0s"}}"#,
+                r#"`gateway.hold.timeout` is "0s"; expected a duration from 10ms to 60m"#,
+            ),
+            (
+                r#""gateway": {"hold": {"relase": 5}}"#,
+                "unknown key `gateway.hold.relase`; did you mean `gateway.hold.release`?",
+            ),
             (r#""role": ["sidecar"]"#, r#"`role` is ["sidecar"]"#),
             (
                 r#""proxied_header": "a b""#,
@@ -420,7 +522,8 @@ mod tests {
             error(r#"{"namespace": "ns", "revision": "r", "pod_name": "p"}"#),
             "invalid configuration: unknown key `pod_name`; expected one of role, namespace, service, \
              configuration, revision, name_from, pod, reporting_period, proxied_header, container_concurrency, \
-             queue_depth, queue_timeout, probes_bypass_breaker, statserver, gateway"
+             queue_depth, queue_timeout, probes_bypass_breaker, answer_network_probe, app_cluster, \
+             app_probe_path, statserver, gateway"
         );
         assert_eq!(
             error(r#"{"statserver": {"clutser": "c"}}"#),
@@ -440,11 +543,16 @@ mod tests {
     /// A document that is good but for `value` at one key.
     fn with(key: &options::ConfigKey, value: Value) -> Value {
         let from = if key.name == options::GATEWAY_KEY_FROM.name { Value::Null } else { "headers".into() };
+        let answers = key.name != options::ANSWER_NETWORK_PROBE.name;
         let mut document = serde_json::json!({
             "namespace": "ns", "revision": "rev", "pod": "pod",
+            "answer_network_probe": answers,
             "statserver": {"cluster": "c"},
-            "gateway": {"key": {"from": from}},
+            "gateway": {"key": {"from": from}, "hold": {}},
         });
+        if answers {
+            document["app_cluster"] = "app".into();
+        }
         let object = key.object.split_terminator('.').fold(&mut document, |object, name| &mut object[name]);
         object[key.name] = value;
         document

@@ -119,6 +119,31 @@ pub(super) const PROBES_BYPASS_BREAKER: ConfigKey = ConfigKey {
     expected: A_BOOLEAN,
     help: "Role `sidecar`: whether probes skip the breaker instead of taking permits",
 };
+pub(super) const ANSWER_NETWORK_PROBE: ConfigKey = ConfigKey {
+    object: "",
+    name: "answer_network_probe",
+    default: "false",
+    expected: A_BOOLEAN,
+    help: "Role `sidecar`: whether a request with `K-Network-Probe: queue` is answered here, as Knative's \
+           queue-proxy does: with 200 `queue` if the app answers a probe, else with 503",
+};
+
+pub(super) const APP_CLUSTER: ConfigKey = ConfigKey {
+    object: "",
+    name: "app_cluster",
+    default: "none",
+    expected: A_NAME,
+    help: "Envoy cluster of the app. Required with `answer_network_probe`",
+};
+
+pub(super) const APP_PROBE_PATH: ConfigKey = ConfigKey {
+    object: "",
+    name: "app_probe_path",
+    default: r#""/""#,
+    expected: A_PATH,
+    help: "`:path` of the probe that the app gets with `answer_network_probe`",
+};
+
 pub(super) const STATSERVER: ConfigKey = ConfigKey {
     object: "",
     name: "statserver",
@@ -214,8 +239,68 @@ pub(super) const GATEWAY_MARK: ConfigKey = ConfigKey {
     help: "Whether requests go on with the proxied header",
 };
 
+pub(super) const GATEWAY_HOLD: ConfigKey = ConfigKey {
+    object: "gateway.",
+    name: "hold",
+    default: "none",
+    expected: AN_OBJECT,
+    help: "Holds requests until a pod can take them; without it, Envoy answers 503 while there is none",
+};
+
+pub(super) const HOLD_TIMEOUT: ConfigKey = ConfigKey {
+    object: "gateway.hold.",
+    name: "timeout",
+    default: r#""60s""#,
+    expected: r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#,
+    help: "Longest time that a request is held; then it is answered with 503 `no capacity for \
+           NAMESPACE/NAME within TIMEOUT`",
+};
+
+pub(super) const HOLD_DEPTH: ConfigKey = ConfigKey {
+    object: "gateway.hold.",
+    name: "depth",
+    default: "1000",
+    expected: "a whole number from 1 to 100000",
+    help: "Maximum number of held requests of one key, over all workers; one more is answered with 503 \
+           `too many requests held for NAMESPACE/NAME`",
+};
+
+pub(super) const HOLD_PROBE_PATH: ConfigKey = ConfigKey {
+    object: "gateway.hold.",
+    name: "probe_path",
+    default: r#""/""#,
+    expected: A_PATH,
+    help: "`:path` of the probes by which the gateway finds out whether a cluster has a pod that answers",
+};
+
+pub(super) const HOLD_PROBE_PERIOD: ConfigKey = ConfigKey {
+    object: "gateway.hold.",
+    name: "probe_period",
+    default: r#""100ms""#,
+    expected: r#"a duration from 5ms to 60s, such as "1s" or "250ms"; units ms, s, m"#,
+    help: "Time between two probes of a cluster for which requests are held",
+};
+
+pub(super) const HOLD_TRUST: ConfigKey = ConfigKey {
+    object: "gateway.hold.",
+    name: "trust",
+    default: r#""30s""#,
+    expected: r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#,
+    help: "How long after its last answer a cluster is taken to have a pod. Must be shorter than the time \
+           after which an autoscaler may remove the last pod",
+};
+
+pub(super) const HOLD_RELEASE: ConfigKey = ConfigKey {
+    object: "gateway.hold.",
+    name: "release",
+    default: "100",
+    expected: "a whole number from 1 to 100000",
+    help: "Maximum number of requests of one key in the app at once while others of it are held; doubles \
+           every 2 s in which the app answers without 503",
+};
+
 /// All keys, in the order of the reference page.
-pub const CONFIG_KEYS: [ConfigKey; 26] = [
+pub const CONFIG_KEYS: [ConfigKey; 36] = [
     ROLE,
     NAMESPACE,
     SERVICE,
@@ -229,6 +314,9 @@ pub const CONFIG_KEYS: [ConfigKey; 26] = [
     QUEUE_DEPTH,
     QUEUE_TIMEOUT,
     PROBES_BYPASS_BREAKER,
+    ANSWER_NETWORK_PROBE,
+    APP_CLUSTER,
+    APP_PROBE_PATH,
     STATSERVER,
     STATSERVER_CLUSTER,
     STATSERVER_AUTHORITY,
@@ -242,14 +330,23 @@ pub const CONFIG_KEYS: [ConfigKey; 26] = [
     GATEWAY_KEY_NAME,
     GATEWAY_MAX_KEYS,
     GATEWAY_MARK,
+    GATEWAY_HOLD,
+    HOLD_TIMEOUT,
+    HOLD_DEPTH,
+    HOLD_PROBE_PATH,
+    HOLD_PROBE_PERIOD,
+    HOLD_TRUST,
+    HOLD_RELEASE,
 ];
 
 /// The names of the document's own keys.
-pub(super) const DOCUMENT_KEYS: [&str; 15] = names_in("");
+pub(super) const DOCUMENT_KEYS: [&str; 18] = names_in("");
 /// Those of `statserver`.
 pub(super) const STATSERVER_KEYS: [&str; 5] = names_in("statserver.");
 /// Those of `gateway`.
-pub(super) const GATEWAY_KEYS: [&str; 3] = names_in("gateway.");
+pub(super) const GATEWAY_KEYS: [&str; 4] = names_in("gateway.");
+/// Those of `gateway.hold`.
+pub(super) const HOLD_KEYS: [&str; 6] = names_in("gateway.hold.");
 /// Those of `gateway.key`, if it comes from headers.
 pub(super) const GATEWAY_KEY_KEYS: [&str; 3] = names_in("gateway.key.");
 

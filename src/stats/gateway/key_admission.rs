@@ -171,6 +171,14 @@ impl KeyAdmission {
         admission
     }
 
+    /// Returns whether a key has Envoy stats of its own.
+    pub fn has_stats(&self, store: &impl Store, key: &KeyName) -> bool {
+        let found = self.change_bucket(store, self.bucket_of(key), |bucket| {
+            Attempt::Keep(bucket.find(key).is_some_and(|entry| entry.has_stats))
+        });
+        found.unwrap_or(false)
+    }
+
     /// Tracks keys that the leader has counted, even if they were removed from their buckets
     /// meanwhile. Returns which of them have stats.
     pub fn admit(&self, store: &impl Store, keys: &[KeyName]) -> Vec<KeyName> {
@@ -382,6 +390,8 @@ mod tests {
         admission.leave(&store, LEADER, &[key("c")], &FLOOR);
         let again = Admission::First { floor: FLOOR, has_stats: true };
         assert_eq!(admission.enter(&store, &key("a")), again, "it begins where it left, and keeps its stats");
+        let has_stats = |name: &str| admission.has_stats(&store, &key(name));
+        assert_eq!(["a", "b", "c", "d"].map(has_stats), [true, true, false, false]);
     }
 
     #[test]

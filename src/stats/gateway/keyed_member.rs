@@ -100,6 +100,11 @@ impl KeyedMember {
         admission
     }
 
+    /// Returns whether a key has Envoy stats of its own.
+    pub fn has_stats(&self, store: &impl Store, key: &KeyName) -> bool {
+        self.admission.has_stats(store, key)
+    }
+
     /// Counts the end of a request that was counted.
     pub fn request_out(&mut self, key: &KeyName, now: PodNs) {
         self.recorder.request_out(key, now, Origin::Direct);
