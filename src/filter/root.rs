@@ -8,7 +8,7 @@ use inflight_stats::{Config, Identity};
 
 use crate::host::{HeaderMap, Host};
 use crate::roles::exporter::Exporter;
-use crate::roles::gateway::Gateway;
+use crate::roles::gateway::{ClusterKeys, Gateway};
 use crate::roles::sidecar::Sidecar;
 use crate::vm::report_sender::{EncodedReport, send_report};
 use crate::vm::worker_registry::{SharedWorker, WorkerRegistry};
@@ -100,7 +100,14 @@ impl<H: Host> Root<H> {
             .map_err(|error| format!("cannot apply the configuration: {error}"))?;
         if config.role == config::Role::Gateway {
             let root = self.id;
-            return Ok(ActiveRole::Gateway(Rc::new(Gateway { host, root, config, token, worker })));
+            return Ok(ActiveRole::Gateway(Rc::new(Gateway {
+                host,
+                root,
+                config,
+                token,
+                worker,
+                keys: ClusterKeys::default(),
+            })));
         }
         let key = config.key();
         Ok(ActiveRole::Sidecar(Rc::new(Sidecar { host, config, token, key, worker })))
@@ -145,14 +152,11 @@ impl<H: Host> Root<H> {
 
     /// Reads the messages that have come from other workers.
     pub fn on_queue_ready(&mut self) {
-        let ActiveRole::Sidecar(sidecar) = &self.role else { return };
-        let Ok(mut worker) = sidecar.worker.try_borrow_mut() else { return };
-        let now = self.host.monotonic();
-        let actions = worker.breaker.as_mut().map(|breaker| breaker.read_mailbox(now));
+        let Some(Counting { worker, .. }) = self.role.counting() else { return };
+        let Ok(mut worker) = worker.try_borrow_mut() else { return };
+        let actions = worker.on_messages();
         drop(worker);
-        if let Some(actions) = actions {
-            actions.apply(self.host, self.id);
-        }
+        actions.apply(self.host, self.id);
     }
 
     /// Handles the answer to a call, from the stats server or from Envoy in its place.
@@ -164,10 +168,12 @@ impl<H: Host> Root<H> {
             .and_then(|value| std::str::from_utf8(&value).ok()?.parse().ok())
             .unwrap_or(0);
         if let Ok(mut worker) = worker.try_borrow_mut() {
-            worker.on_response(call, status, || {
+            let actions = worker.on_response(call, status, || {
                 let body = host.call_response_body(body_bytes.min(200));
                 String::from_utf8_lossy(&body).replace(char::is_control, " ")
             });
+            drop(worker);
+            actions.apply(host, self.id);
         }
         if !self.last_calls.is_empty() {
             self.last_calls.retain(|last| *last != call);

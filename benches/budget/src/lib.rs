@@ -1,17 +1,19 @@
 //! A minimal proxy-wasm host on wasmi. It counts what a module does: instructions (as fuel) and
 //! host calls. It is not a mock of Envoy for tests of behaviour; those run on Envoy.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use wasmi::{Caller, Config, Engine, Extern, ExternType, Func, Instance, Linker, Memory, Module, Store, Val};
 
 const OK: i32 = 0;
 const NOT_FOUND: i32 = 1;
+const EMPTY: i32 = 7;
 const CAS_MISMATCH: i32 = 8;
 /// Buffers and header maps, by proxy-wasm's numbers.
 const PLUGIN_CONFIGURATION: i32 = 7;
 const REQUEST_HEADERS: i32 = 0;
 const RESPONSE_HEADERS: i32 = 2;
+const CALL_RESPONSE_HEADERS: i32 = 6;
 const PLENTY: u64 = u64::MAX / 2;
 
 /// The host's data, and what it has observed.
@@ -23,6 +25,8 @@ struct State {
     shared: HashMap<Vec<u8>, (Vec<u8>, u32)>,
     metrics: i32,
     tick_ms: i64,
+    queue: VecDeque<Vec<u8>>,
+    calls_made: i32,
     calls: BTreeMap<String, u32>,
 }
 
@@ -126,21 +130,46 @@ impl Vm {
 
     /// Runs one request from its headers to its end, with the response code 200.
     pub fn request(&mut self, headers: &[(&'static str, &'static str)]) -> Cost {
+        self.cost(|vm| {
+            let id = vm.open(headers);
+            vm.close(id);
+        })
+    }
+
+    /// Begins a request. Returns its context.
+    pub fn open(&mut self, headers: &[(&'static str, &'static str)]) -> i32 {
         self.contexts += 1;
         let id = self.contexts;
         let state = self.store.data_mut();
         state.request = headers.to_vec();
         state.now_ns += 1_000_000;
         let count = i32::try_from(headers.len()).expect("few headers");
-        self.cost(|vm| {
-            vm.call("proxy_on_context_create", &[id, 1]);
-            vm.call("proxy_on_request_headers", &[id, count, 1]);
-            vm.call("proxy_on_response_headers", &[id, 3, 0]);
-            vm.call("proxy_on_response_body", &[id, 2, 1]);
-            vm.call("proxy_on_done", &[id]);
-            vm.call("proxy_on_log", &[id]);
-            vm.call("proxy_on_delete", &[id]);
-        })
+        self.call("proxy_on_context_create", &[id, 1]);
+        self.call("proxy_on_request_headers", &[id, count, 1]);
+        id
+    }
+
+    /// Ends a request with the response code 200.
+    pub fn close(&mut self, id: i32) {
+        self.call("proxy_on_response_headers", &[id, 3, 0]);
+        self.call("proxy_on_response_body", &[id, 2, 1]);
+        self.call("proxy_on_done", &[id]);
+        self.call("proxy_on_log", &[id]);
+        self.call("proxy_on_delete", &[id]);
+    }
+
+    /// Delivers what is in the module's queue, answers the HTTP calls that it then makes with 200, and
+    /// delivers what follows from that, until nothing is left.
+    pub fn deliver(&mut self) {
+        while !self.store.data().queue.is_empty() || self.store.data().calls_made > 0 {
+            self.store.data_mut().now_ns += 1_000_000;
+            if !self.store.data().queue.is_empty() {
+                self.call("proxy_on_queue_ready", &[1, 1]);
+            }
+            for call in 1..=std::mem::take(&mut self.store.data_mut().calls_made) {
+                self.call("proxy_on_http_call_response", &[1, call, 1, 0, 0]);
+            }
+        }
     }
 
     fn cost(&mut self, work: impl FnOnce(&mut Self)) -> Cost {
@@ -200,7 +229,7 @@ fn answer(caller: &mut Caller<'_, State>, name: &str, a: &[i64]) -> i32 {
                 REQUEST_HEADERS => {
                     caller.data().request.iter().find(|(k, _)| k.as_bytes() == key).map(|(_, v)| *v)
                 }
-                RESPONSE_HEADERS if key == b":status" => Some("200"),
+                RESPONSE_HEADERS | CALL_RESPONSE_HEADERS if key == b":status" => Some("200"),
                 _ => None,
             };
             value.map_or(NOT_FOUND, |value| give(caller, value.as_bytes(), a[3], a[4]))
@@ -241,6 +270,21 @@ fn answer(caller: &mut Caller<'_, State>, name: &str, a: &[i64]) -> i32 {
             caller.data_mut().tick_ms = a[0];
             OK
         }
+        "proxy_http_call" => {
+            caller.data_mut().calls_made += 1;
+            let call = caller.data().calls_made.to_le_bytes();
+            write(caller, a[9], &call);
+            OK
+        }
+        "proxy_enqueue_shared_queue" => {
+            let message = read(caller, a[1], a[2]);
+            caller.data_mut().queue.push_back(message);
+            OK
+        }
+        "proxy_dequeue_shared_queue" => match caller.data_mut().queue.pop_front() {
+            Some(message) => give(caller, &message, a[1], a[2]),
+            None => EMPTY,
+        },
         "proxy_register_shared_queue" => {
             write(caller, a[2], &1_u32.to_le_bytes());
             OK

@@ -8,7 +8,7 @@ use inflight_stats::pod::store::{Expect, Store};
 
 use proxy_wasm::types::Status;
 
-use crate::host::{CallError, HeaderMap, Host, HttpCall, Mailbox, MetricKind};
+use crate::host::{CallError, HeaderMap, Host, HttpCall, LocalReply, Mailbox, MetricKind};
 
 const OK: u32 = 0;
 /// Buffers, by proxy-wasm's numbers.
@@ -224,16 +224,16 @@ impl Host for Envoy {
         }
     }
 
-    fn respond(self, status: u32, body: &[u8], headers: &[(&str, &str)]) {
-        const DETAILS: &str = "inflight";
+    fn respond(self, reply: &LocalReply) {
         const NO_GRPC_STATUS: i32 = -1;
+        let LocalReply { status, details, body, headers } = reply;
         let headers = serialized(headers);
         // SAFETY: the host reads the four buffers.
         unsafe {
             proxy_send_local_response(
-                status,
-                DETAILS.as_ptr(),
-                DETAILS.len(),
+                *status,
+                details.as_ptr(),
+                details.len(),
                 body.as_ptr(),
                 body.len(),
                 headers.as_ptr(),

@@ -47,14 +47,18 @@ impl Gauge {
         }
     }
 
-    /// Changes this VM's part of a gauge that all VMs contribute to.
-    pub fn adjust(self, host: impl Host, to: u64, from: u64) {
+    /// Adds to a gauge that all VMs contribute to.
+    pub fn add(self, host: impl Host, difference: i64) {
         if let Some(metric) = self.0
-            && to != from
+            && difference != 0
         {
-            let difference = i64::try_from(to).unwrap_or(i64::MAX).saturating_sub_unsigned(from);
             host.increment_metric(metric, difference);
         }
+    }
+
+    /// Changes this VM's part of a gauge that all VMs contribute to.
+    pub fn adjust(self, host: impl Host, to: u64, from: u64) {
+        self.add(host, i64::try_from(to).unwrap_or(i64::MAX).saturating_sub_unsigned(from));
     }
 }
 

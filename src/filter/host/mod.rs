@@ -47,6 +47,18 @@ pub struct HttpCall<'a> {
     pub timeout: Duration,
 }
 
+/// An answer to a client that comes from here.
+pub struct LocalReply<'a> {
+    pub status: u32,
+    /// The response code's details, as the access log shows them.
+    pub details: &'a str,
+    pub body: &'a [u8],
+    pub headers: &'a [(&'a str, &'a str)],
+}
+
+/// The response code's details of answers that need no more than that.
+pub const DETAILS: &str = "inflight";
+
 /// Why the host refused an HTTP call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallError {
@@ -99,7 +111,7 @@ pub trait Host: Store + Copy + 'static {
     fn continue_request(self);
 
     /// Answers the request in effect.
-    fn respond(self, status: u32, body: &[u8], headers: &[(&str, &str)]);
+    fn respond(self, reply: &LocalReply);
 
     /// Makes an HTTP call from the context in effect. Returns the call's number. The answer comes
     /// to the context that made the call, and only while that context exists.
@@ -157,11 +169,6 @@ pub trait Host: Store + Copy + 'static {
         self.for_each_stream(streams, home, || self.continue_request());
     }
 
-    /// Answers several paused requests. Called in the context `home`.
-    fn respond_to(self, streams: &[u32], home: u32, status: u32, body: &[u8], headers: &[(&str, &str)]) {
-        self.for_each_stream(streams, home, || self.respond(status, body, headers));
-    }
-
     /// Returns the code that the client was sent; 0 if the stream ended before any response. At the
     /// end of a stream, the response's headers are those that were sent, including local replies.
     /// Reading a header costs a tenth of the property `response.code`.
@@ -180,7 +187,20 @@ pub trait Host: Store + Copy + 'static {
         const LR: u64 = 0x8;
         const DC: u64 = 0x4000;
         const FROM_SI_ON: u64 = !0xffff;
+        self.response_flags() & (UT | LR | DC | FROM_SI_ON) != 0
+    }
+
+    /// Returns whether Envoy had no host to send the request to, or could not connect to the one
+    /// that it chose.
+    fn had_no_upstream(self) -> bool {
+        const UH: u64 = 0x2;
+        const UF: u64 = 0x20;
+        self.response_flags() & (UH | UF) != 0
+    }
+
+    /// Returns Envoy's response flags, by the numbers of its `CoreResponseFlag`; 0 if there are none.
+    fn response_flags(self) -> u64 {
         let value = self.property("response\0flags").and_then(|bytes| <[u8; 8]>::try_from(bytes).ok());
-        value.is_some_and(|bytes| u64::from_le_bytes(bytes) & (UT | LR | DC | FROM_SI_ON) != 0)
+        value.map_or(0, u64::from_le_bytes)
     }
 }

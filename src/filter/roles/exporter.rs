@@ -9,7 +9,7 @@ use inflight_stats::pod::pod_state::PodStore;
 use prost::Message;
 use proxy_wasm::types::Action;
 
-use crate::host::{HeaderMap, Host};
+use crate::host::{DETAILS, HeaderMap, Host, LocalReply};
 
 /// The data that all requests to one exporter share.
 pub struct Exporter<H> {
@@ -27,16 +27,19 @@ impl<H: Host> ExporterStream<H> {
         let Exporter { host, config, pod } = &*self.0;
         let header = |name| host.header(HeaderMap::Request, name);
         let (method, path) = (header(":method").unwrap_or_default(), header(":path").unwrap_or_default());
+        let answer = |status, body: &[u8], headers: &[(&str, &str)]| {
+            host.respond(&LocalReply { status, details: DETAILS, body, headers });
+        };
         let stat = || knative_stat(&config.identity.pod, pod.state(host).ok().as_ref());
         match route(&method, &path, header("accept").as_deref()) {
-            Route::Protobuf => host.respond(200, &stat().encode_to_vec(), &[("content-type", PROTOBUF)]),
+            Route::Protobuf => answer(200, &stat().encode_to_vec(), &[("content-type", PROTOBUF)]),
             Route::Text => {
                 let text = prometheus(&stat(), &config.identity);
-                host.respond(200, text.as_bytes(), &[("content-type", TEXT)]);
+                answer(200, text.as_bytes(), &[("content-type", TEXT)]);
             }
-            Route::NotFound => host.respond(404, b"only /metrics is here\n", &[]),
+            Route::NotFound => answer(404, b"only /metrics is here\n", &[]),
             Route::MethodNotAllowed => {
-                host.respond(405, b"only GET and HEAD\n", &[("allow", "GET, HEAD")]);
+                answer(405, b"only GET and HEAD\n", &[("allow", "GET, HEAD")]);
             }
         }
         Action::Pause

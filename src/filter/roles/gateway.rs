@@ -1,5 +1,7 @@
 //! The role `gateway`: one request through a gateway.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use inflight_stats::config::KeySource;
@@ -10,12 +12,14 @@ use inflight_stats::counting::request::{
 use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::gateway::key_name::KeyName;
 use inflight_stats::gateway::key_totals;
+use inflight_stats::hold::worker_side::Passage;
 use inflight_stats::protocol::report::{Report, VERSION};
 use inflight_stats::{Config, KeyReport, Snapshot};
 use proxy_wasm::types::Action;
 
 use crate::host::{HeaderMap, Host};
 use crate::vm::keyed_worker::KeyedRequest;
+use crate::vm::local_hold::{HoldDecision, HoldState, SharedHoldState};
 use crate::vm::report_sender::send_report;
 use crate::vm::worker_registry::SharedWorker;
 
@@ -26,6 +30,29 @@ pub struct Gateway<H: Host> {
     pub config: Config,
     pub token: Option<String>,
     pub worker: SharedWorker<H>,
+    pub keys: ClusterKeys,
+}
+
+/// How many clusters' keys are remembered. A gateway that has more forgets all of them now and then.
+const MAX_CLUSTERS: usize = 10_000;
+
+/// The keys of clusters. Reading a key out of a cluster's name costs a tenth of the request.
+#[derive(Default)]
+pub struct ClusterKeys(RefCell<BTreeMap<Vec<u8>, KeyName>>);
+
+impl ClusterKeys {
+    fn of(&self, cluster: &[u8], namespace: &str) -> Option<KeyName> {
+        let mut keys = self.0.try_borrow_mut().ok()?;
+        if let Some(key) = keys.get(cluster) {
+            return Some(key.clone());
+        }
+        let key = KeyName::from_cluster(std::str::from_utf8(cluster).ok()?, namespace)?;
+        if keys.len() >= MAX_CLUSTERS {
+            keys.clear();
+        }
+        keys.insert(cluster.to_vec(), key.clone());
+        Some(key)
+    }
 }
 
 /// A stream. Its request counts under its key while the stream lasts.
@@ -33,14 +60,24 @@ pub struct GatewayStream<H: Host> {
     id: u32,
     gateway: Rc<Gateway<H>>,
     counted: Option<(KeyName, MonotonicNs)>,
+    /// `None` without a hold.
+    held: Option<StreamHold>,
+}
+
+/// What the hold made of a stream's request.
+enum StreamHold {
+    /// It was let through at once.
+    Passed(Passage),
+    /// It was paused.
+    Paused(SharedHoldState),
 }
 
 impl<H: Host> GatewayStream<H> {
     pub fn new(id: u32, gateway: Rc<Gateway<H>>) -> Self {
-        Self { id, gateway, counted: None }
+        Self { id, gateway, counted: None, held: None }
     }
 
-    /// Counts the request, when its headers arrive.
+    /// Counts the request when its headers arrive, and lets it go on or holds it.
     pub fn on_request_headers(&mut self) -> Action {
         let host = self.gateway.host;
         let now = host.monotonic();
@@ -53,10 +90,11 @@ impl<H: Host> GatewayStream<H> {
         let kubelet_probe = host.header(HeaderMap::Request, KUBELET_PROBE_HEADER).is_some();
         let network_probe = host.header(HeaderMap::Request, NETWORK_PROBE_HEADER);
         let routing_probe = network_probe.as_deref().is_some_and(|value| self.is_routing_probe(value));
+        let mut cluster = None;
         if routing_probe {
             self.pass_probe();
         } else {
-            self.count_in(now);
+            cluster = self.count_in(now);
         }
         if kubelet_probe {
             host.remove_header(HeaderMap::Request, KUBELET_PROBE_HEADER);
@@ -65,7 +103,35 @@ impl<H: Host> GatewayStream<H> {
             host.remove_header(HeaderMap::Request, NETWORK_PROBE_HEADER);
         }
         self.mark();
-        Action::Continue
+        match cluster {
+            Some(cluster) => self.hold(&cluster, now),
+            None => Action::Continue,
+        }
+    }
+
+    /// Holds a counted request until a pod of its cluster can take it.
+    fn hold(&mut self, cluster: &[u8], now: MonotonicNs) -> Action {
+        let (Some((key, _)), Ok(cluster)) = (&self.counted, std::str::from_utf8(cluster)) else {
+            return Action::Continue;
+        };
+        let Ok(mut worker) = self.gateway.worker.try_borrow_mut() else { return Action::Continue };
+        let decision = worker.hold_in(key, cluster, self.id, now);
+        drop(worker);
+        match decision {
+            HoldDecision::Pass(passage) => {
+                self.held = Some(StreamHold::Passed(passage));
+                Action::Continue
+            }
+            HoldDecision::Unheld => Action::Continue,
+            HoldDecision::Pause(state) => {
+                self.held = Some(StreamHold::Paused(state));
+                Action::Pause
+            }
+            HoldDecision::Refuse(refusal) => {
+                refusal.send(self.gateway.host);
+                Action::Pause
+            }
+        }
     }
 
     /// Marks a counted request with the key that it is counted under. Of any other request it
@@ -84,16 +150,21 @@ impl<H: Host> GatewayStream<H> {
         }
     }
 
-    fn key(&self) -> Option<KeyName> {
-        let Gateway { host, config, .. } = &*self.gateway;
+    /// Returns the request's key, and the cluster that it goes to if the hold needs to know.
+    fn key(&self) -> Option<(KeyName, Option<Vec<u8>>)> {
+        let Gateway { host, config, keys, .. } = &*self.gateway;
+        let cluster = || host.property("xds\0cluster_name");
+        let holds = config.gateway.hold.is_some();
         match &config.gateway.key {
             KeySource::Cluster => {
-                let cluster = host.property("xds\0cluster_name")?;
-                KeyName::from_cluster(std::str::from_utf8(&cluster).ok()?, &config.identity.namespace)
+                let cluster = cluster()?;
+                let key = keys.of(&cluster, &config.identity.namespace)?;
+                Some((key, holds.then_some(cluster)))
             }
             KeySource::Headers { namespace, name } => {
                 let value = |header: &str| String::from_utf8(host.header(HeaderMap::Request, header)?).ok();
-                KeyName::checked(&value(namespace)?, &value(name)?)
+                let key = KeyName::checked(&value(namespace)?, &value(name)?)?;
+                Some((key, if holds { cluster() } else { None }))
             }
         }
     }
@@ -113,17 +184,18 @@ impl<H: Host> GatewayStream<H> {
             && is_routing_probe(network_probe, host.header(HeaderMap::Request, NETWORK_HASH_HEADER).is_some())
     }
 
-    /// Counts the request, if it has a key for which there is capacity.
-    fn count_in(&mut self, now: MonotonicNs) {
+    /// Counts the request, if it has a key for which there is capacity. Returns the cluster at which
+    /// it may have to be held.
+    fn count_in(&mut self, now: MonotonicNs) -> Option<Vec<u8>> {
         let key = self.key();
-        let Ok(mut worker) = self.gateway.worker.try_borrow_mut() else { return };
-        let Some(key) = key else {
+        let Ok(mut worker) = self.gateway.worker.try_borrow_mut() else { return None };
+        let Some((key, cluster)) = key else {
             worker.request_without_key();
-            return;
+            return None;
         };
         let incarnation = worker.incarnation;
         match worker.key_request_in(&key, now) {
-            KeyedRequest::OverKeyLimit => return,
+            KeyedRequest::OverKeyLimit => return None,
             KeyedRequest::Counted => {}
             KeyedRequest::First(floor) => {
                 drop(worker);
@@ -132,6 +204,7 @@ impl<H: Host> GatewayStream<H> {
             }
         }
         self.counted = Some((key, now));
+        cluster
     }
 
     /// Sends a report without waiting for the answer. The report says that something is in flight
@@ -162,8 +235,19 @@ impl<H: Host> GatewayStream<H> {
     fn count_out(&mut self, code: impl FnOnce() -> u16) {
         let Some((key, since)) = self.counted.take() else { return };
         let now = self.gateway.host.monotonic();
+        let held = self.held.take();
         if let Ok(mut worker) = self.gateway.worker.try_borrow_mut() {
-            worker.key_request_out(&key, now, code(), now.since(since));
+            let code = code();
+            worker.key_request_out(&key, now, code, now.since(since));
+            match held {
+                None => {}
+                Some(StreamHold::Passed(passage)) => worker.hold_out(&key, &passage, code, now),
+                Some(StreamHold::Paused(state)) => match state.replace(HoldState::Outside) {
+                    HoldState::Waiting(number) => worker.hold_abandon(&key, number, now),
+                    HoldState::Passed(passage) => worker.hold_out(&key, &passage, code, now),
+                    HoldState::Outside => {}
+                },
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use inflight_stats::counting::time::MonotonicNs;
 use proxy_wasm::types::Action;
 
 use crate::host::{HeaderMap, Host};
-use crate::vm::local_breaker::{PLAIN_TEXT, PermitState, QUEUE_FULL, SharedPermitState};
+use crate::vm::local_breaker::{PermitState, QUEUE_FULL, SharedPermitState};
 use crate::vm::worker::Latency;
 use crate::vm::worker_registry::SharedWorker;
 
@@ -58,7 +58,7 @@ impl<H: Host> SidecarStream<H> {
             None | Some(PermitState::Held(_)) => Action::Continue,
             Some(PermitState::Waiting(_)) => Action::Pause,
             Some(PermitState::Refused) => {
-                host.respond(503, QUEUE_FULL, &[PLAIN_TEXT]);
+                QUEUE_FULL.send(host);
                 Action::Pause
             }
         }
@@ -134,6 +134,7 @@ impl<H: Host> SidecarStream<H> {
         // A request that came before there was a breaker holds no permit.
         let breaker = worker.breaker.as_mut();
         let actions = breaker.zip(permit).map(|(breaker, permit)| breaker.leave(permit, now));
+        let actions = actions.map(|actions| if actions.is_empty() { actions } else { worker.batch(actions) });
         drop(worker);
         if let Some(actions) = actions {
             actions.apply(self.sidecar.host, self.id);

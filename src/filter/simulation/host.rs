@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::pod::store::{Expect, Store};
 
+use super::network::{CallRequest, Pods};
 use super::world::World;
-use crate::host::{CallError, HeaderMap, Host, HttpCall, Mailbox, MetricKind};
+use crate::host::{CallError, HeaderMap, Host, HttpCall, LocalReply, Mailbox, MetricKind};
 
 /// The host as one VM sees it.
 #[derive(Clone, Copy)]
@@ -37,21 +38,19 @@ pub struct RootSide {
 
 #[derive(Default)]
 pub struct StreamSide {
+    pub root: u32,
     pub headers: BTreeMap<String, Vec<u8>>,
     pub cluster: String,
     pub code: Option<u16>,
-    /// Whether the client disconnected.
-    pub is_aborted: bool,
+    /// Envoy's response flags.
+    pub flags: u64,
     pub is_in_app: bool,
     pub body: Option<Vec<u8>>,
 }
 
-/// A call on its way.
-pub struct Call {
-    pub number: u32,
-    pub vm: usize,
-    pub root: u32,
-    pub body: Vec<u8>,
+/// Returns the `:authority` of all requests to a cluster.
+fn authority_of(cluster: &str) -> String {
+    format!("{cluster}.example")
 }
 
 impl SimulatedHost {
@@ -90,10 +89,7 @@ impl Host for SimulatedHost {
         let due_ns = self.world.now_ns.get() + period_ns;
         self.side(|side| {
             // A stream's callback sets the timer of its root context.
-            let root = match side.roots.contains_key(&side.effective) {
-                true => side.effective,
-                false => *side.roots.keys().last().unwrap(),
-            };
+            let root = side.streams.get(&side.effective).map_or(side.effective, |stream| stream.root);
             let root = side.roots.get_mut(&root).unwrap();
             (root.due_ns, root.period_ns) = (due_ns, period_ns);
         });
@@ -123,6 +119,9 @@ impl Host for SimulatedHost {
 
     fn header(self, map: HeaderMap, name: &str) -> Option<Vec<u8>> {
         match map {
+            HeaderMap::Request if name == ":authority" => {
+                self.stream(|stream| authority_of(&stream.cluster).into_bytes())
+            }
             HeaderMap::Request => self.stream(|stream| stream.headers.get(name).cloned())?,
             HeaderMap::Response => {
                 assert_eq!(name, ":status");
@@ -146,38 +145,52 @@ impl Host for SimulatedHost {
     }
 
     fn property(self, path: &str) -> Option<Vec<u8>> {
-        const CLIENT_WENT_AWAY: u64 = 0x4000;
         match path {
             "xds\0cluster_name" => self.stream(|stream| stream.cluster.clone().into_bytes()),
-            "response\0flags" => self.stream(|stream| {
-                let flags = if stream.is_aborted { CLIENT_WENT_AWAY } else { 0 };
-                flags.to_le_bytes().to_vec()
-            }),
+            "response\0flags" => self.stream(|stream| stream.flags.to_le_bytes().to_vec()),
             _ => None,
         }
     }
 
     fn continue_request(self) {
-        self.stream(|stream| {
-            assert!(stream.code.is_none(), "it was answered already");
-            stream.is_in_app = true;
-        });
+        self.world.go_on(self.vm);
     }
 
-    fn respond(self, status: u32, body: &[u8], _: &[(&str, &str)]) {
-        let code = u16::try_from(status).unwrap();
-        self.stream(|stream| (stream.code, stream.body) = (Some(code), Some(body.into())));
+    fn respond(self, reply: &LocalReply) {
+        let code = u16::try_from(reply.status).unwrap();
+        let has = |header: &str| reply.headers.iter().any(|(name, _)| *name == header);
+        assert!(!reply.details.is_empty() && has("content-type"));
+        assert_eq!(has("retry-after"), reply.details.starts_with("inflight_hold_"));
+        self.stream(|stream| (stream.code, stream.body) = (Some(code), Some(reply.body.into())));
     }
 
     fn http_call(self, call: HttpCall) -> Result<u32, CallError> {
-        assert!(call.headers.contains(&(":path", "/v1/reports")));
-        assert_eq!((call.cluster, call.timeout.as_millis()), ("stats", 100));
         let root = self.side(|side| side.effective);
-        if self.world.network_fails() {
-            let errors = [CallError::NoHost, CallError::UnknownCluster];
-            return Err(errors[self.world.roll(2) as usize]);
+        // The answer must come to a context that outlives the request.
+        assert!(self.side(|side| side.roots.contains_key(&root)));
+        if call.headers.contains(&(":path", "/v1/reports")) {
+            assert_eq!((call.cluster, call.timeout.as_millis()), ("stats", 100));
+            if self.world.network_fails() {
+                let errors = [CallError::NoHost, CallError::UnknownCluster];
+                return Err(errors[self.world.roll(2) as usize]);
+            }
+            return Ok(self.world.send(self.vm, root, CallRequest::Report(call.body.into())));
         }
-        Ok(self.world.send(self.vm, root, call.body))
+        let expected = [
+            (":method", "GET"),
+            (":path", "/"),
+            (":authority", &authority_of(call.cluster)),
+            ("user-agent", "inflight-probe/1"),
+            ("k-network-probe", "queue"),
+        ];
+        assert_eq!((call.headers.as_slice(), call.timeout.as_millis()), (expected.as_slice(), 300));
+        match self.world.clusters.pods(call.cluster) {
+            Pods::Unknown => Err(CallError::UnknownCluster),
+            Pods::Gone => Err(CallError::NoHost),
+            Pods::Serving | Pods::Refusing => {
+                Ok(self.world.send(self.vm, root, CallRequest::Probe(call.cluster.into())))
+            }
+        }
     }
 
     fn call_response_body(self, _: usize) -> Vec<u8> {
@@ -186,7 +199,7 @@ impl Host for SimulatedHost {
 
     fn mailbox(self, name: &str) -> Option<Mailbox> {
         let root = self.side(|side| side.effective);
-        Some(Mailbox(self.world.register_mailbox(name, self.vm, root)))
+        Some(Mailbox(self.world.mailboxes.register(name, self.vm, root)))
     }
 
     fn send_message(self, mailbox: Mailbox, message: &[u8]) -> bool {
@@ -194,7 +207,7 @@ impl Host for SimulatedHost {
     }
 
     fn next_message(self, mailbox: Mailbox) -> Option<Vec<u8>> {
-        self.world.next_message(mailbox.0)
+        self.world.mailboxes.next(mailbox.0)
     }
 
     fn define_metric(self, kind: MetricKind, name: &str) -> Option<u32> {

@@ -3,6 +3,9 @@
 //! repeats messages. Between any two accesses of a VM to the shared data, other VMs act, stall,
 //! panic and come back. Everything is derived from a seed, so a failing run can be repeated.
 
+mod by_hand;
+mod hold_tests;
 mod host;
+mod network;
 mod tests;
 mod world;

@@ -4,12 +4,18 @@ use std::collections::BTreeMap;
 
 use inflight_stats::breaker::rules::PATIENCE_NS;
 
-use super::world::{Faults, World};
+use super::hold_tests::HOLD;
+use super::world::{CALM, Faults, World};
 
-const CALM: Faults = Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0 };
 /// Stalls are shorter than the breaker's patience, and than the longest step of the pod's clock.
-const ROUGH: Faults =
-    Faults { stalls: 60, longest_stall_ns: 1_500_000_000, panics: 500, reconfigurations: 400, network: 10 };
+pub const ROUGH: Faults = Faults {
+    stalls: 60,
+    longest_stall_ns: 1_500_000_000,
+    panics: 500,
+    reconfigurations: 400,
+    network: 10,
+    pods: 0,
+};
 const LIMIT: usize = 3;
 
 macro_rules! sidecar {
@@ -41,7 +47,11 @@ const GATEWAY: &[&str] = &[
 const UNMARKED: &[&str] = &[r#"{"role": "gateway", "pod": "gw", "gateway": {"mark": false}}"#];
 
 /// Runs a world to its end. The server must have every request and every nanosecond, once.
-fn counts_everything(seed: u64, configurations: &'static [&'static str], faults: Faults) -> &'static World {
+pub fn counts_everything(
+    seed: u64,
+    configurations: &'static [&'static str],
+    faults: Faults,
+) -> &'static World {
     let world = World::start(seed, configurations, faults);
     world.run(1_500, 8_000_000);
     world.settle();
@@ -315,8 +325,8 @@ fn a_refused_configuration_counts_nothing() {
 #[test]
 fn the_documented_stats_are_those_that_are_defined() {
     let mut defined = BTreeMap::new();
-    for configurations in [BREAKER, GATEWAY] {
-        let world = counts_everything(3, configurations, ROUGH);
+    for configurations in [BREAKER, GATEWAY, HOLD] {
+        let world = counts_everything(3, configurations, Faults { pods: 20, ..ROUGH });
         for (kind, name) in world.stats() {
             let name = name.split('.').next().unwrap().to_owned();
             defined.insert(name, format!("{kind:?}").to_lowercase());

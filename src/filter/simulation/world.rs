@@ -1,18 +1,14 @@
-//! The simulated world: VMs, streams, the network and the stats server, and the truth to compare
-//! with.
+//! The simulated world: VMs and their streams, what happens to them, and the truth to compare with.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use inflight_stats::protocol::report_delta::addition;
 use inflight_stats::testing::{Dice, Map};
-use inflight_stats::{Report, Snapshot};
 use proxy_wasm::types::Action;
 
-use super::host::{Call, HostSide, RootSide, SimulatedHost, StreamSide};
+use super::host::{HostSide, RootSide, SimulatedHost, StreamSide};
+use super::network::{Call, CallRequest, Clusters, Key, Mailboxes, Pods, Server, Sums};
 use crate::host::MetricKind;
-use crate::roles::exporter::ExporterStream;
 use crate::roles::gateway::GatewayStream;
 use crate::roles::sidecar::SidecarStream;
 use crate::root::{ActiveRole, Root};
@@ -21,15 +17,12 @@ use crate::vm::worker_registry::WorkerRegistry;
 /// The header by which a kubelet's probe is known.
 const KUBELET: (&str, &str) = ("user-agent", "kube-probe/1.33");
 
-/// A namespace and a name.
-pub type Key = (String, String);
-
 /// One VM. The first is Envoy's main thread, which receives no requests.
 pub struct Vm {
-    workers: Rc<WorkerRegistry<SimulatedHost>>,
+    pub workers: Rc<WorkerRegistry<SimulatedHost>>,
     /// The root contexts by their numbers, the newest last.
-    roots: Vec<(u32, Root<SimulatedHost>)>,
-    streams: Vec<Stream>,
+    pub roots: Vec<(u32, Root<SimulatedHost>)>,
+    pub streams: Vec<Stream>,
     /// Root contexts whose `on_done` asked for more time.
     ending: Vec<u32>,
     stalled_until_ns: u64,
@@ -39,7 +32,7 @@ pub struct Vm {
 }
 
 pub struct Stream {
-    id: u32,
+    pub id: u32,
     root: u32,
     since_ns: u64,
     /// The key under which the request counts. A probe has none.
@@ -52,48 +45,6 @@ enum Logic {
     Gateway(GatewayStream<SimulatedHost>),
 }
 
-#[derive(Default)]
-struct MailboxSide {
-    name: String,
-    vm: usize,
-    root: u32,
-    messages: VecDeque<Vec<u8>>,
-}
-
-/// The number of requests, and the time that they took.
-pub type Sums = BTreeMap<Key, (u64, u128)>;
-
-/// What the stats server has accepted.
-#[derive(Default)]
-pub struct Server {
-    known: BTreeMap<Key, Snapshot>,
-    pub counted: Sums,
-    pub taken: u64,
-    /// The most keys that a report may have; 0 for any number.
-    pub max_keys: usize,
-}
-
-impl Server {
-    /// Returns the status of its answer.
-    fn take(&mut self, bytes: &[u8]) -> u16 {
-        let report = Report::decode(bytes).unwrap();
-        if self.max_keys > 0 && report.messages.len() > self.max_keys {
-            return 413;
-        }
-        for message in report.messages {
-            let key = (message.namespace, message.name);
-            let known = self.known.get(&key).copied();
-            let period =
-                addition(known.as_ref(), &message.since, &message.until).expect("no counter went back");
-            let sum = self.counted.entry(key.clone()).or_default();
-            *sum = (sum.0 + period.requests, sum.1 + period.request_ns);
-            self.known.insert(key, known.map_or(message.until, |known| known.ceiling(&message.until)));
-        }
-        self.taken += 1;
-        202
-    }
-}
-
 /// How often something goes wrong: in one of this many steps, or never for 0.
 #[derive(Clone, Copy)]
 pub struct Faults {
@@ -104,7 +55,12 @@ pub struct Faults {
     /// Calls that cannot be made; reports, answers and messages that are lost; reports that arrive
     /// twice.
     pub network: u64,
+    /// Clusters that get pods or lose them.
+    pub pods: u64,
 }
+
+pub const CALM: Faults =
+    Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0, pods: 0 };
 
 pub struct World {
     pub seed: u64,
@@ -118,25 +74,41 @@ pub struct World {
     /// Requests that the breaker turned away, without probes.
     pub refused: Cell<u64>,
     pub timed_out: Cell<u64>,
+    pub clusters: Clusters,
+    /// Requests that were paused, and those that were let through and found no pod.
+    pub paused: Cell<u64>,
+    pub without_pod: Cell<u64>,
+    /// The key that all requests go to, if it is only one.
+    pub key: Cell<Option<u64>>,
+    /// By how many configurations the one that requests come to is older than the newest.
+    pub to_older: Cell<usize>,
     faults: Faults,
     dice: RefCell<Dice>,
     depth: Cell<u32>,
-    vms: Vec<RefCell<Option<Vm>>>,
+    pub vms: Vec<RefCell<Option<Vm>>>,
     /// The number of the newest configuration.
-    generation: Cell<usize>,
+    pub generation: Cell<usize>,
     configurations: &'static [&'static str],
     contexts: Cell<u32>,
     calls: Cell<u32>,
-    mailboxes: RefCell<Vec<MailboxSide>>,
-    sent: RefCell<Vec<Call>>,
+    pub mailboxes: Mailboxes,
+    pub sent: RefCell<Vec<Call>>,
     /// Answers on their way: the call, and the answer's status.
     answers: RefCell<Vec<(Call, u16)>>,
     metrics: RefCell<Vec<(MetricKind, String, i64)>>,
 }
 
+/// Envoy's response flag of a client that disconnected.
+const CLIENT_WENT_AWAY: u64 = 0x4000;
+
+/// Returns the cluster of a key.
+pub fn cluster_of(key: u64, port: u64) -> String {
+    format!("outbound|{port}||key{key}.ns.svc.cluster.local")
+}
+
 impl World {
     pub const WALL_OFFSET_NS: u64 = 1_700_000_000_000_000_000;
-    const VMS: usize = 4;
+    pub const VMS: usize = 4;
 
     /// Returns a running world, with each VM under the first configuration.
     pub fn start(seed: u64, configurations: &'static [&'static str], faults: Faults) -> &'static Self {
@@ -151,6 +123,11 @@ impl World {
             truth: RefCell::default(),
             refused: Cell::default(),
             timed_out: Cell::default(),
+            clusters: Clusters::default(),
+            paused: Cell::default(),
+            without_pod: Cell::default(),
+            key: Cell::default(),
+            to_older: Cell::default(),
             faults,
             dice: RefCell::new(Dice(seed)),
             depth: Cell::default(),
@@ -159,7 +136,7 @@ impl World {
             configurations,
             contexts: Cell::default(),
             calls: Cell::default(),
-            mailboxes: RefCell::default(),
+            mailboxes: Mailboxes::default(),
             sent: RefCell::default(),
             answers: RefCell::default(),
             metrics: RefCell::default(),
@@ -182,6 +159,7 @@ impl World {
     /// Lets all VMs run again, all requests end, and nothing get lost any more.
     pub fn settle(&'static self) {
         self.calm.set(true);
+        self.clusters.serve();
         for _ in 0..2_000 {
             self.now_ns.set(self.now_ns.get() + 5_000_000);
             for index in 0..Self::VMS {
@@ -239,134 +217,6 @@ impl World {
         self.metrics.borrow().iter().map(|(kind, name, _)| (*kind, name.clone())).collect()
     }
 
-    /// Returns a world in which nothing happens but what the test does, and nothing is lost.
-    pub fn by_hand(seed: u64, configurations: &'static [&'static str]) -> &'static Self {
-        let none = Faults { stalls: 0, longest_stall_ns: 0, panics: 0, reconfigurations: 0, network: 0 };
-        let world = Self::start(seed, configurations, none);
-        world.calm.set(true);
-        world
-    }
-
-    /// Sends a request to a VM.
-    pub fn request_to(&'static self, index: usize) {
-        self.request(index, self.vms[index].borrow_mut().as_mut().unwrap(), &[]);
-    }
-
-    /// A request with headers comes to a VM. Returns the headers that it goes on with.
-    pub fn request_with(&'static self, index: usize, headers: &[(&str, &str)]) -> BTreeMap<String, Vec<u8>> {
-        let mut vm = self.vms[index].borrow_mut();
-        let vm = vm.as_mut().unwrap();
-        self.request(index, vm, headers);
-        self.hosts[index].borrow().streams[&vm.streams.last().unwrap().id].headers.clone()
-    }
-
-    /// Answers the oldest request of a VM that is in the app.
-    pub fn answer_at(&'static self, index: usize) {
-        let mut vm = self.vms[index].borrow_mut();
-        let vm = vm.as_mut().unwrap();
-        let in_app = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].is_in_app;
-        let at = vm.streams.iter().position(in_app).unwrap();
-        let id = vm.streams[at].id;
-        self.hosts[index].borrow_mut().streams.get_mut(&id).unwrap().code = Some(200);
-        self.end_stream(index, vm, at);
-    }
-
-    /// Lets a VM read the messages from the others.
-    pub fn read_mail_of(&'static self, index: usize) {
-        self.read_mail(index, self.vms[index].borrow_mut().as_mut().unwrap());
-    }
-
-    /// Lets time pass, and runs all timers that are due then.
-    pub fn pass(&'static self, ns: u64) {
-        self.now_ns.set(self.now_ns.get() + ns);
-        for (index, vm) in self.vms.iter().enumerate() {
-            self.tick(index, vm.borrow_mut().as_mut().unwrap());
-        }
-    }
-
-    /// Makes a VM panic. Another VM replaces it.
-    pub fn panic(&'static self, index: usize) {
-        let vm = self.vms[index].borrow_mut().take().unwrap();
-        vm.workers.seal_all();
-        self.forget(index, vm);
-        *self.vms[index].borrow_mut() = Some(self.new_vm(index));
-    }
-
-    /// Stops a VM as by a trap. Another VM replaces it.
-    pub fn trap(&'static self, index: usize) {
-        let vm = self.vms[index].borrow_mut().take().unwrap();
-        self.forget(index, vm);
-        *self.vms[index].borrow_mut() = Some(self.new_vm(index));
-    }
-
-    /// Gives all VMs another configuration.
-    pub fn reconfigure(&'static self) {
-        self.generation.set(self.generation.get() + 1);
-        for (index, vm) in self.vms.iter().enumerate() {
-            self.configure(index, vm.borrow_mut().as_mut().unwrap());
-        }
-    }
-
-    /// Ends the newest root context of each VM, in a random order of VMs. Open requests go on.
-    pub fn end_newest_roots(&'static self) {
-        let mut left: Vec<usize> = (0..Self::VMS).collect();
-        while !left.is_empty() {
-            let index = left.swap_remove(self.roll(left.len() as u64) as usize);
-            let mut vm = self.vms[index].borrow_mut();
-            let (id, mut root) = vm.as_mut().unwrap().roots.pop().unwrap();
-            self.put_into_effect(index, id);
-            root.on_done();
-            self.hosts[index].borrow_mut().roots.remove(&id);
-        }
-    }
-
-    /// Returns the number of reports on their way.
-    pub fn reports_sent(&self) -> usize {
-        self.sent.borrow().len()
-    }
-
-    /// Delivers all reports that are on their way.
-    pub fn deliver_all(&'static self) {
-        while !self.sent.borrow().is_empty() {
-            self.deliver();
-        }
-    }
-
-    /// Returns an exporter's answer to a scrape.
-    pub fn scrape(&'static self, configuration: &str) -> String {
-        let (id, root) = self.root(0, configuration);
-        assert!(root.1, "refused");
-        let ActiveRole::Exporter(exporter) = root.0.role() else { panic!("no exporter") };
-        let headers = [(":method", "GET"), (":path", "/metrics")];
-        let headers = headers.map(|(name, value)| (name.to_owned(), value.as_bytes().to_vec()));
-        let side = StreamSide { headers: headers.into(), ..StreamSide::default() };
-        self.hosts[0].borrow_mut().streams.insert(id, side);
-        self.put_into_effect(0, id);
-        ExporterStream(Rc::clone(exporter)).on_request_headers();
-        let side = self.hosts[0].borrow_mut().streams.remove(&id).unwrap();
-        assert_eq!(side.code, Some(200));
-        String::from_utf8(side.body.unwrap()).unwrap()
-    }
-
-    /// Returns whether a configuration is accepted.
-    pub fn accepts(&'static self, configuration: &str) -> bool {
-        self.root(1, configuration).1.1
-    }
-
-    /// Returns a root context that nothing else refers to, and whether its configuration is
-    /// accepted.
-    fn root(&'static self, index: usize, configuration: &str) -> (u32, (Root<SimulatedHost>, bool)) {
-        let id = self.context();
-        let host = SimulatedHost { vm: index, world: self };
-        let side = RootSide { configuration: configuration.into(), ..RootSide::default() };
-        self.hosts[index].borrow_mut().roots.insert(id, side);
-        let mut root = Root::new(host, id, Rc::new(WorkerRegistry::new(host)));
-        self.put_into_effect(index, id);
-        let accepted = root.on_configure();
-        self.hosts[index].borrow_mut().roots.remove(&id);
-        (id, (root, accepted))
-    }
-
     /// Lets other VMs act between any two accesses to the shared data.
     pub fn between(&'static self) {
         if !self.calm.get() && self.depth.get() < 2 && self.roll(40) == 0 {
@@ -376,7 +226,7 @@ impl World {
         }
     }
 
-    fn new_vm(&'static self, index: usize) -> Vm {
+    pub fn new_vm(&'static self, index: usize) -> Vm {
         let host = SimulatedHost { vm: index, world: self };
         let mut vm = Vm {
             workers: Rc::new(WorkerRegistry::new(host)),
@@ -391,13 +241,13 @@ impl World {
         vm
     }
 
-    fn context(&self) -> u32 {
+    pub fn context(&self) -> u32 {
         self.contexts.set(self.contexts.get() + 1);
         self.contexts.get()
     }
 
     /// Adds a root context under the newest configuration.
-    fn configure(&'static self, index: usize, vm: &mut Vm) {
+    pub fn configure(&'static self, index: usize, vm: &mut Vm) {
         let id = self.context();
         vm.generation = self.generation.get();
         let configuration = self.configurations[vm.generation % self.configurations.len()].to_owned();
@@ -410,7 +260,7 @@ impl World {
         vm.roots.push((id, root));
     }
 
-    fn put_into_effect(&self, index: usize, context: u32) {
+    pub fn put_into_effect(&self, index: usize, context: u32) {
         self.hosts[index].borrow_mut().effective = context;
     }
 
@@ -421,6 +271,11 @@ impl World {
         let Some(vm) = guard.as_mut() else { return };
         if self.now_ns.get() < vm.stalled_until_ns {
             return;
+        }
+        if self.fails(self.faults.pods) {
+            let all = [Pods::Serving, Pods::Serving, Pods::Gone, Pods::Refusing];
+            let port = 80 + self.roll(2);
+            self.clusters.set(&cluster_of(self.roll(6), port), all[self.roll(4) as usize]);
         }
         if vm.has_ticked && self.fails(self.faults.stalls) {
             vm.has_ticked = false;
@@ -452,7 +307,7 @@ impl World {
 
     /// Drops a VM: none of its contexts is called any more, and its requests end, as far as can be
     /// known.
-    fn forget(&self, index: usize, vm: Vm) {
+    pub fn forget(&self, index: usize, vm: Vm) {
         let now_ns = self.now_ns.get();
         for stream in vm.streams {
             self.count_out(stream.key.as_ref(), now_ns - stream.since_ns);
@@ -468,16 +323,19 @@ impl World {
         }
     }
 
-    fn request(&'static self, index: usize, vm: &mut Vm, headers: &[(&str, &str)]) {
-        let (root_id, root) = vm.roots.last().unwrap();
+    pub fn request(&'static self, index: usize, vm: &mut Vm, headers: &[(&str, &str)]) {
+        // Connections that drain bring requests to an old configuration.
+        let (root_id, root) = &vm.roots[vm.roots.len() - 1 - self.to_older.get().min(vm.roots.len() - 1)];
         let id = self.context();
         // Two keys are active at a time, so that the others become idle.
-        let busy = 2 * (self.now_ns.get() / 500_000_000 % 3) + self.roll(2);
-        let cluster = format!("outbound|80||key{busy}.ns.svc.cluster.local");
+        let any = || 2 * (self.now_ns.get() / 500_000_000 % 3) + self.roll(2);
+        let busy = self.key.get().unwrap_or_else(any);
+        let port = if self.faults.pods > 0 { 80 + self.roll(2) } else { 80 };
+        let cluster = cluster_of(busy, port);
         let is_probe = headers.contains(&KUBELET);
         let headers = headers.iter().map(|(name, value)| ((*name).into(), value.as_bytes().to_vec()));
         let headers = headers.collect();
-        let side = StreamSide { headers, cluster, ..StreamSide::default() };
+        let side = StreamSide { root: *root_id, headers, cluster, ..StreamSide::default() };
         self.hosts[index].borrow_mut().streams.insert(id, side);
         self.put_into_effect(index, id);
         let (action, logic, key) = match root.role() {
@@ -497,13 +355,27 @@ impl World {
             ActiveRole::Exporter(_) | ActiveRole::Unconfigured => panic!("no role that counts"),
         };
         if action == Action::Continue {
-            self.hosts[index].borrow_mut().streams.get_mut(&id).unwrap().is_in_app = true;
+            self.go_on(index);
+        } else if self.hosts[index].borrow().streams[&id].code.is_none() {
+            self.paused.set(self.paused.get() + 1);
         }
         if let Some(key) = &key {
             self.truth.borrow_mut().entry(key.clone()).or_default().0 += 1;
         }
         let since_ns = self.now_ns.get();
         vm.streams.push(Stream { id, root: *root_id, since_ns, key, logic });
+    }
+
+    /// The request in effect goes on to its cluster.
+    pub fn go_on(&self, index: usize) {
+        let mut side = self.hosts[index].borrow_mut();
+        let effective = side.effective;
+        let Some(stream) = side.streams.get_mut(&effective) else { return };
+        assert!(stream.code.is_none(), "it was answered already");
+        match self.clusters.pods(&stream.cluster).flags() {
+            None => stream.is_in_app = true,
+            Some(flags) => (stream.code, stream.flags) = (Some(503), flags),
+        }
     }
 
     /// Ends a request: the app has answered, or the client has disconnected.
@@ -524,20 +396,25 @@ impl World {
             if self.calm.get() && !stream.is_in_app {
                 return;
             }
-            stream.is_aborted = !stream.is_in_app || self.roll(4) == 0;
-            stream.code = (!stream.is_aborted).then_some(200);
+            let is_aborted = !stream.is_in_app || self.roll(4) == 0;
+            stream.flags = if is_aborted { CLIENT_WENT_AWAY } else { 0 };
+            stream.code = (!is_aborted).then_some(200);
         }
         self.end_stream(index, vm, at);
     }
 
     /// Ends the requests that the filter has answered.
-    fn end_answered(&'static self, index: usize, vm: &mut Vm) {
+    pub fn end_answered(&'static self, index: usize, vm: &mut Vm) {
         let answered = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].code.is_some();
         while let Some(at) = vm.streams.iter().position(answered) {
             let body = self.hosts[index].borrow().streams[&vm.streams[at].id].body.clone();
+            let body = body.map(|body| String::from_utf8(body).unwrap());
             let counter = match body.as_deref() {
-                Some(b"pending request queue full\n") => &self.refused,
-                Some(b"pending request queue timeout\n") => &self.timed_out,
+                None => &self.without_pod,
+                Some("pending request queue full\n") => &self.refused,
+                Some("pending request queue timeout\n") => &self.timed_out,
+                Some(text) if text.starts_with("too many requests held for ns/key") => &self.refused,
+                Some(text) if text.starts_with("no capacity for ns/key") => &self.timed_out,
                 other => panic!("answered {other:?}"),
             };
             counter.set(counter.get() + u64::from(vm.streams[at].key.is_some()));
@@ -545,7 +422,7 @@ impl World {
         }
     }
 
-    fn end_stream(&'static self, index: usize, vm: &mut Vm, at: usize) {
+    pub fn end_stream(&'static self, index: usize, vm: &mut Vm, at: usize) {
         let mut stream = vm.streams.swap_remove(at);
         self.put_into_effect(index, stream.id);
         // The request leaves the app before another request gets its permit.
@@ -559,7 +436,7 @@ impl World {
         self.hosts[index].borrow_mut().streams.remove(&stream.id);
     }
 
-    fn tick(&'static self, index: usize, vm: &mut Vm) {
+    pub fn tick(&'static self, index: usize, vm: &mut Vm) {
         let now_ns = self.now_ns.get();
         for (id, root) in &mut vm.roots {
             let mut side = self.hosts[index].borrow_mut();
@@ -574,14 +451,8 @@ impl World {
         }
     }
 
-    fn read_mail(&'static self, index: usize, vm: &mut Vm) {
-        let waiting: Vec<u32> = {
-            let mailboxes = self.mailboxes.borrow();
-            let waiting =
-                mailboxes.iter().filter(|mailbox| mailbox.vm == index && !mailbox.messages.is_empty());
-            waiting.map(|mailbox| mailbox.root).collect()
-        };
-        for id in waiting {
+    pub fn read_mail(&'static self, index: usize, vm: &mut Vm) {
+        for id in self.mailboxes.waiting(index) {
             if let Some((_, root)) = vm.roots.iter_mut().find(|(root, _)| *root == id) {
                 self.put_into_effect(index, id);
                 root.on_queue_ready();
@@ -609,15 +480,15 @@ impl World {
         self.hosts[index].borrow_mut().roots.retain(|_, root| !root.is_done);
     }
 
-    pub fn send(&self, vm: usize, root: u32, body: &[u8]) -> u32 {
+    pub fn send(&self, vm: usize, root: u32, request: CallRequest) -> u32 {
         self.calls.set(self.calls.get() + 1);
         let number = self.calls.get();
-        self.sent.borrow_mut().push(Call { number, vm, root, body: body.into() });
+        self.sent.borrow_mut().push(Call { number, vm, root, request });
         number
     }
 
-    /// Delivers or loses one report, and delivers one answer.
-    fn deliver(&'static self) {
+    /// Delivers or loses one call, and delivers one answer.
+    pub fn deliver(&'static self) {
         let taken = {
             let mut sent = self.sent.borrow_mut();
             let next = if sent.is_empty() { None } else { Some(self.roll(sent.len() as u64) as usize) };
@@ -625,11 +496,13 @@ impl World {
         };
         if let Some(call) = taken {
             let is_lost = self.network_fails();
-            let status = if is_lost { 504 } else { self.server.borrow_mut().take(&call.body) };
-            if self.network_fails() {
+            let status = if is_lost { 504 } else { self.answer(&call.request) };
+            if let CallRequest::Report(body) = &call.request
+                && self.network_fails()
+            {
                 // The report arrives once more, and nothing waits for this answer.
-                let Call { vm, ref body, .. } = call;
-                self.sent.borrow_mut().push(Call { number: 0, vm, root: 0, body: body.clone() });
+                let request = CallRequest::Report(body.clone());
+                self.sent.borrow_mut().push(Call { number: 0, vm: call.vm, root: 0, request });
             }
             let status = if self.network_fails() { 504 } else { status };
             self.answers.borrow_mut().push((call, status));
@@ -648,29 +521,24 @@ impl World {
         }
     }
 
-    pub fn register_mailbox(&self, name: &str, vm: usize, root: u32) -> u32 {
-        let mut mailboxes = self.mailboxes.borrow_mut();
-        let found = mailboxes.iter().position(|mailbox| mailbox.name == name);
-        let at = found.unwrap_or_else(|| {
-            mailboxes.push(MailboxSide { name: name.into(), ..MailboxSide::default() });
-            mailboxes.len() - 1
-        });
-        (mailboxes[at].vm, mailboxes[at].root) = (vm, root);
-        at as u32
+    /// Returns the status of the answer to a call.
+    fn answer(&self, request: &CallRequest) -> u16 {
+        match request {
+            CallRequest::Report(body) => self.server.borrow_mut().take(body),
+            CallRequest::Probe(cluster) => match self.clusters.pods(cluster) {
+                Pods::Serving => 200,
+                _ => 503,
+            },
+        }
     }
 
     pub fn post(&self, mailbox: u32, message: &[u8]) -> bool {
-        // Some messages are lost.
-        if !self.network_fails()
-            && let Some(mailbox) = self.mailboxes.borrow_mut().get_mut(mailbox as usize)
-        {
-            mailbox.messages.push_back(message.into());
+        // Some messages are lost, with or without notice.
+        if self.network_fails() {
+            return self.roll(2) == 0;
         }
+        self.mailboxes.post(mailbox, message);
         true
-    }
-
-    pub fn next_message(&self, mailbox: u32) -> Option<Vec<u8>> {
-        self.mailboxes.borrow_mut().get_mut(mailbox as usize)?.messages.pop_front()
     }
 
     pub fn define_metric(&self, kind: MetricKind, name: &str) -> u32 {

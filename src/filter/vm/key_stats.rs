@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use inflight_stats::gateway::key_name::KeyName;
 
 use crate::host::Host;
-use crate::host::metric::{Counter, Gauge};
+use crate::host::metric::{Counter, Gauge, Histogram};
 use crate::vm::code_stats::CodeStats;
+use crate::vm::local_hold::HoldNews;
 
 /// The stats of all keys that have any, and of the requests that were counted under no key.
 pub struct KeyStats {
@@ -22,6 +23,14 @@ struct KeyMetrics {
     concurrency: Option<Gauge>,
     shown: Option<u64>,
     by_code: CodeStats,
+    /// Defined when a request of the key is held for the first time.
+    hold: Option<HoldMetrics>,
+}
+
+#[derive(Clone, Copy)]
+struct HoldMetrics {
+    held: Gauge,
+    held_ms: Histogram,
 }
 
 impl KeyStats {
@@ -39,8 +48,14 @@ impl KeyStats {
     pub fn add_key(&mut self, key: &KeyName) {
         if !self.by_key.contains_key(key) {
             let by_code = CodeStats::new("activator_request");
-            self.by_key.insert(key.clone(), KeyMetrics { concurrency: None, shown: None, by_code });
+            self.by_key
+                .insert(key.clone(), KeyMetrics { concurrency: None, shown: None, by_code, hold: None });
         }
+    }
+
+    /// Returns whether a key has stats of its own, as far as this worker knows.
+    pub fn has_key(&self, key: &KeyName) -> bool {
+        self.by_key.contains_key(key)
     }
 
     /// Counts a request whose key is over the limit of keys.
@@ -69,6 +84,29 @@ impl KeyStats {
         if metrics.shown.replace(milli) != Some(milli) {
             gauge.set(host, milli);
         }
+    }
+
+    /// Counts held requests, and how long they were held. The gauge of a key is the sum of what all
+    /// workers add.
+    pub fn hold_news(&mut self, host: impl Host, news: &HoldNews) {
+        for (key, more) in &news.more_held {
+            if let Some(metrics) = self.hold_metrics(host, key) {
+                metrics.held.add(host, *more);
+            }
+        }
+        for (key, milliseconds) in &news.held_ms {
+            if let Some(metrics) = self.hold_metrics(host, key) {
+                metrics.held_ms.observe(host, *milliseconds);
+            }
+        }
+    }
+
+    fn hold_metrics(&mut self, host: impl Host, key: &KeyName) -> Option<HoldMetrics> {
+        let metrics = self.by_key.get_mut(key)?;
+        Some(*metrics.hold.get_or_insert_with(|| HoldMetrics {
+            held: Gauge::define(host, &format!("activator_held_requests{}", labels(key))),
+            held_ms: Histogram::define(host, &format!("activator_hold_milliseconds{}", labels(key))),
+        }))
     }
 
     /// Forgets what the gauges show, because another worker sets them from now on.

@@ -11,6 +11,7 @@ use inflight_stats::{Config, Grid, Snapshot};
 
 use crate::host::Host;
 use crate::vm::key_stats::KeyStats;
+use crate::vm::local_hold::HoldNews;
 
 /// What a gateway's worker has counted, per key.
 pub struct KeyedWorker<H> {
@@ -71,6 +72,16 @@ impl<H: Host> KeyedWorker<H> {
     pub fn request_out(&mut self, key: &KeyName, now: PodNs, code: u16, latency_ns: u64) {
         self.member.request_out(key, now);
         self.stats.request_done(self.host, key, code, latency_ns);
+    }
+
+    /// Shows what the hold has to say of keys. Some of them may have come to other workers only.
+    pub fn hold_news(&mut self, news: &HoldNews) {
+        for (key, _) in &news.more_held {
+            if !self.stats.has_key(key) && self.member.has_stats(&self.host, key) {
+                self.stats.add_key(key);
+            }
+        }
+        self.stats.hold_news(self.host, news);
     }
 
     /// Closes the boundary, and writes new batches to the outbox for the leader.

@@ -1,5 +1,6 @@
 //! The local breaker: which requests of this worker are in the app, and which are paused and wait.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -10,15 +11,16 @@ use inflight_stats::breaker::worker_side::{Outcome, WorkerSide};
 use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::pod::pod_state::PodStore;
 
-use crate::host::{Host, Mailbox};
+use crate::host::{DETAILS, Host, Mailbox};
+use crate::vm::stream_actions::{Refusal, StreamActions};
 
-/// The body of the answer when the queue is full, as Knative's queue-proxy gives it
-/// (knative/serving, `pkg/queue/breaker.go`), with the newline of Go's `http.Error`.
-pub const QUEUE_FULL: &[u8] = b"pending request queue full\n";
-/// The body of the answer to a request that has waited for `queue_timeout`.
-pub const QUEUE_TIMEOUT: &[u8] = b"pending request queue timeout\n";
-/// The content type of both answers, as Go's `http.Error` sets it.
-pub const PLAIN_TEXT: (&str, &str) = ("content-type", "text/plain; charset=utf-8");
+/// The answer when the queue is full, as Knative's queue-proxy gives it (knative/serving,
+/// `pkg/queue/breaker.go`), with the newline of Go's `http.Error`.
+pub const QUEUE_FULL: Refusal =
+    Refusal { details: DETAILS, body: Cow::Borrowed("pending request queue full\n"), retry: false };
+/// The answer to a request that has waited for `queue_timeout`.
+pub const QUEUE_TIMEOUT: Refusal =
+    Refusal { details: DETAILS, body: Cow::Borrowed("pending request queue timeout\n"), retry: false };
 
 /// How long a permit stays taken when Envoy breaks off a request that is in the app, because the
 /// client disconnected or a timeout expired. The app notices a closed connection a moment after
@@ -62,21 +64,6 @@ pub struct LocalBreaker<H> {
     lingering: VecDeque<MonotonicNs>,
     /// When the next tick is due. There is always one.
     next_tick: MonotonicNs,
-}
-
-/// What to do with streams of this worker once nothing is borrowed any more.
-#[derive(Default)]
-pub struct StreamActions {
-    pub resume: Vec<u32>,
-    pub time_out: Vec<u32>,
-}
-
-impl StreamActions {
-    /// Performs the actions, from the context `home`.
-    pub fn apply(self, host: impl Host, home: u32) {
-        host.resume(&self.resume, home);
-        host.respond_to(&self.time_out, home, 503, QUEUE_TIMEOUT, &[PLAIN_TEXT]);
-    }
 }
 
 impl<H: Host> LocalBreaker<H> {
@@ -176,7 +163,7 @@ impl<H: Host> LocalBreaker<H> {
             for number in self.side.waiting_since(MonotonicNs(latest_ns)) {
                 if let Some((paused, outcome)) = self.side.abandon(&self.host, number) {
                     paused.permit.set(PermitState::Refused);
-                    actions.time_out.push(paused.stream);
+                    actions.refuse.push((paused.stream, QUEUE_TIMEOUT));
                     self.deliver(outcome, now, &mut actions);
                 }
             }

@@ -7,6 +7,7 @@ use inflight_stats::counting::clock::{Clock, longest_step_ns};
 use inflight_stats::counting::request::Origin;
 use inflight_stats::counting::time::{MonotonicNs, PodNs};
 use inflight_stats::gateway::key_name::KeyName;
+use inflight_stats::hold::worker_side::Passage;
 use inflight_stats::pod::leader::LeaderStep;
 use inflight_stats::pod::member::Member;
 use inflight_stats::pod::pod_state::{PodState, PodStore};
@@ -16,9 +17,11 @@ use inflight_stats::{Config, Recorder, Snapshot};
 use crate::host::Host;
 use crate::vm::config_stack::{ConfigStack, period_ns};
 use crate::vm::keyed_worker::{KeyedRequest, KeyedWorker};
-use crate::vm::local_breaker::{LocalBreaker, StreamActions};
+use crate::vm::local_breaker::LocalBreaker;
+use crate::vm::local_hold::{HoldDecision, LocalHold};
 use crate::vm::pod_stats::PodStats;
 use crate::vm::report_sender::{EncodedReport, ReportScope, ReportSender, key_reports, pod_report};
+use crate::vm::stream_actions::StreamActions;
 
 /// How long after a boundary workers tick: one millisecond for the timer's resolution, and one to
 /// spare.
@@ -33,6 +36,8 @@ pub struct Worker<H> {
     stats: PodStats,
     /// The local breaker, for the role `sidecar`.
     pub breaker: Option<LocalBreaker<H>>,
+    /// The local hold, for the role `gateway`.
+    hold: Option<LocalHold<H>>,
     /// The counters per key, for the role `gateway`.
     keyed: Option<KeyedWorker<H>>,
     /// The incarnation of the pod's counters.
@@ -40,6 +45,8 @@ pub struct Worker<H> {
     /// The configurations. When the last one goes, this worker ends.
     configs: ConfigStack,
     reports: ReportSender<H>,
+    /// What could not be done with streams in the callbacks so far.
+    deferred: StreamActions,
 }
 
 /// What the root context has to do after a tick.
@@ -73,10 +80,12 @@ impl<H: Host> Worker<H> {
             member: Member::new(pod, now, period_ns),
             stats: PodStats::define(host, config.role),
             breaker: None,
+            hold: None,
             keyed: None,
             incarnation: state.incarnation,
             configs: ConfigStack::default(),
             reports: ReportSender::new(host),
+            deferred: StreamActions::default(),
         }
     }
 
@@ -107,7 +116,7 @@ impl<H: Host> Worker<H> {
                     self.keyed = Some(KeyedWorker::new(self.host, config, pod, &state, worker, now));
                 }
             }
-            return Ok(());
+            return self.configure_hold(config);
         }
         match &mut self.breaker {
             Some(breaker) => breaker.configure(config),
@@ -116,6 +125,23 @@ impl<H: Host> Worker<H> {
                 self.breaker = LocalBreaker::new(self.host, config, self.member.pod(), worker);
             }
             None => {}
+        }
+        Ok(())
+    }
+
+    /// Applies the hold's settings. A configuration without a hold changes nothing: its streams do
+    /// not use the hold, and the requests that are held already keep what they were promised.
+    fn configure_hold(&mut self, config: &Config) -> Result<(), StoreError> {
+        match (&mut self.hold, &config.gateway.hold) {
+            (Some(hold), Some(settings)) => hold.configure(settings.clone()),
+            (None, Some(settings)) => {
+                let worker = self.member.id(&self.host)?;
+                let pod = self.member.pod();
+                self.hold = Some(LocalHold::new(self.host, settings.clone(), pod, worker, self.incarnation));
+            }
+            // The root context that registered the mailbox may be gone.
+            (Some(hold), None) => hold.register(),
+            (None, None) => {}
         }
         Ok(())
     }
@@ -186,6 +212,71 @@ impl<H: Host> Worker<H> {
         }
     }
 
+    /// Lets a request that was counted at the gateway through, holds it, or turns it away.
+    pub fn hold_in(&mut self, key: &KeyName, cluster: &str, stream: u32, now: MonotonicNs) -> HoldDecision {
+        let Some(hold) = &mut self.hold else { return HoldDecision::Unheld };
+        let decision = hold.arrive(key, cluster, stream, now);
+        self.show_hold();
+        decision
+    }
+
+    /// Ends a request that the hold let through.
+    pub fn hold_out(&mut self, key: &KeyName, passage: &Passage, code: u16, now: MonotonicNs) {
+        if let Some(hold) = &mut self.hold {
+            hold.leave(key, passage, code, now);
+            self.show_hold();
+        }
+    }
+
+    /// Ends a request that is still held.
+    pub fn hold_abandon(&mut self, key: &KeyName, number: u64, now: MonotonicNs) {
+        if let Some(hold) = &mut self.hold {
+            hold.abandon(key, number, now);
+            self.show_hold();
+        }
+    }
+
+    /// Returns what of these actions, after earlier ones, is to be done in this callback. The rest
+    /// follows in a millisecond.
+    pub fn batch(&mut self, actions: StreamActions) -> StreamActions {
+        self.deferred.extend(actions);
+        let batch = self.deferred.take_batch();
+        if !self.deferred.is_empty() {
+            self.host.tick_in(1);
+            self.ticks_at(self.host.monotonic().plus(1_000_000));
+        }
+        batch
+    }
+
+    /// Notes when the next tick is due.
+    fn ticks_at(&mut self, due: MonotonicNs) {
+        if let Some(breaker) = &mut self.breaker {
+            breaker.ticks_at(due);
+        }
+        if let Some(hold) = &mut self.hold {
+            hold.ticks_at(due);
+        }
+    }
+
+    /// Reads the messages that have come from other workers.
+    pub fn on_messages(&mut self) -> StreamActions {
+        let now = self.host.monotonic();
+        let mut actions = self.breaker.as_mut().map(|breaker| breaker.read_mailbox(now)).unwrap_or_default();
+        if let Some(hold) = &mut self.hold {
+            actions.extend(hold.read_mailbox(now));
+            self.show_hold();
+        }
+        self.batch(actions)
+    }
+
+    fn show_hold(&mut self) {
+        if let (Some(hold), Some(keyed)) = (&mut self.hold, &mut self.keyed)
+            && hold.has_news()
+        {
+            keyed.hold_news(&hold.take_news());
+        }
+    }
+
     /// Posts this worker's snapshots, and leads the pod if this worker holds the lease or may take
     /// it.
     pub fn tick(&mut self, config: &Config) -> Tick {
@@ -198,7 +289,7 @@ impl<H: Host> Worker<H> {
             );
             LeaderStep::Follow
         });
-        let mut reports = Vec::new();
+        let (mut reports, mut leads) = (Vec::new(), false);
         match step {
             LeaderStep::Published { previous, latest, since, incarnation } => {
                 let departed = self.departed();
@@ -209,6 +300,7 @@ impl<H: Host> Worker<H> {
                     (self.lead_pod(config, incarnation, [previous, since, latest], now), departed)
                 };
                 actions.resume.extend(self.clear_up(fully_collected, reading));
+                leads = true;
             }
             LeaderStep::Follow => {
                 if let Some(keyed) = &mut self.keyed {
@@ -217,10 +309,15 @@ impl<H: Host> Worker<H> {
             }
             LeaderStep::Wait | LeaderStep::UpToDate => {}
         }
-        let next_ms = self.next_tick_ms(step, reading, now);
-        if let Some(breaker) = &mut self.breaker {
-            breaker.ticks_at(reading.plus(next_ms.saturating_mul(1_000_000)));
+        if let Some(hold) = &mut self.hold {
+            actions.extend(hold.tick(leads, reading));
+            self.show_hold();
         }
+        let next_ms = self.next_tick_ms(step, reading, now);
+        self.deferred.extend(actions);
+        let actions = self.deferred.take_batch();
+        let next_ms = if self.deferred.is_empty() { next_ms } else { 1 };
+        self.ticks_at(reading.plus(next_ms.saturating_mul(1_000_000)));
         Tick {
             reports,
             actions,
@@ -287,8 +384,10 @@ impl<H: Host> Worker<H> {
             LeaderStep::Wait => wait_ns.min((grid.period_ns / 20).clamp(5_000_000, 50_000_000)),
             _ => wait_ns,
         };
-        let wake_ns = self.breaker.as_ref().and_then(|breaker| breaker.next_wake_ns(reading));
-        wake_ns.map_or(wait_ns, |wake_ns| wait_ns.min(wake_ns)).div_ceil(1_000_000)
+        let breaker = self.breaker.as_ref().and_then(|breaker| breaker.next_wake_ns(reading));
+        let hold = self.hold.as_ref().and_then(|hold| hold.next_wake_ns(reading));
+        let wake_ns = breaker.into_iter().chain(hold).fold(wait_ns, u64::min);
+        wake_ns.div_ceil(1_000_000)
     }
 
     fn advance(&mut self) -> PodNs {
@@ -331,6 +430,9 @@ impl<H: Host> Worker<H> {
                 None => Some(StreamActions::default()),
             };
             if let Some(actions) = actions {
+                if let Some(hold) = &self.hold {
+                    hold.forget(worker);
+                }
                 resume.extend(actions.resume);
                 done.push(worker);
             }
@@ -353,8 +455,19 @@ impl<H: Host> Worker<H> {
         self.reports.on_dispatch_error(reason);
     }
 
-    /// Handles the stats server's answer to a report.
-    pub fn on_response(&mut self, call: u32, status: u16, body: impl FnOnce() -> String) {
+    /// Handles the answer to a call: to a probe of the hold, or the stats server's to a report.
+    /// Returns what is to be done with streams.
+    pub fn on_response(&mut self, call: u32, status: u16, body: impl FnOnce() -> String) -> StreamActions {
+        let now = self.host.monotonic();
+        if let Some(actions) = self.hold.as_mut().and_then(|hold| hold.on_response(call, status, now)) {
+            self.show_hold();
+            return self.batch(actions);
+        }
+        self.on_report_answer(call, status, body);
+        StreamActions::default()
+    }
+
+    fn on_report_answer(&mut self, call: u32, status: u16, body: impl FnOnce() -> String) {
         match self.reports.on_response(call, status, body) {
             Some(ReportScope::Keys(known)) => {
                 if let Some(keyed) = &mut self.keyed {
@@ -390,7 +503,7 @@ impl<H: Host> Worker<H> {
             self.follow_shortest_period();
             return Vec::new();
         }
-        self.close_breaker();
+        let _ = self.close_queues();
         let Some(now) = self.seal() else { return Vec::new() };
         let Ok((until, state)) = self.member.last_figure(&self.host, now) else { return Vec::new() };
         let max_keys = self.reports.max_keys();
@@ -406,9 +519,15 @@ impl<H: Host> Worker<H> {
         pod_report(config, state.incarnation, state.reported_since(), until).into_iter().collect()
     }
 
-    /// Releases this worker's permits to the other workers at once. Returns its streams that wait.
-    pub fn close_breaker(&mut self) -> Vec<u32> {
-        self.breaker.as_mut().map(LocalBreaker::close).unwrap_or_default()
+    /// Releases this worker's permits to the other workers at once. Returns its streams that wait,
+    /// in the breaker's queue or in the hold.
+    pub fn close_queues(&mut self) -> Vec<u32> {
+        let mut waiting = self.breaker.as_mut().map(LocalBreaker::close).unwrap_or_default();
+        if let Some(hold) = &mut self.hold {
+            waiting.extend(hold.close(self.host.monotonic()));
+            self.show_hold();
+        }
+        waiting
     }
 
     /// Leaves everything counted up to now to the other workers. Returns the instant.

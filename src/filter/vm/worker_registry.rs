@@ -67,7 +67,7 @@ impl<H: Host> WorkerRegistry<H> {
     pub fn seal_all(&self) {
         for (_, worker) in self.by_domain.try_borrow().iter().flat_map(|workers| workers.iter()) {
             if let Ok(mut worker) = worker.try_borrow_mut() {
-                let waiting = worker.close_breaker();
+                let waiting = worker.close_queues();
                 worker.seal();
                 drop(worker);
                 self.host.resume(&waiting, NO_CONTEXT);
