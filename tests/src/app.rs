@@ -7,6 +7,7 @@
 //! | `/half?ms=N` | sends the head and a part of the body, then closes after N milliseconds |
 //! | `/hang` | sends the head and a part of the body, then nothing for a minute |
 //! | `/redirect?/PATH` | answers 302 with this path at the host `app` |
+//! | `/upload` | reads the body, then answers 200 with the number of its bytes |
 //! | `/headers` | answers 200 with the names and values of the request's headers, one per line |
 //! | `/ws` | accepts a websocket and leaves it open until the client closes |
 //! | any, over HTTP/2 | sends back what it receives, and `grpc-status: 0` at the end |
@@ -257,6 +258,15 @@ async fn answer(request: Request<Incoming>, counts: Arc<Counts>) -> Result<Respo
             Ok(response)
         }
         "/ws" => Ok(websocket(request, inside)),
+        "/upload" => {
+            let mut body = request.into_body().into_data_stream();
+            let mut bytes = 0;
+            while let Some(data) = body.next().await {
+                bytes += data.map_err(|_| "the body was cut short")?.len();
+            }
+            let text = Left::Text(bytes.to_string().into());
+            Ok(Response::new(Answer { inside: Some(inside), left: text }))
+        }
         _ => {
             tokio::time::sleep(delay).await;
             let text = Left::Text(Bytes::from_static(b"ok"));

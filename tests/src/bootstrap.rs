@@ -1,9 +1,10 @@
 //! The shipped Envoy configuration, with the addresses of a test in it.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::{built, root, truth};
 
@@ -34,6 +35,55 @@ fn patch(document: &Value, apply_to: &str) -> Value {
     let patches = document["spec"]["configPatches"].as_array().expect("configPatches");
     let patch = patches.iter().find(|p| p["applyTo"] == apply_to).expect("the patch");
     patch["patch"]["value"].clone()
+}
+
+/// Returns the endpoints of a cluster, as Envoy has them.
+fn assignment(cluster: &str, endpoints: &[SocketAddr]) -> Value {
+    let endpoints: Vec<Value> = endpoints
+        .iter()
+        .map(|a| {
+            let address = json!({"address": a.ip().to_string(), "port_value": a.port()});
+            json!({"lb_endpoints": [{"endpoint": {"address": {"socket_address": address}}}]})
+        })
+        .collect();
+    json!({"cluster_name": cluster, "endpoints": endpoints})
+}
+
+/// A file with the endpoints of a cluster, in a folder of its own.
+#[derive(Debug)]
+pub struct EndpointFile {
+    path: PathBuf,
+    _folder: TempDir,
+}
+
+impl EndpointFile {
+    /// Returns a file that does not exist yet ([`Bootstrap::endpoints_from`]).
+    ///
+    /// # Panics
+    /// If there can be no folder.
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        Self { path: folder.path().join("endpoints.json"), _folder: folder }
+    }
+
+    /// Sets the endpoints of the cluster.
+    ///
+    /// # Panics
+    /// If the file cannot be written.
+    pub fn set(&self, cluster: &str, endpoints: &[SocketAddr]) {
+        let mut resource = assignment(cluster, endpoints);
+        resource["@type"] = json!("type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment");
+        // Envoy reads the file when another file is renamed to its name.
+        let new = self.path.with_extension("new");
+        std::fs::write(&new, json!({"resources": [resource]}).to_string()).expect("a file");
+        std::fs::rename(&new, &self.path).expect("a file");
+    }
+}
+
+impl Default for EndpointFile {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
@@ -85,18 +135,40 @@ impl Bootstrap {
 
     /// Gives a cluster these endpoints.
     pub fn endpoints(&mut self, name: &str, endpoints: &[SocketAddr]) {
-        let endpoints: Vec<Value> = endpoints
-            .iter()
-            .map(|a| {
-                let address = json!({"address": a.ip().to_string(), "port_value": a.port()});
-                json!({"lb_endpoints": [{"endpoint": {"address": {"socket_address": address}}}]})
-            })
-            .collect();
-        let assignment = json!({"cluster_name": name, "endpoints": endpoints});
+        let assignment = assignment(name, endpoints);
         let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
         match clusters.iter_mut().find(|cluster| cluster["name"] == name) {
             Some(cluster) => cluster["load_assignment"] = assignment,
             None => clusters.push(json!({"name": name, "type": "STATIC", "load_assignment": assignment})),
+        }
+    }
+
+    /// Returns a cluster.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn find_cluster(&mut self, name: &str) -> &mut Value {
+        let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
+        clusters.iter_mut().find(|cluster| cluster["name"] == name).expect("the cluster")
+    }
+
+    /// Returns the first listener's HTTP connection manager.
+    pub fn manager(&mut self) -> &mut Value {
+        at(&mut self.0, MANAGER)
+    }
+
+    /// Makes Envoy read the endpoints of a cluster from a file, and again whenever the file is
+    /// replaced.
+    pub fn endpoints_from(&mut self, name: &str, endpoints: &EndpointFile) {
+        let fields = self.find_cluster(name).as_object_mut().expect("an object");
+        fields.remove("load_assignment");
+        fields.insert("type".into(), json!("EDS"));
+        let config = json!({"path_config_source": {"path": endpoints.path}});
+        fields.insert("eds_cluster_config".into(), json!({"service_name": name, "eds_config": config}));
+        endpoints.set(name, &[]);
+        // Envoy needs a node to read configuration from a file.
+        if self.0["node"].is_null() {
+            self.0["node"] = json!({"id": "test", "cluster": "test"});
         }
     }
 

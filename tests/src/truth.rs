@@ -5,8 +5,7 @@ use std::io::BufRead;
 use std::path::Path;
 
 /// The format of each line that [`read`] expects.
-pub const FORMAT: &str =
-    "%START_TIME(%s.%6f)% %EMIT_TIME(%s.%6f)% %RESPONSE_CODE% %RESPONSE_FLAGS% %REQ(:PATH)%\n";
+pub const FORMAT: &str = "%START_TIME(%s.%6f)% %EMIT_TIME(%s.%6f)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %REQ(:PATH)%\n";
 
 /// One request, as Envoy logged it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +18,8 @@ pub struct Request {
     pub code: u16,
     /// Envoy's response flags.
     pub flags: String,
+    /// Envoy's details of the response code.
+    pub details: String,
     /// The request's path.
     pub path: String,
 }
@@ -55,13 +56,14 @@ pub fn count(path: &Path) -> BTreeMap<String, u64> {
 }
 
 fn parse(line: &str) -> Request {
-    let fields: Vec<&str> = line.splitn(5, ' ').collect();
-    let [start, end, code, flags, path] = fields[..] else { panic!("no access log line: {line}") };
+    let fields: Vec<&str> = line.splitn(6, ' ').collect();
+    let [start, end, code, flags, details, path] = fields[..] else { panic!("no access log line: {line}") };
     Request {
         start_ns: nanoseconds(start),
         end_ns: nanoseconds(end),
         code: code.parse().unwrap_or_else(|_| panic!("no code: {line}")),
         flags: flags.into(),
+        details: details.into(),
         path: path.into(),
     }
 }

@@ -13,6 +13,8 @@ mod exporter;
 mod faults;
 mod gateway;
 mod headers;
+mod hold;
+mod hold_bodies;
 mod install;
 mod keys;
 mod limits;
