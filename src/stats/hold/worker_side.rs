@@ -441,13 +441,11 @@ impl<W> WorkerHold<W> {
 
     /// Looks at the keys of some buckets, after a message.
     pub fn look(&mut self, store: &impl Store, buckets: &[u8], now: MonotonicNs, effects: &mut Effects<W>) {
-        for number in buckets {
-            let keys = self.keys.iter().filter(|(_, local)| local.bucket == *number);
-            let keys: Vec<KeyName> = keys.map(|(key, _)| key.clone()).collect();
-            let mut bucket = None;
-            for key in keys {
-                self.look_at(store, &key, &mut bucket, now, effects);
-            }
+        let keys = self.keys.iter().filter(|(_, local)| buckets.contains(&local.bucket));
+        let keys: Vec<KeyName> = keys.map(|(key, _)| key.clone()).collect();
+        let mut read = BTreeMap::new();
+        for key in keys {
+            self.look_at(store, &key, &mut read, now, effects);
         }
     }
 
@@ -592,13 +590,13 @@ impl<W> WorkerHold<W> {
     }
 
     /// Looks at the shared state of a key: lets requests through that have permits, learns which
-    /// clusters are ready, and probes the others if that is up to this worker. `bucket` is the key's,
-    /// once it has been read for a key of which this worker has no part.
+    /// clusters are ready, and probes the others if that is up to this worker. `read` are the buckets
+    /// that were read for keys in which this worker has no part.
     fn look_at(
         &mut self,
         store: &impl Store,
         key: &KeyName,
-        bucket: &mut Option<Bucket>,
+        read: &mut BTreeMap<u8, Bucket>,
         now: MonotonicNs,
         effects: &mut Effects<W>,
     ) {
@@ -609,7 +607,8 @@ impl<W> WorkerHold<W> {
             self.change(store, key, now, |_| (), effects).ok().map(|changed| changed.view)
         } else {
             let clusters = local.clusters.iter().map(|cluster| &*cluster.name);
-            let bucket = bucket.get_or_insert_with(|| self.store.bucket(store, local.bucket));
+            let bucket = read.entry(local.bucket);
+            let bucket = bucket.or_insert_with(|| self.store.bucket(store, local.bucket));
             bucket.view(key, self.worker, clusters)
         };
         let Some(view) = view else { return };
