@@ -247,7 +247,7 @@ impl KeyHold {
 
     /// Notes what came of a request that had a permit of `round`. It has given the permit back
     /// ([`KeyHold::reconcile`]). What came of an earlier round says nothing about this one's limit.
-    pub fn note(&mut self, round: MonotonicNs, answer: Answer, now: MonotonicNs, settings: &HoldSettings) {
+    pub fn note(&mut self, round: MonotonicNs, answer: Answer, now: MonotonicNs) {
         if round != self.round {
             return;
         }
@@ -256,7 +256,8 @@ impl KeyHold {
                 self.answered_since.get_or_insert(now);
             }
             Answer::Unavailable => {
-                self.limit = (self.limit / 2).max(settings.release);
+                // Not below `release`: see `settle`.
+                self.limit /= 2;
                 self.answered_since = None;
             }
             Answer::Neither => {}
@@ -584,8 +585,8 @@ mod tests {
         fn leave(&mut self, worker: u64, answer: Answer) {
             let local = self.workers.entry(worker).or_default();
             local.permits -= 1;
-            let (round, now, settings) = (local.round, self.now, self.settings.clone());
-            self.change(worker, |hold| hold.note(round, answer, now, &settings));
+            let (round, now) = (local.round, self.now);
+            self.change(worker, |hold| hold.note(round, answer, now));
         }
 
         /// A request ends, and the next one goes on at once: the app is always full.
@@ -827,10 +828,9 @@ mod tests {
         key.lose(A);
         key.arrivals(A, &[(2, 4)]);
         key.hold.limit = 8;
-        let (now, settings) = (key.now, key.settings.clone());
-        key.hold.note(round, Answer::Unavailable, now, &settings);
+        key.hold.note(round, Answer::Unavailable, key.now);
         assert_eq!(key.hold.limit, 8);
-        key.hold.note(round, Answer::Answered, now, &settings);
+        key.hold.note(round, Answer::Answered, key.now);
         assert_eq!(key.hold.answered_since, None);
     }
 

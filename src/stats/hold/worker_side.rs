@@ -412,7 +412,6 @@ impl<W> WorkerHold<W> {
         now: MonotonicNs,
         effects: &mut Effects<W>,
     ) {
-        let settings = self.settings.clone();
         // If this fails, the next look gives the permit back.
         let _ = self.change(
             store,
@@ -420,7 +419,7 @@ impl<W> WorkerHold<W> {
             now,
             |hold| {
                 if let Some((round, answer)) = noted {
-                    hold.note(round, answer, now, &settings);
+                    hold.note(round, answer, now);
                 }
                 if share {
                     hold.answered(&passage.cluster, passage.sent, now);
