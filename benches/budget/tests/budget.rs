@@ -16,6 +16,8 @@ fn module(name: &str) -> PathBuf {
 
 const SIDECAR: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod"}"#;
 const BREAKER: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod", "container_concurrency": 32}"#;
+const NETWORK_PROBE: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod", "answer_network_probe": true,
+    "app_cluster": "app"}"#;
 const QUEUE_TIMEOUT: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod", "container_concurrency": 32,
     "queue_timeout": "50ms"}"#;
 const GATEWAY: &str = r#"{"role": "gateway", "pod": "gw"}"#;
@@ -51,6 +53,7 @@ fn a_request_stays_within_its_budget() {
     let budgets = [
         ("empty filter", &empty, "", 1_350, 0),
         ("sidecar", &filter, SIDECAR, 6_000, 9),
+        ("sidecar that answers network probes", &filter, NETWORK_PROBE, 6_000, 9),
         ("sidecar, breaker", &filter, BREAKER, 15_000, 13),
         ("gateway", &filter, GATEWAY, 9_500, 9),
         ("gateway, hold, warm key", &filter, HOLD, 11_500, 9),

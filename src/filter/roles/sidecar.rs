@@ -5,13 +5,14 @@ use std::rc::Rc;
 use inflight_stats::Config;
 use inflight_stats::breaker::rules::Queue;
 use inflight_stats::counting::request::{
-    KEY_HEADER, KUBELET_PROBE_HEADER, NETWORK_PROBE_HEADER, Origin, is_kubelet_agent,
+    KEY_HEADER, KUBELET_PROBE_HEADER, NETWORK_PROBE_HEADER, Origin, QUEUE_PROBE_VALUE, is_kubelet_agent,
 };
 use inflight_stats::counting::time::MonotonicNs;
 use proxy_wasm::types::Action;
 
 use crate::host::{HeaderMap, Host};
 use crate::vm::local_breaker::{PermitState, QUEUE_FULL, SharedPermitState};
+use crate::vm::stream_actions::ProbeReply;
 use crate::vm::worker::Latency;
 use crate::vm::worker_registry::SharedWorker;
 
@@ -26,13 +27,25 @@ pub struct Sidecar<H: Host> {
 }
 
 /// A stream. Its request counts from when the headers reach the filter until the stream ends. A
-/// probe is not counted; it only goes through the breaker.
+/// probe is not counted; it only goes through the breaker. A network probe that is answered here
+/// does neither.
 pub struct SidecarStream<H: Host> {
     id: u32,
     sidecar: Rc<Sidecar<H>>,
     counted: Option<CountedRequest>,
     /// `None` while the breaker is off.
     permit: Option<SharedPermitState>,
+    /// Whether it is a network probe that was answered here, or waits for the app's answer.
+    is_answered_here: bool,
+}
+
+/// What a request is by its headers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Request,
+    Probe,
+    /// A network probe that is answered here.
+    AnsweredProbe,
 }
 
 struct CountedRequest {
@@ -42,7 +55,7 @@ struct CountedRequest {
 
 impl<H: Host> SidecarStream<H> {
     pub fn new(id: u32, sidecar: Rc<Sidecar<H>>) -> Self {
-        Self { id, sidecar, counted: None, permit: None }
+        Self { id, sidecar, counted: None, permit: None, is_answered_here: false }
     }
 
     /// Counts the request and admits it, pauses it or refuses it, when its headers arrive.
@@ -51,10 +64,18 @@ impl<H: Host> SidecarStream<H> {
         // request.
         let host = self.sidecar.host;
         let now = host.monotonic();
-        if self.counted.is_some() || self.permit.is_some() {
+        if self.counted.is_some() || self.permit.is_some() || self.is_answered_here {
             return Action::Continue;
         }
-        match self.enter(now) {
+        let queue = match self.kind() {
+            Kind::Request => Queue::Requests,
+            Kind::Probe => Queue::Probes,
+            Kind::AnsweredProbe => {
+                self.answer_probe();
+                return Action::Pause;
+            }
+        };
+        match self.enter(queue, now) {
             None | Some(PermitState::Held(_)) => Action::Continue,
             Some(PermitState::Waiting(_)) => Action::Pause,
             Some(PermitState::Refused) => {
@@ -67,8 +88,7 @@ impl<H: Host> SidecarStream<H> {
     /// Counts the request before it enters the breaker, as queue-proxy does, so that queued
     /// requests are part of concurrency. A probe is not counted but enters the breaker: a header
     /// that any client can send must not admit more requests than the app can take.
-    fn enter(&mut self, now: MonotonicNs) -> Option<PermitState> {
-        let queue = if self.is_probe() { Queue::Probes } else { Queue::Requests };
+    fn enter(&mut self, queue: Queue, now: MonotonicNs) -> Option<PermitState> {
         let origin = self.take_mark();
         let mut worker = self.sidecar.worker.try_borrow_mut().ok()?;
         if queue == Queue::Requests {
@@ -97,12 +117,33 @@ impl<H: Host> SidecarStream<H> {
         Origin::from_headers(Some(&proxied), counted_key.as_deref(), key)
     }
 
-    /// Returns whether the request is a probe.
-    fn is_probe(&self) -> bool {
-        let header = |name| self.sidecar.host.header(HeaderMap::Request, name);
-        header("user-agent").is_some_and(|agent| is_kubelet_agent(&agent))
+    /// Returns what the request is. If network probes are answered here, the kubelet's are too: it
+    /// sends them to queue-proxy with the same header. Then that header is looked up first.
+    fn kind(&self) -> Kind {
+        let Sidecar { host, config, .. } = &*self.sidecar;
+        let header = |name| host.header(HeaderMap::Request, name);
+        let answers = config.network_probe.is_some();
+        let network_probe = if answers { header(NETWORK_PROBE_HEADER) } else { None };
+        if network_probe.as_deref() == Some(QUEUE_PROBE_VALUE) {
+            return Kind::AnsweredProbe;
+        }
+        let is_probe = network_probe.is_some()
+            || header("user-agent").is_some_and(|agent| is_kubelet_agent(&agent))
             || header(KUBELET_PROBE_HEADER).is_some()
-            || header(NETWORK_PROBE_HEADER).is_some()
+            || (!answers && header(NETWORK_PROBE_HEADER).is_some());
+        if is_probe { Kind::Probe } else { Kind::Request }
+    }
+
+    /// Makes a network probe wait for the app's answer to ours.
+    fn answer_probe(&mut self) {
+        let Sidecar { host, worker, .. } = &*self.sidecar;
+        let worker = worker.try_borrow_mut();
+        let waits =
+            worker.is_ok_and(|mut worker| worker.app_probe.as_mut().is_some_and(|probe| probe.ask(self.id)));
+        if !waits {
+            ProbeReply::NotReady.send(*host);
+        }
+        self.is_answered_here = true;
     }
 
     /// Called once at the end of the stream, however it ended. It is the only callback that comes
@@ -116,6 +157,12 @@ impl<H: Host> SidecarStream<H> {
     /// host call that could call back into this VM. If the worker is borrowed all the same, an
     /// uncounted request is better than a dead VM.
     fn leave(&mut self, code: impl FnOnce() -> u16) {
+        if std::mem::take(&mut self.is_answered_here)
+            && let Ok(mut worker) = self.sidecar.worker.try_borrow_mut()
+            && let Some(probe) = &mut worker.app_probe
+        {
+            probe.leave(self.id);
+        }
         if self.counted.is_none() && self.permit.is_none() {
             return;
         }

@@ -31,6 +31,24 @@ impl World {
         self.hosts[index].borrow().streams[&vm.streams.last().unwrap().id].headers.clone()
     }
 
+    /// Ends the requests of a VM that the filter has answered.
+    pub fn end_answered_at(&'static self, index: usize) {
+        self.end_answered(index, self.vms[index].borrow_mut().as_mut().unwrap());
+    }
+
+    /// The client of the newest request of a VM disconnects.
+    pub fn abort_at(&'static self, index: usize) {
+        let mut vm = self.vms[index].borrow_mut();
+        let vm = vm.as_mut().unwrap();
+        let at = vm.streams.len() - 1;
+        self.end_stream(index, vm, at);
+    }
+
+    /// Returns the number of probes of the app that are on their way.
+    pub fn app_probes_sent(&self) -> usize {
+        self.sent.borrow().iter().filter(|call| matches!(call.request, CallRequest::AppProbe)).count()
+    }
+
     /// Answers the oldest request of a VM that is in the app.
     pub fn answer_at(&'static self, index: usize) {
         let mut vm = self.vms[index].borrow_mut();
@@ -132,7 +150,7 @@ impl World {
         let sent = self.sent.borrow();
         let probe = |call: &Call| match &call.request {
             CallRequest::Probe(cluster) => Some((call.vm, cluster.clone())),
-            CallRequest::Report(_) => None,
+            CallRequest::Report(_) | CallRequest::AppProbe => None,
         };
         sent.iter().filter_map(probe).collect()
     }

@@ -176,6 +176,14 @@ impl Host for SimulatedHost {
             }
             return Ok(self.world.send(self.vm, root, CallRequest::Report(call.body.into())));
         }
+        if call.cluster == "app" {
+            assert!(call.headers.contains(&(":path", "/ready")) && call.timeout.as_millis() <= 1000);
+            if self.world.network_fails() {
+                let errors = [CallError::NoHost, CallError::UnknownCluster];
+                return Err(errors[self.world.roll(2) as usize]);
+            }
+            return Ok(self.world.send(self.vm, root, CallRequest::AppProbe));
+        }
         let expected = [
             (":method", "GET"),
             (":path", "/"),

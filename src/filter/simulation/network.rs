@@ -69,6 +69,8 @@ pub enum CallRequest {
     Report(Vec<u8>),
     /// A probe of the hold, to a cluster.
     Probe(String),
+    /// A probe of a sidecar, to its app.
+    AppProbe,
 }
 
 /// What the stats server has accepted.

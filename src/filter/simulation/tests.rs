@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use inflight_stats::breaker::rules::PATIENCE_NS;
 
 use super::hold_tests::HOLD;
-use super::world::{CALM, Faults, World};
+use super::world::{CALM, Faults, NETWORK, World};
 
 /// Stalls are shorter than the breaker's patience, and than the longest step of the pod's clock.
 pub const ROUGH: Faults = Faults {
@@ -35,6 +35,18 @@ const BREAKER: &[&str] = &[
     sidecar!("100ms", r#", "container_concurrency": 3, "queue_depth": 4, "queue_timeout": "150ms""#),
     sidecar!("200ms", r#", "container_concurrency": 3, "queue_depth": 2"#),
     sidecar!("100ms", r#", "container_concurrency": 2, "queue_timeout": "50ms""#),
+];
+const PROBED: &[&str] = &[
+    sidecar!(
+        "100ms",
+        r#", "container_concurrency": 3, "answer_network_probe": true, "app_cluster": "app", "app_probe_path": "/ready""#
+    ),
+    sidecar!(
+        "200ms",
+        r#", "container_concurrency": 3, "queue_timeout": "150ms", "answer_network_probe": true,
+        "app_cluster": "app", "app_probe_path": "/ready""#
+    ),
+    sidecar!("100ms", r#", "container_concurrency": 3"#),
 ];
 const EXPORTER: &str = r#"{"role": "exporter", "namespace": "ns", "revision": "NAME", "pod": "pod"}"#;
 const GATEWAY: &[&str] = &[
@@ -218,6 +230,111 @@ fn a_sidecar_takes_a_request_as_proxied_only_under_its_own_key_and_removes_the_m
     }
     world.settle();
     world.end();
+}
+
+/// Returns what a network probe is answered with if the app answers its probe with a status.
+fn answer_to_network_probe(app_status: u16) -> (u16, Vec<u8>) {
+    let world = World::by_hand(10, PROBED);
+    world.app_status.set(app_status);
+    world.request_with(1, &[NETWORK]);
+    assert_eq!((world.in_app(), world.app_probes_sent()), (0, 0), "the root context is to make the call");
+    world.read_mail_of(1);
+    assert_eq!(world.app_probes_sent(), 1);
+    world.deliver_all();
+    world.end_answered_at(1);
+    let answers = world.probe_answers.take();
+    world.settle();
+    assert_eq!(world.stat("queue_requests_total") + world.stat("revision_request_count"), 0);
+    world.end();
+    answers.into_iter().next().unwrap()
+}
+
+#[test]
+fn a_network_probe_is_answered_as_by_queue_proxy_once_the_app_answers_ours() {
+    for status in [200, 204, 301, 404, 405, 500] {
+        assert_eq!(answer_to_network_probe(status), (200, b"queue".to_vec()), "{status}");
+    }
+    for status in [502, 503, 504] {
+        assert_eq!(answer_to_network_probe(status), (503, Vec::new()), "{status}");
+    }
+}
+
+#[test]
+fn network_probes_share_one_probe_of_the_app_and_need_no_permit() {
+    let world = World::by_hand(11, PROBED);
+    for _ in 0..LIMIT {
+        world.request_to(1);
+    }
+    for _ in 0..5 {
+        world.request_with(1, &[NETWORK]);
+        world.read_mail_of(1);
+    }
+    // The one that asked first goes, and one more who asked.
+    world.abort_at(1);
+    assert_eq!(world.app_probes_sent(), 1);
+    world.deliver_all();
+    world.end_answered_at(1);
+    assert_eq!(world.probe_answers.take(), vec![(200, b"queue".to_vec()); 4]);
+    assert_eq!(world.in_app(), LIMIT);
+    // Each worker probes for itself, and later probes are answered by a later answer.
+    world.app_status.set(503);
+    world.request_with(1, &[NETWORK]);
+    world.request_with(2, &[NETWORK]);
+    world.read_mail_of(1);
+    world.read_mail_of(2);
+    assert_eq!(world.app_probes_sent(), 2);
+    world.deliver_all();
+    world.end_answered_at(1);
+    world.end_answered_at(2);
+    assert_eq!(world.probe_answers.take(), vec![(503, Vec::new()); 2]);
+    // Nobody waits any more when the message arrives.
+    world.request_with(1, &[NETWORK]);
+    world.abort_at(1);
+    world.read_mail_of(1);
+    assert_eq!(world.app_probes_sent(), 0);
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn a_network_probe_waits_for_no_configuration_that_is_gone() {
+    let world = World::by_hand(12, PROBED);
+    world.reconfigure();
+    world.request_with(1, &[NETWORK]);
+    world.read_mail_of(1);
+    // The context that made the call goes with it, and the one before makes another.
+    world.end_newest_roots();
+    world.read_mail_of(1);
+    world.deliver_all();
+    world.end_answered_at(1);
+    assert_eq!(world.probe_answers.take(), [(200, b"queue".to_vec())]);
+    // A configuration that answers none replaces one that has promised an answer.
+    world.request_with(1, &[NETWORK]);
+    world.reconfigure();
+    world.read_mail_of(1);
+    world.deliver_all();
+    world.end_answered_at(1);
+    assert_eq!(world.probe_answers.take(), [(200, b"queue".to_vec())]);
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn every_network_probe_is_answered_whatever_happens() {
+    let (mut ready, mut not_ready) = (0, 0);
+    for seed in 0..150 {
+        let world = counts_everything(seed, PROBED, ROUGH);
+        for (code, body) in world.probe_answers.take() {
+            match (code, body.as_slice()) {
+                (200, b"queue") => ready += 1,
+                (503, b"") => not_ready += 1,
+                (503, b"pending request queue full\n" | b"pending request queue timeout\n") => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        world.end();
+    }
+    assert!(ready > 100 && not_ready > 100, "{ready} ready, {not_ready} not ready");
 }
 
 #[test]

@@ -16,6 +16,8 @@ use crate::vm::worker_registry::WorkerRegistry;
 
 /// The header by which a kubelet's probe is known.
 const KUBELET: (&str, &str) = ("user-agent", "kube-probe/1.33");
+/// The header of a network probe to a sidecar.
+pub const NETWORK: (&str, &str) = ("k-network-probe", "queue");
 
 /// One VM. The first is Envoy's main thread, which receives no requests.
 pub struct Vm {
@@ -37,6 +39,8 @@ pub struct Stream {
     since_ns: u64,
     /// The key under which the request counts. A probe has none.
     key: Option<Key>,
+    /// Whether it is one that the sidecar may answer.
+    is_network_probe: bool,
     logic: Logic,
 }
 
@@ -82,6 +86,10 @@ pub struct World {
     pub key: Cell<Option<u64>>,
     /// By how many configurations the one that requests come to is older than the newest.
     pub to_older: Cell<usize>,
+    /// How the app answers probes.
+    pub app_status: Cell<u16>,
+    /// The answers that network probes got.
+    pub probe_answers: RefCell<Vec<(u16, Vec<u8>)>>,
     faults: Faults,
     dice: RefCell<Dice>,
     depth: Cell<u32>,
@@ -128,6 +136,8 @@ impl World {
             without_pod: Cell::default(),
             key: Cell::default(),
             to_older: Cell::default(),
+            app_status: Cell::new(200),
+            probe_answers: RefCell::default(),
             faults,
             dice: RefCell::new(Dice(seed)),
             depth: Cell::default(),
@@ -295,7 +305,8 @@ impl World {
                 6 | 7 => self.end_one(index, vm),
                 8 | 9 if index > 0 => {
                     let is_probe = self.roll(8) == 0;
-                    self.request(index, vm, if is_probe { &[KUBELET] } else { &[] });
+                    let probe = if self.contexts.get().is_multiple_of(2) { KUBELET } else { NETWORK };
+                    self.request(index, vm, if is_probe { std::slice::from_ref(&probe) } else { &[] });
                 }
                 _ => {
                     drop(guard);
@@ -332,7 +343,8 @@ impl World {
         let busy = self.key.get().unwrap_or_else(any);
         let port = if self.faults.pods > 0 { 80 + self.roll(2) } else { 80 };
         let cluster = cluster_of(busy, port);
-        let is_probe = headers.contains(&KUBELET);
+        let is_network_probe = headers.contains(&NETWORK);
+        let is_probe = headers.contains(&KUBELET) || is_network_probe;
         let headers = headers.iter().map(|(name, value)| ((*name).into(), value.as_bytes().to_vec()));
         let headers = headers.collect();
         let side = StreamSide { root: *root_id, headers, cluster, ..StreamSide::default() };
@@ -363,7 +375,7 @@ impl World {
             self.truth.borrow_mut().entry(key.clone()).or_default().0 += 1;
         }
         let since_ns = self.now_ns.get();
-        vm.streams.push(Stream { id, root: *root_id, since_ns, key, logic });
+        vm.streams.push(Stream { id, root: *root_id, since_ns, key, is_network_probe, logic });
     }
 
     /// The request in effect goes on to its cluster.
@@ -408,6 +420,12 @@ impl World {
         let answered = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].code.is_some();
         while let Some(at) = vm.streams.iter().position(answered) {
             let body = self.hosts[index].borrow().streams[&vm.streams[at].id].body.clone();
+            if vm.streams[at].is_network_probe {
+                let code = self.hosts[index].borrow().streams[&vm.streams[at].id].code;
+                self.probe_answers.borrow_mut().push((code.unwrap(), body.unwrap()));
+                self.end_stream(index, vm, at);
+                continue;
+            }
             let body = body.map(|body| String::from_utf8(body).unwrap());
             let counter = match body.as_deref() {
                 None => &self.without_pod,
@@ -529,6 +547,7 @@ impl World {
                 Pods::Serving => 200,
                 _ => 503,
             },
+            CallRequest::AppProbe => self.app_status.get(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! What one VM keeps: a [`Worker`](worker::Worker) for each pod that it counts for.
 
+pub mod app_probe;
 pub mod code_stats;
 pub mod config_stack;
 pub mod key_stats;

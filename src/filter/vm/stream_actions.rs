@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::host::{Host, LocalReply};
+use crate::host::{DETAILS, Host, LocalReply};
 
 /// The content type of all answers of this filter to clients, as Go's `http.Error` sets it.
 pub const PLAIN_TEXT: (&str, &str) = ("content-type", "text/plain; charset=utf-8");
@@ -34,11 +34,34 @@ impl Refusal {
 /// streams: with some hundreds, V8 finds the stack too large, and the VM ends.
 const STREAMS_AT_ONCE: usize = 32;
 
+/// The answer to a network probe, as Knative's queue-proxy gives it (knative/serving,
+/// `pkg/queue/health/handler.go`). The activator expects status and body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProbeReply {
+    /// The app answers.
+    Ready,
+    /// It does not.
+    NotReady,
+}
+
+impl ProbeReply {
+    /// Answers the request in effect.
+    pub fn send(self, host: impl Host) {
+        let (status, body): (u32, &[u8]) = match self {
+            Self::Ready => (200, b"queue"),
+            Self::NotReady => (503, b""),
+        };
+        host.respond(&LocalReply { status, details: DETAILS, body, headers: &[PLAIN_TEXT] });
+    }
+}
+
 /// What to do with streams of this worker once nothing is borrowed any more.
 #[derive(Debug, Default)]
 pub struct StreamActions {
     pub resume: Vec<u32>,
     pub refuse: Vec<(u32, Refusal)>,
+    /// Network probes to answer.
+    pub probes: Vec<(u32, ProbeReply)>,
 }
 
 impl StreamActions {
@@ -46,20 +69,23 @@ impl StreamActions {
     pub fn extend(&mut self, other: Self) {
         self.resume.extend(other.resume);
         self.refuse.extend(other.refuse);
+        self.probes.extend(other.probes);
     }
 
     /// Returns whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.resume.is_empty() && self.refuse.is_empty()
+        self.resume.is_empty() && self.refuse.is_empty() && self.probes.is_empty()
     }
 
     /// Takes the first actions out, at most [`STREAMS_AT_ONCE`].
     pub fn take_batch(&mut self) -> Self {
         let resumed = self.resume.len().min(STREAMS_AT_ONCE);
         let refused = self.refuse.len().min(STREAMS_AT_ONCE - resumed);
+        let answered = self.probes.len().min(STREAMS_AT_ONCE - resumed - refused);
         Self {
             resume: self.resume.drain(..resumed).collect(),
             refuse: self.refuse.drain(..refused).collect(),
+            probes: self.probes.drain(..answered).collect(),
         }
     }
 
@@ -68,6 +94,9 @@ impl StreamActions {
         host.resume(&self.resume, home);
         for (stream, refusal) in &self.refuse {
             host.in_context(*stream, home, || refusal.send(host));
+        }
+        for (stream, reply) in &self.probes {
+            host.in_context(*stream, home, || reply.send(host));
         }
     }
 }

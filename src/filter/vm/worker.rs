@@ -15,6 +15,7 @@ use inflight_stats::pod::store::StoreError;
 use inflight_stats::{Config, Recorder, Snapshot};
 
 use crate::host::Host;
+use crate::vm::app_probe::AppProbe;
 use crate::vm::config_stack::{ConfigStack, period_ns};
 use crate::vm::keyed_worker::{KeyedRequest, KeyedWorker};
 use crate::vm::local_breaker::LocalBreaker;
@@ -36,6 +37,8 @@ pub struct Worker<H> {
     stats: PodStats,
     /// The local breaker, for the role `sidecar`.
     pub breaker: Option<LocalBreaker<H>>,
+    /// The probe of the app, for the role `sidecar`.
+    pub app_probe: Option<AppProbe<H>>,
     /// The local hold, for the role `gateway`.
     hold: Option<LocalHold<H>>,
     /// The counters per key, for the role `gateway`.
@@ -80,6 +83,7 @@ impl<H: Host> Worker<H> {
             member: Member::new(pod, now, period_ns),
             stats: PodStats::define(host, config.role),
             breaker: None,
+            app_probe: None,
             hold: None,
             keyed: None,
             incarnation: state.incarnation,
@@ -125,6 +129,15 @@ impl<H: Host> Worker<H> {
                 self.breaker = LocalBreaker::new(self.host, config, self.member.pod(), worker);
             }
             None => {}
+        }
+        match (&mut self.app_probe, &config.network_probe) {
+            (Some(probe), network_probe) => probe.configure(network_probe.as_ref()),
+            (None, Some(network_probe)) => {
+                let worker = self.member.id(&self.host)?;
+                let mailbox = self.member.pod().key(&format!("app-probe/{worker}"));
+                self.app_probe = Some(AppProbe::new(self.host, network_probe.clone(), mailbox));
+            }
+            (None, None) => {}
         }
         Ok(())
     }
@@ -266,6 +279,9 @@ impl<H: Host> Worker<H> {
             actions.extend(hold.read_mailbox(now));
             self.show_hold();
         }
+        if let Some(probe) = &mut self.app_probe {
+            actions.extend(probe.read_mailbox(now));
+        }
         self.batch(actions)
     }
 
@@ -312,6 +328,10 @@ impl<H: Host> Worker<H> {
         if let Some(hold) = &mut self.hold {
             actions.extend(hold.tick(leads, reading));
             self.show_hold();
+        }
+        if let Some(probe) = &mut self.app_probe {
+            // In case a message or an answer was lost.
+            actions.extend(probe.probe(reading));
         }
         let next_ms = self.next_tick_ms(step, reading, now);
         self.deferred.extend(actions);
@@ -455,13 +475,17 @@ impl<H: Host> Worker<H> {
         self.reports.on_dispatch_error(reason);
     }
 
-    /// Handles the answer to a call: to a probe of the hold, or the stats server's to a report.
+    /// Handles the answer to a call: to a probe of the hold, the app's to its probe, or the stats
+    /// server's to a report.
     /// Returns what is to be done with streams.
     pub fn on_response(&mut self, call: u32, status: u16, body: impl FnOnce() -> String) -> StreamActions {
         let now = self.host.monotonic();
         if let Some(actions) = self.hold.as_mut().and_then(|hold| hold.on_response(call, status, now)) {
             self.show_hold();
             return self.batch(actions);
+        }
+        if let Some(actions) = self.app_probe.as_mut().and_then(|probe| probe.on_response(call, status)) {
+            return actions;
         }
         self.on_report_answer(call, status, body);
         StreamActions::default()
@@ -520,13 +544,14 @@ impl<H: Host> Worker<H> {
     }
 
     /// Releases this worker's permits to the other workers at once. Returns its streams that wait,
-    /// in the breaker's queue or in the hold.
+    /// in the breaker's queue, in the hold or for the app's answer to its probe.
     pub fn close_queues(&mut self) -> Vec<u32> {
         let mut waiting = self.breaker.as_mut().map(LocalBreaker::close).unwrap_or_default();
         if let Some(hold) = &mut self.hold {
             waiting.extend(hold.close(self.host.monotonic()));
             self.show_hold();
         }
+        waiting.extend(self.app_probe.iter_mut().flat_map(AppProbe::close));
         waiting
     }
 

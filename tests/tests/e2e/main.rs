@@ -18,6 +18,7 @@ mod hold_bodies;
 mod install;
 mod keys;
 mod limits;
+mod network_probe;
 mod page;
 mod routes;
 mod soak;
