@@ -37,6 +37,18 @@ fn patch(document: &Value, apply_to: &str) -> Value {
     patch["patch"]["value"].clone()
 }
 
+/// Merges a value into another, as an EnvoyFilter's `MERGE` does.
+fn merge(into: &mut Value, from: &Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (key, value) in from {
+                merge(into.entry(key.as_str()).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from.clone(),
+    }
+}
+
 /// Returns the endpoints of a cluster, as Envoy has them.
 fn assignment(cluster: &str, endpoints: &[SocketAddr]) -> Value {
     let endpoints: Vec<Value> = endpoints
@@ -73,9 +85,13 @@ impl EndpointFile {
     pub fn set(&self, cluster: &str, endpoints: &[SocketAddr]) {
         let mut resource = assignment(cluster, endpoints);
         resource["@type"] = json!("type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment");
+        self.write(&json!({"resources": [resource]}));
+    }
+
+    fn write(&self, document: &Value) {
         // Envoy reads the file when another file is renamed to its name.
         let new = self.path.with_extension("new");
-        std::fs::write(&new, json!({"resources": [resource]}).to_string()).expect("a file");
+        std::fs::write(&new, document.to_string()).expect("a file");
         std::fs::rename(&new, &self.path).expect("a file");
     }
 }
@@ -194,6 +210,36 @@ impl Bootstrap {
         bootstrap.patch_in("istio/gateway.yaml", statserver);
         bootstrap.0["node"] =
             json!({"id": "gw", "cluster": "gw", "metadata": {"NAMESPACE": "mesh", "NAME": "gw-7"}});
+        bootstrap
+    }
+
+    /// Returns `envoy/scale-to-zero.yaml`, on free ports, with the built module. The endpoints of its
+    /// one service are read from `endpoints`, at first `envoy/endpoints.yaml`.
+    pub fn scale_to_zero(endpoints: &EndpointFile, statserver: SocketAddr) -> Self {
+        let mut bootstrap = Self(shipped("scale-to-zero.yaml"));
+        bootstrap.on_free_ports();
+        endpoints.write(&shipped("endpoints.yaml"));
+        let path = "/static_resources/clusters/0/eds_cluster_config/eds_config/path_config_source/path";
+        *at(&mut bootstrap.0, path) = json!(endpoints.path);
+        bootstrap.cluster("inflight-statserver", Some(statserver));
+        bootstrap.module(&built("wasm32-wasip1/release/inflight_filter.wasm"));
+        bootstrap
+    }
+
+    /// Returns [`Bootstrap::istio_gateway`] with the EnvoyFilter that holds, and the endpoints of its
+    /// one service from `endpoints`, at first none.
+    ///
+    /// # Panics
+    /// If the EnvoyFilter does not have what it is to have.
+    pub fn istio_scale_to_zero(endpoints: &EndpointFile, statserver: SocketAddr) -> Self {
+        let mut bootstrap = Self::istio_gateway(statserver, statserver);
+        let file = "istio/scale-to-zero.yaml";
+        bootstrap.patch_in(file, statserver);
+        let document = shipped(file);
+        merge(at(&mut bootstrap.0, "/static_resources/listeners/0"), &patch(&document, "LISTENER"));
+        let manager = patch(&document, "NETWORK_FILTER");
+        merge(at(&mut bootstrap.0, MANAGER), &manager["typed_config"]);
+        bootstrap.endpoints_from("outbound|80||hello-00001.default.svc.cluster.local", endpoints);
         bootstrap
     }
 

@@ -375,6 +375,7 @@ impl World {
             self.truth.borrow_mut().entry(key.clone()).or_default().0 += 1;
         }
         let since_ns = self.now_ns.get();
+        let is_network_probe = is_network_probe && matches!(logic, Logic::Sidecar(_));
         vm.streams.push(Stream { id, root: *root_id, since_ns, key, is_network_probe, logic });
     }
 

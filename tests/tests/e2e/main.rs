@@ -21,6 +21,7 @@ mod limits;
 mod network_probe;
 mod page;
 mod routes;
+mod scale_to_zero;
 mod soak;
 mod stream;
 mod tls;

@@ -1,0 +1,312 @@
+//! The shipped gateways that hold, on real Envoys: every kind of request waits for the first pod, and
+//! Envoy's own timeouts and windows do what `docs/scale-to-zero.md` says of them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use inflight_e2e::app::App;
+use inflight_e2e::bootstrap::{Bootstrap, EndpointFile, at};
+use inflight_e2e::envoy::{Envoy, How, Version};
+use inflight_e2e::statserver::StatServer;
+use inflight_e2e::{http, root, wait};
+use inflight_stats::config::parse_duration;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+
+const SETTLED: Duration = Duration::from_secs(20);
+const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
+const KEY: &[(&str, &str)] = &[("namespace_name", "default"), ("revision_name", "hello-00001")];
+const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
+
+/// An app that reads the whole body of a request and answers with its length.
+struct Reader {
+    address: SocketAddr,
+    requests: Arc<AtomicU64>,
+    serving: JoinHandle<()>,
+}
+
+impl Reader {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let requests = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&requests);
+        let serving = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let counter = Arc::clone(&counter);
+                let service = service_fn(move |request: Request<Incoming>| {
+                    counter.fetch_add(1, Ordering::SeqCst);
+                    async move {
+                        let bytes = request.into_body().collect().await?.to_bytes().len();
+                        Ok::<_, hyper::Error>(Response::new(Full::new(Bytes::from(bytes.to_string()))))
+                    }
+                });
+                tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        Self { address, requests, serving }
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+fn request(path: &str, bytes: usize) -> Request<Full<Bytes>> {
+    let request = Request::post(format!("http://hello{path}")).header("host", "hello");
+    request.body(Full::new(Bytes::from(vec![7; bytes]))).expect("a request")
+}
+
+/// An HTTP/2 connection for many requests at once.
+async fn connection(to: SocketAddr) -> SendRequest<Full<Bytes>> {
+    let stream = TcpStream::connect(to).await.expect("a connection");
+    let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (sender, connection) = handshake.await.expect("HTTP/2");
+    tokio::spawn(connection);
+    sender
+}
+
+/// Sends a request over an HTTP/2 connection. Returns status and body of the answer.
+async fn ask(
+    mut sender: SendRequest<Full<Bytes>>,
+    request: Request<Full<Bytes>>,
+) -> Result<(u16, Bytes), String> {
+    let response = sender.send_request(request).await.map_err(|e| format!("{e:?}"))?;
+    let status = response.status().as_u16();
+    Ok((status, response.into_body().collect().await.map_err(|e| format!("{e:?}"))?.to_bytes()))
+}
+
+async fn until_held(envoy: &Envoy, requests: f64) {
+    wait::until_equal("held requests", SETTLED, requests, || envoy.stat("activator_held_requests", KEY))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_shipped_gateways_hold_every_kind_of_request_until_there_is_a_pod() {
+    const BODY: usize = 1_000_000;
+    type Shipped = fn(&EndpointFile, SocketAddr) -> Bootstrap;
+    let files: [(&str, Shipped); 2] =
+        [("plain", Bootstrap::scale_to_zero), ("Istio", Bootstrap::istio_scale_to_zero)];
+    for version in [Version::Oldest, Version::Newest] {
+        for (name, shipped) in files {
+            let server = StatServer::start(None).await;
+            let endpoints = EndpointFile::new();
+            let envoy = Envoy::start(version, &shipped(&endpoints, server.address), 2).await;
+            let address = envoy.address;
+            let mut clients = JoinSet::new();
+            let sender = connection(address).await;
+            for bytes in [0, 10, BODY, BODY] {
+                let sender = sender.clone();
+                clients.spawn(ask(sender, request("/work", bytes)));
+                clients.spawn(async move {
+                    let (status, body) = http::ask(address, request("/work", bytes)).await?;
+                    Ok((status.as_u16(), body))
+                });
+            }
+            until_held(&envoy, 8.0).await;
+            let key = async || {
+                let key = server.key("default", "hello-00001").await?;
+                Some((key["in_flight"].as_u64()?, key["desired_pods"].as_u64()?))
+            };
+            wait::until_equal("in flight and desired", SETTLED, Some((8, 1)), key).await;
+            let app = Reader::start().await;
+            endpoints.set(CLUSTER, &[app.address]);
+            let mut lengths = Vec::new();
+            while let Some(answer) = clients.join_next().await {
+                let (status, body) = answer.expect("a client").expect("an answer");
+                assert_eq!(status, 200, "{name}: {body:?}");
+                lengths.push(String::from_utf8_lossy(&body).parse::<usize>().expect("a length"));
+            }
+            lengths.sort_unstable();
+            assert_eq!(lengths, [0, 0, 10, 10, BODY, BODY, BODY, BODY], "{name}");
+            // More than eight: the probes.
+            assert!(app.requests.load(Ordering::SeqCst) > 8);
+            endpoints.set(CLUSTER, &[]);
+            // A websocket, too. The request before it finds no pod, which ends the trust.
+            let upgrading = App::start().await;
+            assert!(http::get(address, "/lost").await.is_err());
+            assert_eq!(envoy.stat("inflight_hold_lost_total", &[]).await, 1.0);
+            let socket = tokio::spawn(async move { http::try_websocket(address).await });
+            until_held(&envoy, 1.0).await;
+            endpoints.set(CLUSTER, &[upgrading.address]);
+            socket.await.expect("a client").expect("a websocket");
+        }
+    }
+}
+
+#[test]
+fn the_shipped_trust_is_shorter_than_kedas_cooldown() {
+    let endpoints = EndpointFile::new();
+    let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
+    let gateways =
+        [Bootstrap::scale_to_zero(&endpoints, nobody), Bootstrap::istio_scale_to_zero(&endpoints, nobody)];
+    let trusts = gateways.map(|mut bootstrap| {
+        let text = at(bootstrap.filter(), "/typed_config/config/configuration/value").take();
+        let config: Value = serde_json::from_str(text.as_str().expect("a string")).expect("JSON");
+        parse_duration(config["gateway"]["hold"]["trust"].as_str().expect("a trust")).expect("a duration")
+    });
+    for file in ["keda.yaml", "scale-to-zero.yaml"] {
+        let path = root().join("envoy/kubernetes").join(file);
+        let text = std::fs::read_to_string(path).expect("a file");
+        let cooldown = text.lines().find_map(|line| line.trim().strip_prefix("cooldownPeriod: "));
+        let cooldown = Duration::from_secs(cooldown.and_then(|n| n.parse().ok()).expect("seconds"));
+        assert!(trusts.iter().all(|trust| *trust < cooldown), "{trusts:?}, {file}: {cooldown:?}");
+    }
+}
+
+/// Returns the shipped gateway with a second cluster, under `/warm`.
+fn with_warm(endpoints: &EndpointFile, warm: SocketAddr) -> Bootstrap {
+    let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
+    let mut bootstrap = Bootstrap::scale_to_zero(endpoints, nobody);
+    bootstrap.cluster("warm", Some(warm));
+    let routes = at(&mut bootstrap.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
+    let route = json!({"match": {"prefix": "/warm"}, "route": {"cluster": "warm", "timeout": "0s"}});
+    routes.as_array_mut().expect("routes").insert(0, route);
+    bootstrap
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn held_bodies_take_the_window_of_their_own_connection_and_of_no_other() {
+    const BODY: usize = 1_000_000;
+    for version in [Version::Oldest, Version::Newest] {
+        let app = Reader::start().await;
+        for (uploads, is_full) in [(10, false), (20, true)] {
+            let endpoints = EndpointFile::new();
+            let envoy = Envoy::start(version, &with_warm(&endpoints, app.address), 1).await;
+            let (shared, other) = (connection(envoy.address).await, connection(envoy.address).await);
+            let mut held = JoinSet::new();
+            for _ in 0..uploads {
+                held.spawn(ask(shared.clone(), request("/work", BODY)));
+            }
+            until_held(&envoy, f64::from(uploads)).await;
+            let warm = |sender: &SendRequest<Full<Bytes>>, bytes| {
+                let asked = ask(sender.clone(), request("/warm", bytes));
+                async { tokio::time::timeout(Duration::from_secs(3), asked).await.ok() }
+            };
+            let is_200 = |answer: Option<Result<(u16, Bytes), String>>| {
+                answer.is_some_and(|a| a.expect("an answer").0 == 200)
+            };
+            let results = [
+                is_200(warm(&shared, 0).await),
+                is_200(warm(&other, BODY).await),
+                is_200(warm(&shared, BODY).await),
+            ];
+            println!("{version:?}, {uploads} held uploads on a connection: {results:?}");
+            assert_eq!(results, [true, true, !is_full]);
+            endpoints.set(CLUSTER, &[app.address]);
+            while let Some(answer) = held.join_next().await {
+                assert_eq!(answer.expect("a client").expect("an answer").0, 200);
+            }
+        }
+    }
+}
+
+/// Returns the shipped gateway's route to its one cluster under a prefix, with changes.
+fn route(prefix: &str, changes: &Value) -> Value {
+    let mut action = json!({"cluster": CLUSTER, "timeout": "0s"});
+    for (key, value) in changes.as_object().expect("an object") {
+        action[key] = value.clone();
+    }
+    json!({"match": {"prefix": prefix}, "route": action})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
+    // Each route has a timeout of its own, in a listener without one, and in a listener with two.
+    let routes = [
+        route("/plain", &json!({})),
+        route("/second", &json!({"timeout": "1s"})),
+        route("/short", &json!({"timeout": "0.2s"})),
+        route("/idle", &json!({"idle_timeout": "1s"})),
+        route("/duration", &json!({"max_stream_duration": {"max_stream_duration": "1s"}})),
+        route("/grpc", &json!({"max_stream_duration": {"grpc_timeout_header_max": "0s"}})),
+        route("/none", &json!({"idle_timeout": "0s"})),
+    ];
+    // The path, the size of the body, the code, its details, and whether it ends before the hold.
+    let without = [
+        ("/plain", 0, 200, "via_upstream", false),
+        ("/plain?grpc", 0, 200, "via_upstream", false),
+        ("/second", 0, 200, "via_upstream", false),
+        ("/short?ms=2000", 0, 504, "response_timeout", false),
+        ("/idle", 0, 504, "stream_idle_timeout", true),
+        ("/idle?body", 10_000_000, 408, "stream_idle_timeout", true),
+        ("/duration", 0, 504, "max_duration_timeout", true),
+        ("/grpc", 0, 504, "max_duration_timeout", true),
+    ];
+    let with = [
+        ("/plain", 0, 504, "stream_idle_timeout", true),
+        ("/none", 0, 504, "request_overall_timeout", true),
+        ("/none?body", 10_000_000, 408, "request_overall_timeout", true),
+    ];
+    for version in [Version::Oldest, Version::Newest] {
+        let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
+        let (endpoints, folder) = (EndpointFile::new(), TempDir::new().expect("a folder"));
+        let mut bootstrap = Bootstrap::scale_to_zero(&endpoints, nobody);
+        let log = folder.path().join("details.log");
+        let manager = at(&mut bootstrap.0, MANAGER);
+        *at(manager, "/route_config/virtual_hosts/0/routes") = json!(routes);
+        let format = "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_CODE_DETAILS%\n";
+        manager["access_log"] = json!([{"name": "file", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
+            "path": log,
+            "log_format": {"text_format_source": {"inline_string": format}},
+        }}]);
+        let mut second = at(&mut bootstrap.0, "/static_resources/listeners/0").clone();
+        second["name"] = json!("second");
+        let manager = at(&mut second, "/filter_chains/0/filters/0/typed_config");
+        (manager["stream_idle_timeout"], manager["request_timeout"]) = (json!("1s"), json!("2s"));
+        at(&mut bootstrap.0, "/static_resources/listeners").as_array_mut().expect("listeners").push(second);
+        let how = How { concurrency: 1, quiet: true, ..How::default() };
+        let envoy = Envoy::with(version, &bootstrap, how).await;
+        let mut clients = JoinSet::new();
+        let began = Instant::now();
+        // Envoy calls the second listener's address the exporter's.
+        let cases = without.map(|case| (envoy.address, case)).into_iter();
+        for (address, (path, bytes, ..)) in cases.chain(with.map(|case| (envoy.exporter, case))) {
+            let request = Request::post(path).header("host", "hello").header("grpc-timeout", "1S");
+            let request = request.body(Full::new(Bytes::from(vec![7; bytes]))).expect("a request");
+            clients.spawn(async move {
+                let answer = http::ask(address, request).await;
+                (path, answer.map(|(status, _)| status.as_u16()), began.elapsed())
+            });
+        }
+        tokio::time::sleep_until((began + Duration::from_secs(4)).into()).await;
+        let app = App::start().await;
+        endpoints.set(CLUSTER, &[app.address]);
+        let released = began.elapsed();
+        let mut outcomes = Vec::new();
+        while let Some(outcome) = clients.join_next().await {
+            let (path, code, took) = outcome.expect("a client");
+            outcomes.push((path, code.expect("an answer"), took < released));
+        }
+        outcomes.sort_unstable();
+        let all = || without.iter().chain(&with);
+        let mut expected: Vec<_> = all().map(|(path, _, code, _, early)| (*path, *code, *early)).collect();
+        expected.sort_unstable();
+        assert_eq!(outcomes, expected, "{version:?}");
+        let mut expected: Vec<_> =
+            all().map(|(path, _, code, details, _)| format!("{path} {code} {details}")).collect();
+        expected.sort_unstable();
+        wait::until_equal("the log", SETTLED, expected, async || {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+            lines.sort_unstable();
+            lines
+        })
+        .await;
+    }
+}
