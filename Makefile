@@ -76,10 +76,10 @@ MINUTES ?= 30
 soak: all build-tests envoys ## Everything at once, for half an hour: make soak [MINUTES=30]
 	SOAK_MINUTES=$(MINUTES) $(TESTS) --test e2e -- --nocapture --ignored soak::
 
-run: module ## The demo: make run [DURATION=seconds] [CONCURRENCY=workers]
+run: module ## The demos: make run [DURATION=seconds] [CONCURRENCY=workers], make run SCALE=1
 	$(CARGO) build $(TESTED) --bin inflight-demo --bin inflight-statserver
 	@$(PYTHON) tools/envoy.py any >/dev/null
-	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION))
+	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION)) $(if $(SCALE),--scale)
 
 # QUICK=1: fewer and shorter rounds, and docs/benchmarks.md stays as it is.
 bench: build-bench envoys ## Envoy with and without the filter, and the stats server: make bench [QUICK=1]

@@ -421,9 +421,9 @@ impl World {
         let answered = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].code.is_some();
         while let Some(at) = vm.streams.iter().position(answered) {
             let body = self.hosts[index].borrow().streams[&vm.streams[at].id].body.clone();
-            if vm.streams[at].is_network_probe {
+            if let (true, Some(body)) = (vm.streams[at].is_network_probe, &body) {
                 let code = self.hosts[index].borrow().streams[&vm.streams[at].id].code;
-                self.probe_answers.borrow_mut().push((code.unwrap(), body.unwrap()));
+                self.probe_answers.borrow_mut().push((code.unwrap(), body.clone()));
                 self.end_stream(index, vm, at);
                 continue;
             }

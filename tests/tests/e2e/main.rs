@@ -7,6 +7,7 @@ mod breaker;
 mod changes;
 mod clock;
 mod count;
+mod demo;
 mod disk;
 mod documents;
 mod exporter;

@@ -1,12 +1,11 @@
-//! The demo: a stats server, an app with varying latency, an Envoy in front of it, a load, and a
-//! live table that compares what Envoy reported with what its access log says.
+//! A stats server, an app with varying latency, an Envoy in front of it, a load, and a live table
+//! that compares what Envoy reported with what its access log says.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
 use inflight_e2e::app::App;
 use inflight_e2e::bootstrap::Bootstrap;
 use inflight_e2e::browser::Browser;
@@ -16,21 +15,8 @@ use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
 use inflight_e2e::truth;
 use inflight_stats::{KeyReport, Report};
-use tokio::signal::unix::{SignalKind, signal};
 
-/// Inflight at work, on this machine alone.
-#[derive(Parser)]
-struct Options {
-    /// Seconds to run; without it, until Ctrl-C.
-    #[arg(long)]
-    duration: Option<u64>,
-    /// Envoy's worker threads.
-    #[arg(long, default_value_t = 2)]
-    concurrency: u32,
-    /// Takes a picture of the live page at the end; that takes a Chromium.
-    #[arg(long, value_name = "FILE")]
-    screenshot: Option<PathBuf>,
-}
+use crate::interrupted;
 
 /// Returns whether two figures agree: whether they are within the tests' tolerance for a single
 /// second.
@@ -77,13 +63,11 @@ impl Table {
     }
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let options = Options::parse();
+/// Runs for some seconds, or until it is interrupted.
+pub async fn run(duration: Option<u64>, concurrency: u32, screenshot: Option<&Path>) -> ExitCode {
     let (app, server) = (App::start().await, StatServer::start(None).await);
     let tap = Tap::start(Some(server.address)).await;
-    let envoy =
-        Envoy::start(Version::Any, &Bootstrap::sidecar(app.address, tap.address), options.concurrency).await;
+    let envoy = Envoy::start(Version::Any, &Bootstrap::sidecar(app.address, tap.address), concurrency).await;
     println!("live page     http://{}/", server.address);
     println!("traffic       http://{}/work?ms=20", envoy.address);
     println!("Envoy         http://{}/stats/prometheus", envoy.admin);
@@ -102,18 +86,14 @@ async fn main() -> ExitCode {
     let mut loads = vec![Load::start(steady, envoy.address, &app.counts)];
     let mut table = Table { shown: 0, worst: 0.0, disagreed: 0 };
 
-    let (Ok(mut interrupted), Ok(mut terminated)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return ExitCode::FAILURE;
-    };
     let ended = async {
-        match options.duration {
+        match duration {
             Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
             None => std::future::pending().await,
         }
     };
     let mut ended = std::pin::pin!(ended);
+    let mut interruption = std::pin::pin!(interrupted());
     let mut ticks = tokio::time::interval(Duration::from_millis(250));
     let mut bursts = tokio::time::interval(Duration::from_secs(4));
     loop {
@@ -121,12 +101,11 @@ async fn main() -> ExitCode {
             _ = ticks.tick() => table.show(&tap.acknowledged(), &envoy, false),
             _ = bursts.tick() => loads.push(Load::start(burst, envoy.address, &app.counts)),
             () = &mut ended => break,
-            _ = interrupted.recv() => break,
-            _ = terminated.recv() => break,
+            () = &mut interruption => break,
         }
     }
 
-    if let Some(file) = &options.screenshot {
+    if let Some(file) = screenshot {
         let mut browser = Browser::start(1100, 700).await;
         browser.open(&format!("http://{}/", server.address)).await;
         browser.until("document.querySelectorAll('svg path.stable').length", 1.into()).await;
