@@ -59,6 +59,7 @@ const ELSEWHERE: &[(&str, Elsewhere)] = &[
     ),
     (". \"$HOME/.cargo/env\"", Nowhere("it belongs to the command before")),
     ("make run DURATION=20", Step(".ci/run", "make run DURATION=20")),
+    ("make run SCALE=1", Step(".ci/run", "make run SCALE=1")),
     ("make test", Step(".ci/run", "make test")),
     ("make lint", Step(".ci/run", "make lint")),
     ("make deny", Step(".ci/run", "make deny")),

@@ -2,6 +2,7 @@
 //! Envoy's own timeouts and windows do what `docs/scale-to-zero.md` says of them.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use inflight_e2e::{http, root, wait};
 use inflight_stats::config::parse_duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -30,7 +32,8 @@ const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 const KEY: &[(&str, &str)] = &[("namespace_name", "default"), ("revision_name", "hello-00001")];
 const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
 
-/// An app that reads the whole body of a request and answers with its length.
+/// An app that reads the whole body of a request and answers with its length, to a path with `slow`
+/// after two seconds.
 struct Reader {
     address: SocketAddr,
     requests: Arc<AtomicU64>,
@@ -49,7 +52,11 @@ impl Reader {
                 let service = service_fn(move |request: Request<Incoming>| {
                     counter.fetch_add(1, Ordering::SeqCst);
                     async move {
+                        let is_slow = request.uri().path().contains("slow");
                         let bytes = request.into_body().collect().await?.to_bytes().len();
+                        if is_slow {
+                            tokio::time::sleep(Duration::from_secs(2)).await;
+                        }
                         Ok::<_, hyper::Error>(Response::new(Full::new(Bytes::from(bytes.to_string()))))
                     }
                 });
@@ -215,6 +222,32 @@ async fn held_bodies_take_the_window_of_their_own_connection_and_of_no_other() {
     }
 }
 
+/// Returns an access log with the details of each response's code.
+fn details_log(path: &Path) -> Value {
+    let format = "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_CODE_DETAILS%\n";
+    json!([{"name": "file", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
+        "path": path,
+        "log_format": {"text_format_source": {"inline_string": format}},
+    }}])
+}
+
+/// Sends a request whose body is complete only at a later time. Returns the answer's status.
+async fn ask_slowly(to: SocketAddr, path: &str, until: Instant) -> Result<u16, String> {
+    let exchange = async {
+        let mut stream = TcpStream::connect(to).await?;
+        let head = format!("POST {path} HTTP/1.1\r\nhost: hello\r\ncontent-length: 10\r\n\r\nfirst");
+        stream.write_all(head.as_bytes()).await?;
+        tokio::time::sleep_until(until.into()).await;
+        stream.write_all(b"later").await?;
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).await?;
+        Ok::<_, std::io::Error>(String::from_utf8_lossy(&status).into_owned())
+    };
+    let status = exchange.await.map_err(|error| error.to_string())?;
+    status.strip_prefix("HTTP/1.1 ").and_then(|code| code.parse().ok()).ok_or(status)
+}
+
 /// Returns the shipped gateway's route to its one cluster under a prefix, with changes.
 fn route(prefix: &str, changes: &Value) -> Value {
     let mut action = json!({"cluster": CLUSTER, "timeout": "0s"});
@@ -241,7 +274,8 @@ async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
         ("/plain", 0, 200, "via_upstream", false),
         ("/plain?grpc", 0, 200, "via_upstream", false),
         ("/second", 0, 200, "via_upstream", false),
-        ("/short?ms=2000", 0, 504, "response_timeout", false),
+        ("/second?slow", 0, 200, "via_upstream", false),
+        ("/short/slow", 0, 504, "response_timeout", false),
         ("/idle", 0, 504, "stream_idle_timeout", true),
         ("/idle?body", 10_000_000, 408, "stream_idle_timeout", true),
         ("/duration", 0, 504, "max_duration_timeout", true),
@@ -259,12 +293,7 @@ async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
         let log = folder.path().join("details.log");
         let manager = at(&mut bootstrap.0, MANAGER);
         *at(manager, "/route_config/virtual_hosts/0/routes") = json!(routes);
-        let format = "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_CODE_DETAILS%\n";
-        manager["access_log"] = json!([{"name": "file", "typed_config": {
-            "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
-            "path": log,
-            "log_format": {"text_format_source": {"inline_string": format}},
-        }}]);
+        manager["access_log"] = details_log(&log);
         let mut second = at(&mut bootstrap.0, "/static_resources/listeners/0").clone();
         second["name"] = json!("second");
         let manager = at(&mut second, "/filter_chains/0/filters/0/typed_config");
@@ -275,7 +304,8 @@ async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
         let mut clients = JoinSet::new();
         let began = Instant::now();
         // Envoy calls the second listener's address the exporter's.
-        let cases = without.map(|case| (envoy.address, case)).into_iter();
+        let slow = "/second?slow";
+        let cases = without.iter().map(|case| (envoy.address, *case)).filter(|(_, case)| case.0 != slow);
         for (address, (path, bytes, ..)) in cases.chain(with.map(|case| (envoy.exporter, case))) {
             let request = Request::post(path).header("host", "hello").header("grpc-timeout", "1S");
             let request = request.body(Full::new(Bytes::from(vec![7; bytes]))).expect("a request");
@@ -284,8 +314,11 @@ async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
                 (path, answer.map(|(status, _)| status.as_u16()), began.elapsed())
             });
         }
+        // The route's timeout begins when the body is complete, two seconds after the release.
+        let (address, complete) = (envoy.address, began + Duration::from_secs(6));
+        clients.spawn(async move { (slow, ask_slowly(address, slow, complete).await, began.elapsed()) });
         tokio::time::sleep_until((began + Duration::from_secs(4)).into()).await;
-        let app = App::start().await;
+        let app = Reader::start().await;
         endpoints.set(CLUSTER, &[app.address]);
         let released = began.elapsed();
         let mut outcomes = Vec::new();
@@ -308,5 +341,69 @@ async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
             lines
         })
         .await;
+    }
+}
+
+/// Sends a request, as gRPC does or not. Returns status, some headers and body of the answer.
+async fn told(to: SocketAddr, grpc: bool) -> (u16, [String; 3], String) {
+    let kind = if grpc { "application/grpc" } else { "text/plain" };
+    let request = Request::post("/work").header("host", "hello").header("content-type", kind);
+    let request = request.body(Full::<Bytes>::default()).expect("a request");
+    let stream = TcpStream::connect(to).await.expect("a connection");
+    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
+    let (mut sender, connection) = handshake.await.expect("HTTP/1.1");
+    tokio::spawn(connection);
+    let response = sender.send_request(request).await.expect("an answer");
+    let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let headers =
+        ["retry-after", "grpc-status", "grpc-message"].map(|name| header(name).unwrap_or("").into());
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.expect("a body").to_bytes();
+    (status, headers, String::from_utf8_lossy(&body).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_is_turned_away_is_told_why_and_when_to_come_back() {
+    for version in [Version::Oldest, Version::Newest] {
+        let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
+        let (endpoints, folder) = (EndpointFile::new(), TempDir::new().expect("a folder"));
+        let mut bootstrap = Bootstrap::scale_to_zero(&endpoints, nobody);
+        bootstrap.configure("gateway", json!({"hold": {"timeout": "1500ms", "depth": 2}}));
+        let log = folder.path().join("details.log");
+        at(&mut bootstrap.0, MANAGER)["access_log"] = details_log(&log);
+        let how = How { concurrency: 2, quiet: true, ..How::default() };
+        let envoy = Envoy::with(version, &bootstrap, how).await;
+        let address = envoy.address;
+        let began = Instant::now();
+        let held = [false, true].map(|grpc| tokio::spawn(told(address, grpc)));
+        until_held(&envoy, 2.0).await;
+        let plain = |text: &str| (503, ["1".to_owned(), String::new(), String::new()], format!("{text}\n"));
+        let full = "too many requests held for default/hello-00001";
+        let late = "no capacity for default/hello-00001 within 1.5s";
+        assert_eq!(told(address, false).await, plain(full));
+        let (status, [retry, code, message], _) = told(address, true).await;
+        assert_eq!((status, retry.as_str(), code.as_str()), (200, "1", "14"));
+        assert!(message.starts_with(full), "{message}");
+        let [one, other] = held;
+        assert_eq!(one.await.expect("a client"), plain(late));
+        let (status, [retry, code, message], _) = other.await.expect("a client");
+        assert_eq!((status, retry.as_str(), code.as_str()), (200, "1", "14"));
+        assert!(message.starts_with(late), "{message}");
+        assert!(began.elapsed() >= Duration::from_millis(1500), "{:?}", began.elapsed());
+        let [full, late] = ["inflight_hold_full", "inflight_hold_timeout"];
+        let mut expected =
+            [full, late].map(|details| [200, 503].map(|code| format!("/work {code} {details}")));
+        expected.as_flattened_mut().sort_unstable();
+        wait::until_equal("the log", SETTLED, expected.as_flattened().to_vec(), async || {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+            lines.sort_unstable();
+            lines
+        })
+        .await;
+        let stats = ["inflight_hold_refused_total", "inflight_hold_timeouts_total"];
+        for name in stats {
+            assert_eq!(envoy.stat(name, &[]).await, 2.0, "{name}");
+        }
     }
 }
