@@ -94,10 +94,11 @@ SECONDS_EACH ?= 60
 fuzz: toolchain ## Every format that comes from outside: make fuzz [SECONDS_EACH=60]
 	tools/fuzz.sh $(SECONDS_EACH)
 
-screenshot: module ## The README's picture of the live page: two minutes of the demo
+screenshot: module ## The README's pictures: two minutes of the demo, and the scaling demo
 	$(CARGO) build $(TESTED) --bin inflight-demo --bin inflight-statserver
 	@$(PYTHON) tools/envoy.py any >/dev/null
 	target/e2e/inflight-demo --duration 120 --screenshot docs/page.png
+	target/e2e/inflight-demo --scale --picture docs/scale-to-zero.svg
 
 reference: ## Write the tables of docs/ that are made from the code: flags, keys, settings, metrics
 	UPDATE_REFERENCE=1 $(TESTS) --bin inflight-statserver reference

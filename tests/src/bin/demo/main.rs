@@ -3,6 +3,7 @@
 
 mod counting;
 mod kubelet;
+mod picture;
 mod scaling;
 mod waves;
 
@@ -27,6 +28,9 @@ struct Options {
     /// Shows a workload that goes from no pods to some and back, instead of one with a single pod.
     #[arg(long, conflicts_with_all = ["duration", "screenshot"])]
     scale: bool,
+    /// Draws what that showed into an SVG file.
+    #[arg(long, value_name = "FILE", requires = "scale")]
+    picture: Option<PathBuf>,
 }
 
 /// Waits for Ctrl-C or SIGTERM.
@@ -44,13 +48,13 @@ async fn interrupted() {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let Options { duration, concurrency, screenshot, scale } = Options::parse();
+    let Options { duration, concurrency, screenshot, scale, picture } = Options::parse();
     if !scale {
         return counting::run(duration, concurrency, screenshot.as_deref()).await;
     }
     // Whatever was started ends when its value is dropped.
     tokio::select! {
-        code = scaling::run(concurrency) => code,
+        code = scaling::run(concurrency, picture.as_deref()) => code,
         () = interrupted() => ExitCode::FAILURE,
     }
 }

@@ -2,6 +2,7 @@
 //! there are none: a stats server, a gateway Envoy, a kubelet, a load in waves, and a live table.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use inflight_e2e::statserver::StatServer;
 use serde_json::json;
 
 use crate::kubelet::{KEY, Kubelet, MOST_PODS, Pods};
+use crate::picture::{Row, draw};
 use crate::waves::{Tally, burst, plateau};
 
 /// Before the burst.
@@ -24,36 +26,36 @@ const PLATEAU: Duration = Duration::from_secs(15);
 /// How long going back to no pods may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the table has shown.
-#[derive(Default)]
-struct Shown {
-    second: u64,
-    sent: u64,
-    most_pods: usize,
-}
-
-/// Prints a line of the table.
-async fn show(shown: &mut Shown, tally: &Tally, gateway: &Envoy, server: &StatServer, pods: Pods) {
+/// Takes and prints the table's next line.
+async fn show(rows: &mut Vec<Row>, tally: &Tally, gateway: &Envoy, server: &StatServer, pods: Pods) {
     let held = gateway.stat("activator_held_requests", &[]).await as u64;
     let key = server.key(KEY.0, KEY.1).await;
     let figure = |name: &str| key.as_ref().and_then(|key| key[name].as_u64());
+    let before: u64 = rows.iter().map(|row| row.requests).sum();
+    let row = Row {
+        requests: tally.sent() - before,
+        held,
+        in_flight: figure("in_flight"),
+        desired: figure("desired_pods"),
+        pods: pods.ready as u64,
+    };
     let or_dash = |figure: Option<u64>| figure.map_or("-".into(), |figure| figure.to_string());
-    let (sent, failed) = (tally.sent(), tally.failures().len());
-    let (in_flight, desired) = (or_dash(figure("in_flight")), or_dash(figure("desired_pods")));
     let changes = [(pods.starting, "starting"), (pods.draining, "draining")].into_iter();
     let changes: Vec<String> =
         changes.filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
-    println!(
-        "{:>6}  {:>8}  {held:>5}  {failed:>6}  {in_flight:>9}  {desired:>7}  {:>4}  {}",
-        shown.second,
-        sent - shown.sent,
-        pods.ready,
+    let line = format!(
+        "{:>6}  {:>8}  {held:>5}  {:>6}  {:>9}  {:>7}  {:>4}  {}",
+        rows.len(),
+        row.requests,
+        tally.failures().len(),
+        or_dash(row.in_flight),
+        or_dash(row.desired),
+        row.pods,
         changes.join(", ")
     );
+    println!("{}", line.trim_end());
     let _ = std::io::stdout().flush();
-    shown.second += 1;
-    shown.sent = sent;
-    shown.most_pods = shown.most_pods.max(pods.ready);
+    rows.push(row);
 }
 
 /// Sets the workload's settings at the stats server: windows that are as short as they may be, and
@@ -74,7 +76,7 @@ async fn settings(server: &StatServer) -> Result<(), String> {
 
 /// Runs until the workload is back at no pods. Returns success if no request failed and the workload
 /// went from no pods to some and back.
-pub async fn run(concurrency: u32) -> ExitCode {
+pub async fn run(concurrency: u32, picture: Option<&Path>) -> ExitCode {
     let server = StatServer::start(None).await;
     if let Err(error) = settings(&server).await {
         println!("the stats server refused the settings: {error}");
@@ -100,12 +102,12 @@ pub async fn run(concurrency: u32) -> ExitCode {
         burst(&tally, gateway.address, 80, Duration::from_millis(200)).await;
         plateau(&tally, gateway.address, 24, Duration::from_millis(200), PLATEAU).await;
     };
-    let mut shown = Shown::default();
+    let mut rows = Vec::new();
     let table = async {
         let mut seconds = tokio::time::interval(Duration::from_secs(1));
         loop {
             seconds.tick().await;
-            show(&mut shown, &tally, &gateway, &server, now()).await;
+            show(&mut rows, &tally, &gateway, &server, now()).await;
         }
     };
     let idle = async {
@@ -127,7 +129,7 @@ pub async fn run(concurrency: u32) -> ExitCode {
         () = table => false,
         () = kubelet.run() => false,
     };
-    show(&mut shown, &tally, &gateway, &server, now()).await;
+    show(&mut rows, &tally, &gateway, &server, now()).await;
 
     let (sent, answered, failures) = (tally.sent(), tally.answered(), tally.failures());
     let logged = gateway.requests_when(sent).await.len();
@@ -137,9 +139,13 @@ pub async fn run(concurrency: u32) -> ExitCode {
         failures.len()
     );
     println!("longest wait beyond the app's own time: {:.2} s", tally.longest_wait().as_secs_f64());
-    println!("pods: 0 -> {} -> {}", shown.most_pods, now().ready);
+    let most_pods = rows.iter().map(|row| row.pods).max().unwrap_or(0);
+    println!("pods: 0 -> {most_pods} -> {}", now().ready);
+    if let Some(file) = picture {
+        std::fs::write(file, draw(&rows)).expect("the picture");
+    }
     failures.iter().take(10).for_each(|failure| println!("failed: {failure}"));
-    if sent > 0 && answered == sent && is_back && shown.most_pods > 0 {
+    if sent > 0 && answered == sent && logged as u64 == sent && is_back && most_pods > 0 {
         println!("no request failed, and the workload is back at no pods");
         ExitCode::SUCCESS
     } else {
