@@ -31,24 +31,6 @@ impl World {
         self.hosts[index].borrow().streams[&vm.streams.last().unwrap().id].headers.clone()
     }
 
-    /// Ends the requests of a VM that the filter has answered.
-    pub fn end_answered_at(&'static self, index: usize) {
-        self.end_answered(index, self.vms[index].borrow_mut().as_mut().unwrap());
-    }
-
-    /// The client of the newest request of a VM disconnects.
-    pub fn abort_at(&'static self, index: usize) {
-        let mut vm = self.vms[index].borrow_mut();
-        let vm = vm.as_mut().unwrap();
-        let at = vm.streams.len() - 1;
-        self.end_stream(index, vm, at);
-    }
-
-    /// Returns the number of probes of the app that are on their way.
-    pub fn app_probes_sent(&self) -> usize {
-        self.sent.borrow().iter().filter(|call| matches!(call.request, CallRequest::AppProbe)).count()
-    }
-
     /// Answers the oldest request of a VM that is in the app.
     pub fn answer_at(&'static self, index: usize) {
         let mut vm = self.vms[index].borrow_mut();
@@ -63,6 +45,18 @@ impl World {
     /// The client of a VM's oldest request leaves.
     pub fn end_one_at(&'static self, index: usize) {
         self.end_stream(index, self.vms[index].borrow_mut().as_mut().unwrap(), 0);
+    }
+
+    /// The client of a VM's newest request leaves.
+    pub fn end_newest_at(&'static self, index: usize) {
+        let mut vm = self.vms[index].borrow_mut();
+        let vm = vm.as_mut().unwrap();
+        self.end_stream(index, vm, vm.streams.len() - 1);
+    }
+
+    /// Ends the requests of a VM that the filter has answered.
+    pub fn end_answered_at(&'static self, index: usize) {
+        self.end_answered(index, self.vms[index].borrow_mut().as_mut().unwrap());
     }
 
     /// Lets a VM read the messages from the others.
@@ -153,6 +147,12 @@ impl World {
             CallRequest::Report(_) | CallRequest::AppProbe => None,
         };
         sent.iter().filter_map(probe).collect()
+    }
+
+    /// Returns the number of probes of the app that are on their way.
+    pub fn app_probes_sent(&self) -> usize {
+        let is_probe = |call: &&Call| matches!(call.request, CallRequest::AppProbe);
+        self.sent.borrow().iter().filter(is_probe).count()
     }
 
     /// Delivers all calls that are on their way.

@@ -69,7 +69,7 @@ pub enum CallRequest {
     Report(Vec<u8>),
     /// A probe of the hold, to a cluster.
     Probe(String),
-    /// A probe of a sidecar, to its app.
+    /// A sidecar's probe of its app.
     AppProbe,
 }
 

@@ -233,7 +233,7 @@ fn a_sidecar_takes_a_request_as_proxied_only_under_its_own_key_and_removes_the_m
 }
 
 /// Returns what a network probe is answered with if the app answers its probe with a status.
-fn answer_to_network_probe(app_status: u16) -> (u16, Vec<u8>) {
+fn answer_to_network_probe(app_status: u16) -> (u16, String) {
     let world = World::by_hand(10, PROBED);
     world.app_status.set(app_status);
     world.request_with(1, &[NETWORK]);
@@ -252,10 +252,10 @@ fn answer_to_network_probe(app_status: u16) -> (u16, Vec<u8>) {
 #[test]
 fn a_network_probe_is_answered_as_by_queue_proxy_once_the_app_answers_ours() {
     for status in [200, 204, 301, 404, 405, 500] {
-        assert_eq!(answer_to_network_probe(status), (200, b"queue".to_vec()), "{status}");
+        assert_eq!(answer_to_network_probe(status), (200, "queue".to_owned()), "{status}");
     }
     for status in [502, 503, 504] {
-        assert_eq!(answer_to_network_probe(status), (503, Vec::new()), "{status}");
+        assert_eq!(answer_to_network_probe(status), (503, String::new()), "{status}");
     }
 }
 
@@ -270,11 +270,11 @@ fn network_probes_share_one_probe_of_the_app_and_need_no_permit() {
         world.read_mail_of(1);
     }
     // The one that asked first goes, and one more who asked.
-    world.abort_at(1);
+    world.end_newest_at(1);
     assert_eq!(world.app_probes_sent(), 1);
     world.deliver_all();
     world.end_answered_at(1);
-    assert_eq!(world.probe_answers.take(), vec![(200, b"queue".to_vec()); 4]);
+    assert_eq!(world.probe_answers.take(), vec![(200, "queue".to_owned()); 4]);
     assert_eq!(world.in_app(), LIMIT);
     // Each worker probes for itself, and later probes are answered by a later answer.
     world.app_status.set(503);
@@ -286,10 +286,10 @@ fn network_probes_share_one_probe_of_the_app_and_need_no_permit() {
     world.deliver_all();
     world.end_answered_at(1);
     world.end_answered_at(2);
-    assert_eq!(world.probe_answers.take(), vec![(503, Vec::new()); 2]);
+    assert_eq!(world.probe_answers.take(), vec![(503, String::new()); 2]);
     // Nobody waits any more when the message arrives.
     world.request_with(1, &[NETWORK]);
-    world.abort_at(1);
+    world.end_newest_at(1);
     world.read_mail_of(1);
     assert_eq!(world.app_probes_sent(), 0);
     world.settle();
@@ -307,14 +307,14 @@ fn a_network_probe_waits_for_no_configuration_that_is_gone() {
     world.read_mail_of(1);
     world.deliver_all();
     world.end_answered_at(1);
-    assert_eq!(world.probe_answers.take(), [(200, b"queue".to_vec())]);
+    assert_eq!(world.probe_answers.take(), [(200, "queue".to_owned())]);
     // A configuration that answers none replaces one that has promised an answer.
     world.request_with(1, &[NETWORK]);
     world.reconfigure();
     world.read_mail_of(1);
     world.deliver_all();
     world.end_answered_at(1);
-    assert_eq!(world.probe_answers.take(), [(200, b"queue".to_vec())]);
+    assert_eq!(world.probe_answers.take(), [(200, "queue".to_owned())]);
     world.settle();
     world.end();
 }
@@ -325,10 +325,10 @@ fn every_network_probe_is_answered_whatever_happens() {
     for seed in 0..150 {
         let world = counts_everything(seed, PROBED, ROUGH);
         for (code, body) in world.probe_answers.take() {
-            match (code, body.as_slice()) {
-                (200, b"queue") => ready += 1,
-                (503, b"") => not_ready += 1,
-                (503, b"pending request queue full\n" | b"pending request queue timeout\n") => {}
+            match (code, body.as_str()) {
+                (200, "queue") => ready += 1,
+                (503, "") => not_ready += 1,
+                (503, "pending request queue full\n" | "pending request queue timeout\n") => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -439,6 +439,38 @@ fn a_refused_configuration_counts_nothing() {
 }
 
 /// `docs/stats.md` has a row for each stat that the code defines, with its type, and no other.
+#[test]
+fn network_probes_are_answered_in_batches() {
+    let world = World::by_hand(13, PROBED);
+    for _ in 0..100 {
+        world.request_with(1, &[NETWORK]);
+    }
+    world.read_mail_of(1);
+    world.deliver_all();
+    world.end_answered_at(1);
+    assert!((1..100).contains(&world.probe_answers.borrow().len()));
+    for _ in 0..10 {
+        world.pass(1_000_000);
+        world.end_answered_at(1);
+    }
+    assert_eq!(world.probe_answers.take(), vec![(200, "queue".to_owned()); 100]);
+    world.settle();
+    world.end();
+}
+
+#[test]
+fn a_panic_leaves_nobody_behind_who_is_to_be_answered_in_a_later_batch() {
+    let world = World::by_hand(14, PROBED);
+    for _ in 0..100 {
+        world.request_with(1, &[NETWORK]);
+    }
+    world.read_mail_of(1);
+    world.deliver_all();
+    world.panic(1);
+    world.settle();
+    world.end();
+}
+
 #[test]
 fn the_documented_stats_are_those_that_are_defined() {
     let mut defined = BTreeMap::new();

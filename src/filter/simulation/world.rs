@@ -39,7 +39,7 @@ pub struct Stream {
     since_ns: u64,
     /// The key under which the request counts. A probe has none.
     key: Option<Key>,
-    /// Whether it is one that the sidecar may answer.
+    /// Whether it is a probe that the sidecar may answer.
     is_network_probe: bool,
     logic: Logic,
 }
@@ -78,6 +78,10 @@ pub struct World {
     /// Requests that the breaker turned away, without probes.
     pub refused: Cell<u64>,
     pub timed_out: Cell<u64>,
+    /// How the app answers probes.
+    pub app_status: Cell<u16>,
+    /// The answers that network probes got.
+    pub probe_answers: RefCell<Vec<(u16, String)>>,
     pub clusters: Clusters,
     /// Requests that were paused, and those that were let through and found no pod.
     pub paused: Cell<u64>,
@@ -86,10 +90,6 @@ pub struct World {
     pub key: Cell<Option<u64>>,
     /// By how many configurations the one that requests come to is older than the newest.
     pub to_older: Cell<usize>,
-    /// How the app answers probes.
-    pub app_status: Cell<u16>,
-    /// The answers that network probes got.
-    pub probe_answers: RefCell<Vec<(u16, Vec<u8>)>>,
     faults: Faults,
     dice: RefCell<Dice>,
     depth: Cell<u32>,
@@ -131,13 +131,13 @@ impl World {
             truth: RefCell::default(),
             refused: Cell::default(),
             timed_out: Cell::default(),
+            app_status: Cell::new(200),
+            probe_answers: RefCell::default(),
             clusters: Clusters::default(),
             paused: Cell::default(),
             without_pod: Cell::default(),
             key: Cell::default(),
             to_older: Cell::default(),
-            app_status: Cell::new(200),
-            probe_answers: RefCell::default(),
             faults,
             dice: RefCell::new(Dice(seed)),
             depth: Cell::default(),
@@ -375,7 +375,6 @@ impl World {
             self.truth.borrow_mut().entry(key.clone()).or_default().0 += 1;
         }
         let since_ns = self.now_ns.get();
-        let is_network_probe = is_network_probe && matches!(logic, Logic::Sidecar(_));
         vm.streams.push(Stream { id, root: *root_id, since_ns, key, is_network_probe, logic });
     }
 
@@ -421,13 +420,17 @@ impl World {
         let answered = |stream: &Stream| self.hosts[index].borrow().streams[&stream.id].code.is_some();
         while let Some(at) = vm.streams.iter().position(answered) {
             let body = self.hosts[index].borrow().streams[&vm.streams[at].id].body.clone();
-            if let (true, Some(body)) = (vm.streams[at].is_network_probe, &body) {
+            let body = body.map(|body| String::from_utf8(body).unwrap());
+            // A gateway takes it for a request.
+            if vm.streams[at].is_network_probe
+                && matches!(vm.streams[at].logic, Logic::Sidecar(_))
+                && let Some(body) = body
+            {
                 let code = self.hosts[index].borrow().streams[&vm.streams[at].id].code;
-                self.probe_answers.borrow_mut().push((code.unwrap(), body.clone()));
+                self.probe_answers.borrow_mut().push((code.unwrap(), body));
                 self.end_stream(index, vm, at);
                 continue;
             }
-            let body = body.map(|body| String::from_utf8(body).unwrap());
             let counter = match body.as_deref() {
                 None => &self.without_pod,
                 Some("pending request queue full\n") => &self.refused,
@@ -544,11 +547,11 @@ impl World {
     fn answer(&self, request: &CallRequest) -> u16 {
         match request {
             CallRequest::Report(body) => self.server.borrow_mut().take(body),
+            CallRequest::AppProbe => self.app_status.get(),
             CallRequest::Probe(cluster) => match self.clusters.pods(cluster) {
                 Pods::Serving => 200,
                 _ => 503,
             },
-            CallRequest::AppProbe => self.app_status.get(),
         }
     }
 

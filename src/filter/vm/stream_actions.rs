@@ -27,13 +27,6 @@ impl Refusal {
     }
 }
 
-/// How many streams are resumed or answered in one callback. Envoy acts on them when the callback
-/// has returned, one after the other. Where that ends a stream at once, because a circuit breaker is
-/// open or because the stream was answered, Envoy calls this VM for the stream's end, and acts on
-/// the next stream before that call returns. So the depth of its stack grows with the number of
-/// streams: with some hundreds, V8 finds the stack too large, and the VM ends.
-const STREAMS_AT_ONCE: usize = 32;
-
 /// The answer to a network probe, as Knative's queue-proxy gives it (knative/serving,
 /// `pkg/queue/health/handler.go`). The activator expects status and body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +47,13 @@ impl ProbeReply {
         host.respond(&LocalReply { status, details: DETAILS, body, headers: &[PLAIN_TEXT] });
     }
 }
+
+/// How many streams are resumed or answered in one callback. Envoy acts on them when the callback
+/// has returned, one after the other. Where that ends a stream at once, because a circuit breaker is
+/// open or because the stream was answered, Envoy calls this VM for the stream's end, and acts on
+/// the next stream before that call returns. So the depth of its stack grows with the number of
+/// streams: with some hundreds, V8 finds the stack too large, and the VM ends.
+const STREAMS_AT_ONCE: usize = 32;
 
 /// What to do with streams of this worker once nothing is borrowed any more.
 #[derive(Debug, Default)]
@@ -77,15 +77,21 @@ impl StreamActions {
         self.resume.is_empty() && self.refuse.is_empty() && self.probes.is_empty()
     }
 
+    /// Returns all streams to which something is to be done.
+    pub fn streams(self) -> impl Iterator<Item = u32> {
+        let refused = self.refuse.into_iter().map(|(stream, _)| stream);
+        self.resume.into_iter().chain(refused).chain(self.probes.into_iter().map(|(stream, _)| stream))
+    }
+
     /// Takes the first actions out, at most [`STREAMS_AT_ONCE`].
     pub fn take_batch(&mut self) -> Self {
         let resumed = self.resume.len().min(STREAMS_AT_ONCE);
         let refused = self.refuse.len().min(STREAMS_AT_ONCE - resumed);
-        let answered = self.probes.len().min(STREAMS_AT_ONCE - resumed - refused);
+        let probes = self.probes.len().min(STREAMS_AT_ONCE - resumed - refused);
         Self {
             resume: self.resume.drain(..resumed).collect(),
             refuse: self.refuse.drain(..refused).collect(),
-            probes: self.probes.drain(..answered).collect(),
+            probes: self.probes.drain(..probes).collect(),
         }
     }
 

@@ -485,7 +485,7 @@ impl<H: Host> Worker<H> {
             return self.batch(actions);
         }
         if let Some(actions) = self.app_probe.as_mut().and_then(|probe| probe.on_response(call, status)) {
-            return actions;
+            return self.batch(actions);
         }
         self.on_report_answer(call, status, body);
         StreamActions::default()
@@ -552,6 +552,8 @@ impl<H: Host> Worker<H> {
             self.show_hold();
         }
         waiting.extend(self.app_probe.iter_mut().flat_map(AppProbe::close));
+        // Nobody would do later what was to be done in another callback.
+        waiting.extend(std::mem::take(&mut self.deferred).streams());
         waiting
     }
 
