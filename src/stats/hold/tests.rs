@@ -80,7 +80,7 @@ fn one_worker_probes_for_all_and_another_when_it_ends_or_dies_or_has_nobody_wait
         }
         world.pass(5 * SECOND);
         let probes = world.clusters[0].probed_ns.len();
-        assert!((88..=101).contains(&probes), "{ends}: {probes} probes");
+        assert!((88..=105).contains(&probes), "{ends}: {probes} probes");
         let gap_ms = longest_gap_ns(&world, 0) / MILLISECOND;
         assert!(gap_ms <= longest_gap_ms, "{ends}: {gap_ms} ms");
         world.drain();
@@ -96,7 +96,7 @@ fn probes_are_a_period_apart_whatever_else_the_worker_looks_at() {
             world.pass(gap_ms * MILLISECOND);
         }
         let longest_ms = longest_gap_ns(&world, 0) / MILLISECOND;
-        assert!((100..=101).contains(&longest_ms), "a request each {gap_ms} ms: {longest_ms} ms");
+        assert!((96..=101).contains(&longest_ms), "a request each {gap_ms} ms: {longest_ms} ms");
     }
 }
 

@@ -23,8 +23,12 @@ const SWEEP_NS: u64 = 10_000_000_000;
 /// How often the leader removes silent workers from keys that nobody else changes.
 const SHARED_SWEEP_NS: u64 = 2_000_000_000;
 
-/// Timers are at least this far apart.
-const SHORTEST_WAKE_NS: u64 = 1_000_000;
+/// Timers count milliseconds, and are at least this far apart.
+const TIMER_NS: u64 = 1_000_000;
+
+/// By how much a look may be early. Envoy's timers follow the kernel's coarse clock, and are late by up
+/// to its step, which is often 4 ms.
+const MOST_EARLY_NS: u64 = 4_000_000;
 
 /// One worker's side of the hold. `W` is the worker's data about a held request.
 pub struct WorkerHold<W> {
@@ -453,10 +457,11 @@ impl<W> WorkerHold<W> {
     pub fn tick(&mut self, store: &impl Store, now: MonotonicNs, effects: &mut Effects<W>) {
         for key in self.active.clone() {
             self.time_out(store, &key, now, effects);
-            if self.keys.get(&key).is_some_and(|local| self.look_due(local) <= now)
+            let due = self.keys.get(&key).map(|local| self.look_due(local));
+            if let Some(due) = due.filter(|due| *due <= now.plus(self.early_ns()))
                 && let Some(local) = self.keys.get_mut(&key)
             {
-                local.looked = now;
+                local.looked = now.max(due);
                 notify(effects, self.worker, local.bucket);
             }
         }
@@ -470,10 +475,15 @@ impl<W> WorkerHold<W> {
     pub fn next_wake_ns(&self, now: MonotonicNs) -> Option<u64> {
         let timeout_ns = self.settings.timeout_ns();
         let wakes = self.active.iter().filter_map(|key| self.keys.get(key)).flat_map(|local| {
-            let timeout = local.oldest().map(|since| since.plus(timeout_ns));
-            [Some(self.look_due(local)), timeout]
+            let timeout = local.oldest().map(|since| since.plus(timeout_ns).since(now));
+            [Some(self.look_due(local).since(now).saturating_sub(self.early_ns())), timeout]
         });
-        wakes.flatten().min().map(|due| due.since(now).max(SHORTEST_WAKE_NS))
+        wakes.flatten().min().map(|wake_ns| (wake_ns / TIMER_NS * TIMER_NS).max(TIMER_NS))
+    }
+
+    /// Returns by how much a look may be early.
+    fn early_ns(&self) -> u64 {
+        (self.settings.probe_period_ns() / 5 * 2).min(MOST_EARLY_NS)
     }
 
     fn look_due(&self, local: &LocalKey<W>) -> MonotonicNs {
@@ -673,6 +683,7 @@ impl<W> WorkerHold<W> {
         let overdue_ns = u64::try_from(self.settings.probe_timeout().as_nanos())
             .unwrap_or(u64::MAX)
             .saturating_add(100_000_000);
+        let early_ns = self.early_ns();
         let Some(local) = self.keys.get(key) else { return };
         let due: Vec<(Rc<str>, u64, bool)> = local
             .clusters
@@ -681,7 +692,7 @@ impl<W> WorkerHold<W> {
             .filter(|(cluster, seen)| {
                 let ready = seen.answered.is_some_and(|answered| now.since(answered) < trust_ns);
                 let probing = cluster.probing.is_some_and(|probing| now.since(probing.sent) < overdue_ns);
-                !ready && !probing && cluster.next_probe <= now
+                !ready && !probing && cluster.next_probe <= now.plus(early_ns)
             })
             .filter_map(|(cluster, seen)| {
                 let (number, _) = cluster.held.first_key_value()?;
