@@ -84,6 +84,7 @@ run: module ## The demos: make run [DURATION=seconds] [CONCURRENCY=workers], mak
 # QUICK=1: fewer and shorter rounds, and docs/benchmarks.md stays as it is.
 bench: build-bench envoys ## Envoy with and without the filter, and the stats server: make bench [QUICK=1]
 	target/e2e/bench-envoy $(if $(QUICK),--rounds 2 --warm-up 1,--write)
+	target/e2e/bench-hold $(if $(QUICK),--cycles 5)
 	target/e2e/bench-statserver $(if $(QUICK),--rounds 1 --seconds 3)
 
 build-bench: all

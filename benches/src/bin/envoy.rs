@@ -98,6 +98,13 @@ fn breaker(app: SocketAddr, server: SocketAddr) -> Bootstrap {
     bootstrap
 }
 
+/// Returns the gateway of one key, with the hold. The key is warm after the first request.
+fn holding(app: SocketAddr, server: SocketAddr) -> Bootstrap {
+    let mut bootstrap = gateway(app, server, json!({"from": "cluster"}));
+    bootstrap.configure("gateway", json!({"key": {"from": "cluster"}, "hold": {}}));
+    bootstrap
+}
+
 /// Returns the sidecar's configuration with the role `gateway`. The routes are the same, so that
 /// only the filter differs.
 fn gateway(app: SocketAddr, server: SocketAddr, key: Value) -> Bootstrap {
@@ -391,6 +398,7 @@ async fn main() {
         ("sidecar", sidecar(app, server)),
         ("sidecar, breaker", breaker(app, server)),
         ("gateway, 1 key", gateway(app, server, json!({"from": "cluster"}))),
+        ("gateway, 1 key, hold", holding(app, server)),
         ("gateway, 1,000 keys", gateway(app, server, headers.clone())),
     ];
     let mut subjects = Vec::new();
@@ -413,7 +421,7 @@ async fn main() {
         (Protocol::Http2, "HTTP/2, h2load, 4 connections of 8 streams"),
     ] {
         // h2load sends only one key.
-        let subjects = if protocol == Protocol::Http1 { &subjects[..] } else { &subjects[..5] };
+        let subjects = if protocol == Protocol::Http1 { &subjects[..] } else { &subjects[..6] };
         let rounds = compare(&options, &load, subjects, protocol).await;
         let part = format!("\n{title}:\n\n{}", table(&rows(subjects, &rounds)));
         println!("{part}");
@@ -435,7 +443,7 @@ async fn main() {
     pin(rare.envoy.process.id(), "0");
     let [mut each_second, mut each_minute] = [const { Vec::new() }; 2];
     for _ in 0..options.rounds.div_ceil(3) {
-        for (envoy, waits) in [(&subjects[5].envoy, &mut each_second), (&rare.envoy, &mut each_minute)] {
+        for (envoy, waits) in [(&subjects[6].envoy, &mut each_second), (&rare.envoy, &mut each_minute)] {
             waits.push(measure(&load, envoy, Protocol::Http1, 2, options.seconds + 2).await);
         }
     }
