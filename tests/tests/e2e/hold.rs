@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 
 const SETTLED: Duration = Duration::from_secs(30);
 const BOTH: [Version; 2] = [Version::Oldest, Version::Newest];
+const SOME: [(Version, u32); 3] = [(Version::Oldest, 1), (Version::Newest, 2), (Version::Newest, 4)];
 const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 const KEY: &[(&str, &str)] = &[("namespace_name", "default"), ("revision_name", "hello-00001")];
 /// Nobody listens here.
@@ -128,7 +129,7 @@ async fn requests_of_a_key_without_pods_wait_for_one_and_all_are_answered() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn depth_timeout_and_clients_that_leave_are_exact() {
-    for (version, workers) in [(Version::Oldest, 1), (Version::Newest, 2), (Version::Newest, 4)] {
+    for (version, workers) in SOME {
         let hold = json!({"probe_period": "50ms", "timeout": "2s", "depth": 10});
         let (envoy, _endpoints) = gateway(version, workers, hold).await;
         let mut leaving = Vec::new();
@@ -225,7 +226,11 @@ async fn a_thousand_requests_that_time_out_or_fail_together_end_no_vm() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_on_a_key_without_pods_goes_to_one_limited_pod_without_overloading_it() {
-    for (version, workers) in [(Version::Oldest, 1), (Version::Newest, 2), (Version::Newest, 4)] {
+    burst(SOME).await;
+}
+
+async fn burst(envoys: impl IntoIterator<Item = (Version, u32)>) {
+    for (version, workers) in envoys {
         let (envoy, endpoints) = gateway(version, workers, json!({"depth": 1000})).await;
         let began = Instant::now();
         let clients = Clients::start(1_000, &envoy, "/work?ms=10");
@@ -278,7 +283,21 @@ async fn held_requests_go_on_in_the_order_in_which_they_came() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_steady_load_from_zero_is_let_through_while_pods_come() {
-    let (version, workers) = (Version::Newest, 2);
+    steady_load(Version::Newest, 2).await;
+}
+
+/// `make e2e` runs these tests with some of the Envoys, because that takes minutes less.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+#[ignore = "takes minutes"]
+async fn long_the_loads_on_each_envoy_with_each_number_of_workers() {
+    let all = BOTH.into_iter().flat_map(|version| [1, 2, 4].map(|workers| (version, workers)));
+    burst(all.clone()).await;
+    for (version, workers) in all {
+        steady_load(version, workers).await;
+    }
+}
+
+async fn steady_load(version: Version, workers: u32) {
     let hold = json!({"depth": 20_000, "trust": "200ms", "timeout": "5m"});
     let (mut bootstrap, endpoints) = holding(nobody(), hold);
     // By Envoy's default, 1,024.
@@ -314,7 +333,10 @@ async fn a_steady_load_from_zero_is_let_through_while_pods_come() {
         logged.iter().filter(|r| r.code != 200).map(|r| (r.code, &r.flags, &r.details)).collect();
     assert_eq!(failed.len(), 0, "{:?}", &failed[..failed.len().min(5)]);
     assert!(answers.iter().all(|answer| *answer == Ok(StatusCode::OK)));
-    println!("{sent} requests, {} pods; none was held any more from {zero_since:?} on", apps.len());
+    println!(
+        "{version:?}, {workers} workers: {sent} requests, {} pods; none was held any more from {zero_since:?} on",
+        apps.len()
+    );
     assert!(zero_since.is_some(), "requests are still held");
 }
 
