@@ -57,14 +57,18 @@ pub struct KeyHold {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Cluster {
     name: String,
-    /// When it last answered, as far as the workers have told.
+    /// When it last answered, as far as the workers have told, or had a request of theirs.
     answered: Option<MonotonicNs>,
+    /// When it last answered.
+    heard: MonotonicNs,
     /// When a request last found it without a pod. What began before that says nothing any more.
     lost: MonotonicNs,
     /// The worker that probes it.
     prober: u64,
     /// How long that worker remains the one.
     prober_until: MonotonicNs,
+    /// When the last probe was sent that was in vain.
+    probed: MonotonicNs,
 }
 
 /// One worker's part.
@@ -109,14 +113,18 @@ pub struct View {
 pub struct ClusterView {
     /// How many of the worker's own requests wait for it.
     pub waiting: u32,
-    /// When it last answered.
+    /// When it last answered, or had a request.
     pub answered: Option<MonotonicNs>,
+    /// When it last answered.
+    pub heard: MonotonicNs,
     /// When it was last found without a pod.
     pub lost: MonotonicNs,
     /// The worker that probes it; 0 if none does.
     pub prober: u64,
     /// How long that worker remains the one.
     pub prober_until: MonotonicNs,
+    /// When the last probe was sent that was in vain.
+    pub probed: MonotonicNs,
 }
 
 /// A worker's requests to one cluster, as the worker knows them: those that it holds.
@@ -272,6 +280,44 @@ impl KeyHold {
         };
         if sent >= cluster.lost {
             cluster.answered = cluster.answered.max(Some(now));
+            cluster.heard = cluster.heard.max(now);
+        }
+    }
+
+    /// Notes that a cluster answered a probe that was sent at `sent`. If requests have permits, this is
+    /// an answer as good as theirs.
+    pub fn probe_answered(&mut self, cluster: &str, sent: MonotonicNs, now: MonotonicNs) {
+        self.answered(cluster, sent, now);
+        if self.permits() > 0 {
+            self.answered_since.get_or_insert(now);
+        }
+    }
+
+    /// Notes that a worker's probe that was sent at `sent` was in vain. What the app answers may depend
+    /// on the request for which it is probed. So the next worker of which requests wait for the cluster
+    /// becomes the one that probes it, unless it may have died.
+    pub fn probed_in_vain(
+        &mut self,
+        worker: u64,
+        cluster: &str,
+        sent: MonotonicNs,
+        now: MonotonicNs,
+        lease_ns: u64,
+    ) {
+        let Some(at) = self.clusters.iter().position(|known| known.name == cluster) else { return };
+        let is_alive = |worker: u64| {
+            let entry = self.entries.iter().find(|entry| entry.worker == worker);
+            entry.is_some_and(|entry| now.since(entry.seen) < lease_ns)
+        };
+        let lines = self.lines.iter().filter(|line| usize::from(line.cluster) == at);
+        let waiting = lines.map(|line| line.worker).filter(|worker| is_alive(*worker));
+        let next = waiting.clone().filter(|other| *other > worker).min().or_else(|| waiting.min());
+        let Some(cluster) = self.clusters.get_mut(at) else { return };
+        cluster.probed = cluster.probed.max(sent);
+        if cluster.prober == worker
+            && let Some(next) = next.filter(|next| *next != worker)
+        {
+            (cluster.prober, cluster.prober_until) = (next, now.plus(lease_ns));
         }
     }
 
@@ -434,9 +480,11 @@ impl KeyHold {
             self.clusters.push(Cluster {
                 name: name.to_owned(),
                 answered: None,
+                heard: MonotonicNs::default(),
                 lost: MonotonicNs::default(),
                 prober: 0,
                 prober_until: MonotonicNs::default(),
+                probed: MonotonicNs::default(),
             });
         }
         u16::try_from(at).ok()
@@ -459,8 +507,8 @@ impl Cluster {
     }
 
     fn view(&self) -> ClusterView {
-        let Self { answered, lost, prober, prober_until, .. } = *self;
-        ClusterView { waiting: 0, answered, lost, prober, prober_until }
+        let Self { answered, heard, lost, prober, prober_until, probed, .. } = *self;
+        ClusterView { waiting: 0, answered, heard, lost, prober, prober_until, probed }
     }
 }
 

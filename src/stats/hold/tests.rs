@@ -66,7 +66,7 @@ fn longest_gap_ns(world: &World, cluster: usize) -> u64 {
 }
 
 #[test]
-fn one_worker_probes_for_all_and_another_when_it_ends_or_dies_or_has_nobody_waiting() {
+fn the_workers_probe_in_turn_and_the_others_go_on_if_one_ends_or_dies_or_has_nobody_waiting() {
     let patient = HoldSettings { timeout: Duration::from_secs(60), ..settings(0) };
     for (ends, longest_gap_ms) in [("", 101), ("closes", 202), ("dies", 1_102), ("abandons", 202)] {
         let mut world = World::by_hand(4, &patient);
@@ -85,6 +85,45 @@ fn one_worker_probes_for_all_and_another_when_it_ends_or_dies_or_has_nobody_wait
         assert!(gap_ms <= longest_gap_ms, "{ends}: {gap_ms} ms");
         world.drain();
     }
+}
+
+/// An app may answer 503 to the authority of one held request, and nothing else to the others'.
+#[test]
+fn a_cluster_is_probed_for_each_of_its_held_requests_in_turn() {
+    let store = SharedStore::default();
+    let mut hold = WorkerHold::new(PodStore::new("gw"), 1, 7, settings(0));
+    let key = KeyName::checked("ns", "name").unwrap();
+    let mut now = MonotonicNs(SECOND);
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        match hold.arrive(&store, &key, "cluster", now, |_| (), &mut Effects::default()) {
+            Arrival::Held(number) => held.push(number),
+            other => panic!("{other:?}"),
+        }
+    }
+    let mut probed = Vec::new();
+    for _ in 0..5 {
+        let mut effects = Effects::default();
+        hold.look(&store, &[hold.store().bucket_of(&key)], now, &mut effects);
+        let [probe] = &effects.probes[..] else { panic!("{:?}", effects.probes) };
+        probed.push(probe.request);
+        hold.probed(&store, probe.number, ProbeResult::NotReady, now, &mut Effects::default());
+        if probed.len() == 4 {
+            hold.abandon(&store, &key, held[1], now, &mut Effects::default());
+        }
+        now = now.plus(SECOND);
+    }
+    assert_eq!(probed, [held[0], held[1], held[2], held[0], held[2]]);
+}
+
+#[test]
+fn requests_that_never_end_let_the_others_through_because_probes_are_answered() {
+    let timeout = Duration::from_secs(60);
+    let mut world = World::by_hand(2, &HoldSettings { depth: 100, timeout, ..settings(0) });
+    world.set_pod(0, true);
+    (0..20).for_each(|at| world.arrive(at % 2, 0));
+    world.pass(20 * SECOND);
+    assert_eq!((world.waiting(), world.running()), (0, 20));
 }
 
 #[test]

@@ -17,6 +17,10 @@ use crate::pod::store::{Store, StoreError};
 /// at a key for which it holds requests if no message comes.
 const LOOK_NS: u64 = 1_000_000_000;
 
+/// After this time without an answer that all know of, a cluster that is ready is probed while requests
+/// wait for permits: those that have them may be websockets or slow uploads, and end in hours.
+const QUIET_NS: u64 = 1_000_000_000;
+
 /// How often keys of which nothing is left are forgotten.
 const SWEEP_NS: u64 = 10_000_000_000;
 
@@ -72,6 +76,8 @@ struct LocalCluster<W> {
     shared: MonotonicNs,
     next_probe: MonotonicNs,
     probing: Option<Probing>,
+    /// The number of the request for which it was probed last.
+    probed_for: u64,
 }
 
 /// A held request.
@@ -237,6 +243,7 @@ impl<W> LocalKey<W> {
                 shared: MonotonicNs::default(),
                 next_probe: MonotonicNs::default(),
                 probing: None,
+                probed_for: 0,
             });
             self.clusters.len() - 1
         });
@@ -514,10 +521,13 @@ impl<W> WorkerHold<W> {
             Some((key.clone(), Rc::clone(&cluster.name), cluster.probing.take()?.sent))
         });
         let Some((key, cluster, sent)) = found else { return };
-        if result == ProbeResult::Ready {
-            // If this fails, the next probe repeats it.
-            let _ = self.change(store, &key, now, |hold| hold.answered(&cluster, sent, now), effects);
-        }
+        let (worker, lease_ns) = (self.worker, self.settings.lease_ns());
+        let note = |hold: &mut KeyHold| match result {
+            ProbeResult::Ready => hold.probe_answered(&cluster, sent, now),
+            ProbeResult::NotReady => hold.probed_in_vain(worker, &cluster, sent, now, lease_ns),
+        };
+        // If this fails, the next probe repeats it.
+        let _ = self.change(store, &key, now, note, effects);
     }
 
     /// Ends this worker. Returns its held requests.
@@ -683,33 +693,44 @@ impl<W> WorkerHold<W> {
         let overdue_ns = u64::try_from(self.settings.probe_timeout().as_nanos())
             .unwrap_or(u64::MAX)
             .saturating_add(100_000_000);
-        let early_ns = self.early_ns();
-        let Some(local) = self.keys.get(key) else { return };
+        let (early_ns, period_ns) = (self.early_ns(), self.settings.probe_period_ns());
+        let worker = self.worker;
+        let Some(local) = self.keys.get_mut(key) else { return };
+        for (cluster, seen) in local.clusters.iter_mut().zip(&view.clusters) {
+            // Another worker has handed the probing on to this one.
+            if seen.prober == worker {
+                cluster.next_probe = cluster.next_probe.max(seen.probed.plus(period_ns));
+            }
+        }
         let due: Vec<(Rc<str>, u64, bool)> = local
             .clusters
             .iter()
             .zip(&view.clusters)
             .filter(|(cluster, seen)| {
                 let ready = seen.answered.is_some_and(|answered| now.since(answered) < trust_ns);
+                let ready = ready && now.since(seen.heard) < QUIET_NS;
                 let probing = cluster.probing.is_some_and(|probing| now.since(probing.sent) < overdue_ns);
-                !ready && !probing && cluster.next_probe <= now.plus(early_ns)
+                let due = cluster.next_probe.max(seen.probed.plus(period_ns));
+                !ready && !probing && due <= now.plus(early_ns)
             })
             .filter_map(|(cluster, seen)| {
-                let (number, _) = cluster.held.first_key_value()?;
+                // One after the other: an app may refuse what one of them asks for.
+                let next = cluster.held.range(cluster.probed_for.saturating_add(1)..).next();
+                let (number, _) = next.or_else(|| cluster.held.first_key_value())?;
                 let mine = seen.prober == self.worker && now.plus(lease_ns / 2) < seen.prober_until;
                 Some((Rc::clone(&cluster.name), *number, mine))
             })
             .collect();
         for (name, request, mine) in due {
-            let worker = self.worker;
             let claim = |hold: &mut KeyHold| hold.claim_probe(worker, &name, now, lease_ns);
             if !mine && !self.change(store, key, now, claim, effects).is_ok_and(|changed| changed.result) {
                 continue;
             }
             self.last_probe = self.last_probe.wrapping_add(1);
-            let (number, period_ns) = (self.last_probe, self.settings.probe_period_ns());
+            let number = self.last_probe;
             if let Some(cluster) = self.keys.get_mut(key).and_then(|local| local.cluster(&name)) {
                 cluster.probing = Some(Probing { number, sent: now });
+                cluster.probed_for = request;
                 cluster.next_probe = now.plus(period_ns);
                 effects.probes.push(Probe { number, cluster: name, request, key: key.clone() });
             }

@@ -471,3 +471,61 @@ async fn a_configuration_that_is_replaced_leaves_no_request_hanging() {
         }
     }
 }
+
+/// A websocket ends hours after it was answered, and some uploads never get an answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_stay_open_let_the_others_through() {
+    for (version, workers) in SOME {
+        let hold = json!({"probe_period": "20ms", "release": 4, "timeout": "1m"});
+        let (envoy, endpoints) = gateway(version, workers, hold).await;
+        let mut uploads = Vec::new();
+        for _ in 0..4 {
+            let mut client = TcpStream::connect(envoy.address).await.expect("a connection");
+            let head = b"POST /upload HTTP/1.1\r\nhost: hello\r\ncontent-length: 100\r\n\r\n";
+            client.write_all(head).await.expect("a request");
+            uploads.push(client);
+        }
+        wait::until_equal("held requests", SETTLED, 4.0, || held(&envoy)).await;
+        let mut sockets = JoinSet::new();
+        for _ in 0..12 {
+            sockets.spawn(http::try_websocket(envoy.address));
+        }
+        wait::until_equal("held requests", SETTLED, 16.0, || held(&envoy)).await;
+        let clients = Clients::start(3, &envoy, "/work");
+        wait::until_equal("held requests", SETTLED, 19.0, || held(&envoy)).await;
+        let app = App::start().await;
+        endpoints.set(CLUSTER, &[app.address]);
+        clients.are_answered().await;
+        let open: Vec<_> = sockets.join_all().await.into_iter().map(|socket| socket.expect("it")).collect();
+        assert_eq!((open.len(), held(&envoy).await), (12, 0.0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_the_app_refuses_keeps_no_other_waiting() {
+    // One other is at the other worker; of ten, some are at the same.
+    for (version, others) in BOTH.into_iter().flat_map(|version| [(version, 1), (version, 10)]) {
+        let (envoy, endpoints) = gateway(version, 2, json!({"probe_period": "20ms", "timeout": "20s"})).await;
+        let asking = |host: &'static str| {
+            let request = Request::get("/work").header("host", host).body(Full::default());
+            code(envoy.address, request.expect("a request"))
+        };
+        let bad = tokio::spawn(asking("bad"));
+        wait::until_equal("held requests", SETTLED, 1.0, || held(&envoy)).await;
+        let good: JoinSet<_> = (0..others).map(|_| asking("good")).collect();
+        wait::until_equal("held requests", SETTLED, f64::from(others + 1), || held(&envoy)).await;
+        // An app that is there for all authorities but one.
+        let app = App::start().await;
+        let mut front = Bootstrap::sidecar(app.address, nobody());
+        front.without_filter();
+        let matches =
+            json!({"prefix": "/", "headers": [{"name": ":authority", "string_match": {"exact": "bad"}}]});
+        front.route(json!({"match": matches, "direct_response": {"status": 503}}));
+        let front = Envoy::start(version, &front, 1).await;
+        endpoints.set(CLUSTER, &[front.address]);
+        for answer in good.join_all().await {
+            assert_eq!(answer, Ok(StatusCode::OK));
+        }
+        assert_eq!(bad.await.expect("a client"), Ok(StatusCode::SERVICE_UNAVAILABLE));
+    }
+}

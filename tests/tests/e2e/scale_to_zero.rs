@@ -145,7 +145,13 @@ async fn the_shipped_gateways_hold_every_kind_of_request_until_there_is_a_pod() 
             endpoints.set(CLUSTER, &[]);
             // A websocket, too. The request before it finds no pod, which ends the trust.
             let upgrading = App::start().await;
-            assert!(http::get(address, "/lost").await.is_err());
+            wait::until("a request finds no pod", SETTLED, || async {
+                match http::get(address, "/lost").await {
+                    Ok(answer) => Err(answer),
+                    Err(_) => Ok(()),
+                }
+            })
+            .await;
             assert_eq!(envoy.stat("inflight_hold_lost_total", &[]).await, 1.0);
             let socket = tokio::spawn(async move { http::try_websocket(address).await });
             until_held(&envoy, 1.0).await;
