@@ -1,12 +1,18 @@
 //! The shipped Envoy configuration, with the addresses of a test in it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{built, root, truth};
+
+/// The cluster of the one service behind the shipped gateways.
+pub const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
+
+/// Nobody listens here.
+pub const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
 
 /// An Envoy bootstrap that is changed step by step.
 #[derive(Clone, Debug)]
@@ -61,6 +67,13 @@ fn assignment(cluster: &str, endpoints: &[SocketAddr]) -> Value {
     json!({"cluster_name": cluster, "endpoints": endpoints})
 }
 
+/// Replaces a file with a configuration. Envoy reads it when another file is renamed to its name.
+fn replace(path: &Path, document: &Value) {
+    let new = path.with_extension("new");
+    std::fs::write(&new, document.to_string()).expect("a file");
+    std::fs::rename(&new, path).expect("a file");
+}
+
 /// A file with the endpoints of a cluster, in a folder of its own.
 #[derive(Debug)]
 pub struct EndpointFile {
@@ -89,10 +102,7 @@ impl EndpointFile {
     }
 
     fn write(&self, document: &Value) {
-        // Envoy reads the file when another file is renamed to its name.
-        let new = self.path.with_extension("new");
-        std::fs::write(&new, document.to_string()).expect("a file");
-        std::fs::rename(&new, &self.path).expect("a file");
+        replace(&self.path, document);
     }
 }
 
@@ -182,10 +192,7 @@ impl Bootstrap {
         let config = json!({"path_config_source": {"path": endpoints.path}});
         fields.insert("eds_cluster_config".into(), json!({"service_name": name, "eds_config": config}));
         endpoints.set(name, &[]);
-        // Envoy needs a node to read configuration from a file.
-        if self.0["node"].is_null() {
-            self.0["node"] = json!({"id": "test", "cluster": "test"});
-        }
+        self.with_a_node();
     }
 
     /// Returns `envoy/gateway.yaml`, on free ports, with the built module, and with its one service
@@ -193,10 +200,20 @@ impl Bootstrap {
     pub fn gateway(upstream: SocketAddr, statserver: SocketAddr) -> Self {
         let mut bootstrap = Self(shipped("gateway.yaml"));
         bootstrap.on_free_ports();
-        bootstrap.cluster("outbound|80||hello-00001.default.svc.cluster.local", Some(upstream));
+        bootstrap.cluster(CLUSTER, Some(upstream));
         bootstrap.cluster("inflight-statserver", Some(statserver));
         bootstrap.module(&built("wasm32-wasip1/release/inflight_filter.wasm"));
         bootstrap.local_route();
+        bootstrap
+    }
+
+    /// Returns [`Bootstrap::gateway`] that holds requests. The endpoints of its one service are read
+    /// from `endpoints`, at first none.
+    pub fn holding(endpoints: &EndpointFile, statserver: SocketAddr, hold: Value) -> Self {
+        let mut bootstrap = Self::gateway(NOBODY, statserver);
+        bootstrap.endpoints_from(CLUSTER, endpoints);
+        bootstrap.configure("gateway", json!({"hold": hold}));
+        bootstrap.evenly();
         bootstrap
     }
 
@@ -239,7 +256,7 @@ impl Bootstrap {
         merge(at(&mut bootstrap.0, "/static_resources/listeners/0"), &patch(&document, "LISTENER"));
         let manager = patch(&document, "NETWORK_FILTER");
         merge(at(&mut bootstrap.0, MANAGER), &manager["typed_config"]);
-        bootstrap.endpoints_from("outbound|80||hello-00001.default.svc.cluster.local", endpoints);
+        bootstrap.endpoints_from(CLUSTER, endpoints);
         bootstrap
     }
 
@@ -279,6 +296,13 @@ impl Bootstrap {
         bootstrap
     }
 
+    /// Envoy needs a node to read configuration from a file.
+    fn with_a_node(&mut self) {
+        if self.0["node"].is_null() {
+            self.0["node"] = json!({"id": "test", "cluster": "test"});
+        }
+    }
+
     fn on_free_ports(&mut self) {
         *at(&mut self.0, "/admin/address/socket_address/port_value") = json!(0);
         for listener in at(&mut self.0, "/static_resources/listeners").as_array_mut().expect("listeners") {
@@ -300,24 +324,16 @@ impl Bootstrap {
                 listener
             })
             .collect();
-        // Envoy reads the file when another file is renamed to its name.
-        let new = path.with_extension("new");
-        std::fs::write(&new, json!({"resources": resources}).to_string()).expect("a file");
-        std::fs::rename(&new, path).expect("a file");
+        replace(path, &json!({"resources": resources}));
         at(&mut self.0, "/static_resources").as_object_mut().expect("an object").remove("listeners");
         self.0["dynamic_resources"] = json!({"lds_config": {"path_config_source": {"path": path}}});
-        // Envoy needs a node to read configuration from a file.
-        if self.0["node"].is_null() {
-            self.0["node"] = json!({"id": "test", "cluster": "test"});
-        }
+        self.with_a_node();
     }
 
     /// Sends gRPC to an app's other address, over HTTP/2.
     pub fn grpc(&mut self, app: SocketAddr) {
         self.cluster("streams", Some(app));
-        let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
-        let cluster = clusters.iter_mut().find(|cluster| cluster["name"] == "streams").expect("the cluster");
-        cluster["typed_extension_protocol_options"] = json!({
+        self.find_cluster("streams")["typed_extension_protocol_options"] = json!({
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                 "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
                 "explicit_http_config": {"http2_protocol_options": {}},

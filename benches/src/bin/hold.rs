@@ -11,7 +11,7 @@ use http_body_util::Full;
 use hyper::{Request, StatusCode};
 use inflight_benches::{machine, quantile, table};
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, EndpointFile, at};
+use inflight_e2e::bootstrap::{Bootstrap, CLUSTER, EndpointFile, NOBODY, at};
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::{http, wait};
 use serde_json::json;
@@ -25,7 +25,6 @@ struct Options {
     cycles: u32,
 }
 
-const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 const PROBE_PERIOD: Duration = Duration::from_millis(10);
 const TRUST: Duration = Duration::from_millis(200);
 const CLIENTS: usize = 5;
@@ -38,13 +37,9 @@ fn request() -> Request<Full<Bytes>> {
 /// Returns a gateway that holds, with a second listener that lacks the filter. No stats server is
 /// there.
 fn bootstrap(endpoints: &EndpointFile) -> Bootstrap {
-    let nobody = "127.0.0.1:9".parse().expect("an address");
-    let mut bootstrap = Bootstrap::gateway(nobody, nobody);
-    bootstrap.endpoints_from(CLUSTER, endpoints);
     let hold = json!({"probe_period": format!("{}ms", PROBE_PERIOD.as_millis()),
         "trust": format!("{}ms", TRUST.as_millis())});
-    bootstrap.configure("gateway", json!({"hold": hold}));
-    bootstrap.evenly();
+    let mut bootstrap = Bootstrap::holding(endpoints, NOBODY, hold);
     let mut without = bootstrap.clone();
     without.without_filter();
     let mut listener = at(&mut without.0, "/static_resources/listeners/0").take();

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{HeaderMap, Request, StatusCode};
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, EndpointFile};
+use inflight_e2e::bootstrap::{Bootstrap, CLUSTER, EndpointFile, NOBODY};
 use inflight_e2e::envoy::{Envoy, How, Version};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{built, http, truth, wait};
@@ -21,30 +21,18 @@ use tokio::task::JoinSet;
 const SETTLED: Duration = Duration::from_secs(30);
 const BOTH: [Version; 2] = [Version::Oldest, Version::Newest];
 const SOME: [(Version, u32); 3] = [(Version::Oldest, 1), (Version::Newest, 2), (Version::Newest, 4)];
-const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 const KEY: &[(&str, &str)] = &[("namespace_name", "default"), ("revision_name", "hello-00001")];
-/// Nobody listens here.
-const NOBODY: &str = "127.0.0.1:9";
 
-/// A gateway's configuration: it holds, and its cluster's endpoints come from a file, which has none
-/// at first.
+/// The configuration of a gateway that holds, and the file with its endpoints.
 fn holding(statserver: SocketAddr, hold: Value) -> (Bootstrap, EndpointFile) {
-    let mut bootstrap = Bootstrap::gateway(nobody(), statserver);
     let endpoints = EndpointFile::new();
-    bootstrap.endpoints_from(CLUSTER, &endpoints);
-    bootstrap.configure("gateway", json!({"hold": hold}));
-    bootstrap.evenly();
-    (bootstrap, endpoints)
+    (Bootstrap::holding(&endpoints, statserver, hold), endpoints)
 }
 
 /// The same as a running Envoy, whose stats server is gone.
 async fn gateway(version: Version, workers: u32, hold: Value) -> (Envoy, EndpointFile) {
-    let (bootstrap, endpoints) = holding(nobody(), hold);
+    let (bootstrap, endpoints) = holding(NOBODY, hold);
     (Envoy::start(version, &bootstrap, workers).await, endpoints)
-}
-
-fn nobody() -> SocketAddr {
-    NOBODY.parse().expect("an address")
 }
 
 fn get(path: &str) -> Request<Full<Bytes>> {
@@ -200,7 +188,7 @@ async fn depth_timeout_and_clients_that_leave_are_exact() {
 async fn a_thousand_requests_that_time_out_or_fail_together_end_no_vm() {
     for version in BOTH {
         let (mut bootstrap, endpoints) =
-            holding(nobody(), json!({"probe_period": "50ms", "timeout": "3s", "release": 1000}));
+            holding(NOBODY, json!({"probe_period": "50ms", "timeout": "3s", "release": 1000}));
         // Of the requests that are let through, Envoy itself answers most at once.
         let thresholds = json!([{"max_connections": 2, "max_pending_requests": 5}]);
         bootstrap.find_cluster(CLUSTER)["circuit_breakers"] = json!({"thresholds": thresholds});
@@ -238,7 +226,7 @@ async fn burst(envoys: impl IntoIterator<Item = (Version, u32)>) {
         tokio::time::sleep_until((began + Duration::from_secs(2)).into()).await;
 
         let app = App::start().await;
-        let mut pod = Bootstrap::sidecar(app.address, nobody());
+        let mut pod = Bootstrap::sidecar(app.address, NOBODY);
         pod.configure("container_concurrency", 10.into());
         pod.configure("queue_depth", 100.into());
         let pod = Envoy::start(version, &pod, 2).await;
@@ -266,13 +254,18 @@ async fn held_requests_go_on_in_the_order_in_which_they_came() {
             wait::until_equal("held requests", SETTLED, f64::from(number + 1), || held(&envoy)).await;
         }
         let app = App::start().await;
-        let pod = Envoy::start(version, &Bootstrap::sidecar(app.address, nobody()), 1).await;
+        let pod = Envoy::start(version, &Bootstrap::sidecar(app.address, NOBODY), 1).await;
         endpoints.set(CLUSTER, &[pod.address]);
         for answer in clients.join_all().await {
             assert_eq!(answer, Ok(StatusCode::OK));
         }
-        let mut seen = pod.requests_when(40).await;
-        seen.retain(|request| request.path.starts_with("/work"));
+        // The pod's log has the gateway's probes, too.
+        let mut seen = wait::until("40 of them are logged", SETTLED, || async {
+            let mut seen = pod.requests();
+            seen.retain(|request| request.path.starts_with("/work"));
+            if seen.len() == 40 { Ok(seen) } else { Err(seen.len()) }
+        })
+        .await;
         seen.sort_by_key(|request| request.start_ns);
         let order: Vec<&str> = seen.iter().map(|request| &request.path["/work?ms=2&".len()..]).collect();
         let expected: Vec<String> = (0..40).map(|number| format!("{number:02}")).collect();
@@ -299,7 +292,7 @@ async fn long_the_loads_on_each_envoy_with_each_number_of_workers() {
 
 async fn steady_load(version: Version, workers: u32) {
     let hold = json!({"depth": 20_000, "trust": "200ms", "timeout": "5m"});
-    let (mut bootstrap, endpoints) = holding(nobody(), hold);
+    let (mut bootstrap, endpoints) = holding(NOBODY, hold);
     // By Envoy's default, 1,024.
     let thresholds =
         json!([{"max_connections": 10_000, "max_pending_requests": 10_000, "max_requests": 10_000}]);
@@ -422,7 +415,7 @@ async fn held_requests_are_in_flight_and_wake_the_key_at_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_ends_by_a_panic_or_a_trap_leaves_no_request_hanging() {
     for (version, fault) in BOTH.into_iter().flat_map(|version| [(version, "panic"), (version, "trap")]) {
-        let (mut bootstrap, endpoints) = holding(nobody(), json!({"probe_period": "20ms"}));
+        let (mut bootstrap, endpoints) = holding(NOBODY, json!({"probe_period": "20ms"}));
         bootstrap.module(&built("faulty/wasm32-wasip1/release/inflight_filter.wasm"));
         bootstrap.manager()["stream_idle_timeout"] = json!("20s");
         let envoy = Envoy::start(version, &bootstrap, 2).await;
@@ -450,7 +443,7 @@ async fn a_worker_that_ends_by_a_panic_or_a_trap_leaves_no_request_hanging() {
 async fn a_configuration_that_is_replaced_leaves_no_request_hanging() {
     for (version, workers) in [(Version::Oldest, 1), (Version::Newest, 2)] {
         for next in [json!({}), json!({"hold": {"probe_period": "30ms"}})] {
-            let (bootstrap, endpoints) = holding(nobody(), json!({"probe_period": "20ms", "trust": "200ms"}));
+            let (bootstrap, endpoints) = holding(NOBODY, json!({"probe_period": "20ms", "trust": "200ms"}));
             let how = How { concurrency: workers, dynamic: true, ..How::default() };
             let envoy = Envoy::with(version, &bootstrap, how).await;
             let clients = Clients::start(20, &envoy, "/work");
@@ -516,7 +509,7 @@ async fn a_request_that_the_app_refuses_keeps_no_other_waiting() {
         wait::until_equal("held requests", SETTLED, f64::from(others + 1), || held(&envoy)).await;
         // An app that is there for all authorities but one.
         let app = App::start().await;
-        let mut front = Bootstrap::sidecar(app.address, nobody());
+        let mut front = Bootstrap::sidecar(app.address, NOBODY);
         front.without_filter();
         let matches =
             json!({"prefix": "/", "headers": [{"name": ":authority", "string_match": {"exact": "bad"}}]});

@@ -12,7 +12,7 @@ use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, EndpointFile};
+use inflight_e2e::bootstrap::{Bootstrap, CLUSTER, EndpointFile, NOBODY};
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::{http, wait};
 use serde_json::json;
@@ -20,7 +20,6 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 const SETTLED: Duration = Duration::from_secs(60);
-const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 const CHUNK: &[u8] = &[b'x'; 64 * 1024];
 /// 10 MiB.
 const CHUNKS: usize = 160;
@@ -66,11 +65,8 @@ async fn over_http2(mut sender: http2::SendRequest<Chunks>) -> Result<(u16, Stri
 }
 
 fn holding(limited: bool) -> (Bootstrap, EndpointFile) {
-    let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
-    let mut bootstrap = Bootstrap::gateway(nobody, nobody);
     let endpoints = EndpointFile::new();
-    bootstrap.endpoints_from(CLUSTER, &endpoints);
-    bootstrap.configure("gateway", json!({"hold": {"probe_period": "50ms"}}));
+    let mut bootstrap = Bootstrap::holding(&endpoints, NOBODY, json!({"probe_period": "50ms"}));
     if limited {
         bootstrap.0["static_resources"]["listeners"][0]["per_connection_buffer_limit_bytes"] = json!(32_768);
         bootstrap.manager()["http2_protocol_options"] =
@@ -152,7 +148,7 @@ async fn websockets_and_grpc_streams_are_held_like_any_request() {
     for version in [Version::Oldest, Version::Newest] {
         let (mut bootstrap, endpoints) = holding(true);
         let grpc_endpoints = EndpointFile::new();
-        bootstrap.grpc("127.0.0.1:9".parse().expect("an address"));
+        bootstrap.grpc(NOBODY);
         bootstrap.endpoints_from("streams", &grpc_endpoints);
         let envoy = Envoy::start(version, &bootstrap, 2).await;
         let address = envoy.address;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::Request;
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, at};
+use inflight_e2e::bootstrap::{Bootstrap, NOBODY, at};
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
@@ -66,10 +66,9 @@ async fn a_wrong_configuration_is_refused_at_start_with_one_line() {
         ),
         ("{".into(), "invalid configuration: not JSON"),
     ];
-    let address = "127.0.0.1:9".parse().expect("an address");
     for version in [Version::Oldest, Version::Newest] {
         for (configuration, expected) in &cases {
-            let mut bootstrap = Bootstrap::sidecar(address, address);
+            let mut bootstrap = Bootstrap::sidecar(NOBODY, NOBODY);
             bootstrap.configuration(configuration);
             let (refused, log) = Envoy::refusal(version, &bootstrap);
             assert!(refused, "{configuration} was accepted:\n{log}");

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::Request;
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, EndpointFile};
+use inflight_e2e::bootstrap::{Bootstrap, CLUSTER, EndpointFile, NOBODY};
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::tap::Tap;
 use inflight_e2e::{http, wait};
@@ -21,7 +21,6 @@ use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 
 const SETTLED: Duration = Duration::from_secs(15);
-const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 const KEY: &[(&str, &str)] = &[("namespace_name", "default"), ("revision_name", "hello-00001")];
 
 /// An app of a few lines: it answers as it is told to, and keeps the heads of all requests.
@@ -238,11 +237,9 @@ async fn a_gateway_that_holds_waits_for_the_app_behind_a_sidecar() {
         let mut bootstrap = Bootstrap::knative(app.address);
         bootstrap.configure("app_probe_path", json!("/ready"));
         let sidecar = Envoy::start(version, &bootstrap, 1).await;
-        let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
-        let mut bootstrap = Bootstrap::gateway(nobody, nobody);
         let endpoints = EndpointFile::new();
-        bootstrap.endpoints_from(CLUSTER, &endpoints);
-        bootstrap.configure("gateway", json!({"hold": {"probe_period": "20ms", "trust": "200ms"}}));
+        let hold = json!({"probe_period": "20ms", "trust": "200ms"});
+        let bootstrap = Bootstrap::holding(&endpoints, NOBODY, hold);
         let gateway = Envoy::start(version, &bootstrap, 2).await;
         endpoints.set(CLUSTER, &[sidecar.address]);
         let mut clients = JoinSet::new();

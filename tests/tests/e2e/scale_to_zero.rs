@@ -16,10 +16,10 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, EndpointFile, at};
+use inflight_e2e::bootstrap::{Bootstrap, CLUSTER, EndpointFile, NOBODY, at};
 use inflight_e2e::envoy::{Envoy, How, Version};
 use inflight_e2e::statserver::StatServer;
-use inflight_e2e::{http, root, wait};
+use inflight_e2e::{http, root, truth, wait};
 use inflight_stats::config::parse_duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -28,9 +28,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 
 const SETTLED: Duration = Duration::from_secs(20);
-const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 const KEY: &[(&str, &str)] = &[("namespace_name", "default"), ("revision_name", "hello-00001")];
-const MANAGER: &str = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
 
 /// An app that reads the whole body of a request and answers with its length, to a path with `slow`
 /// after two seconds.
@@ -164,9 +162,8 @@ async fn the_shipped_gateways_hold_every_kind_of_request_until_there_is_a_pod() 
 #[test]
 fn the_shipped_trust_is_shorter_than_kedas_cooldown() {
     let endpoints = EndpointFile::new();
-    let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
     let gateways =
-        [Bootstrap::scale_to_zero(&endpoints, nobody), Bootstrap::istio_scale_to_zero(&endpoints, nobody)];
+        [Bootstrap::scale_to_zero(&endpoints, NOBODY), Bootstrap::istio_scale_to_zero(&endpoints, NOBODY)];
     let trusts = gateways.map(|mut bootstrap| {
         let text = at(bootstrap.filter(), "/typed_config/config/configuration/value").take();
         let config: Value = serde_json::from_str(text.as_str().expect("a string")).expect("JSON");
@@ -183,12 +180,9 @@ fn the_shipped_trust_is_shorter_than_kedas_cooldown() {
 
 /// Returns the shipped gateway with a second cluster, under `/warm`.
 fn with_warm(endpoints: &EndpointFile, warm: SocketAddr) -> Bootstrap {
-    let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
-    let mut bootstrap = Bootstrap::scale_to_zero(endpoints, nobody);
+    let mut bootstrap = Bootstrap::scale_to_zero(endpoints, NOBODY);
     bootstrap.cluster("warm", Some(warm));
-    let routes = at(&mut bootstrap.0, &format!("{MANAGER}/route_config/virtual_hosts/0/routes"));
-    let route = json!({"match": {"prefix": "/warm"}, "route": {"cluster": "warm", "timeout": "0s"}});
-    routes.as_array_mut().expect("routes").insert(0, route);
+    bootstrap.route(json!({"match": {"prefix": "/warm"}, "route": {"cluster": "warm", "timeout": "0s"}}));
     bootstrap
 }
 
@@ -229,14 +223,12 @@ async fn held_bodies_take_the_window_of_their_own_connection_and_of_no_other() {
     }
 }
 
-/// Returns an access log with the details of each response's code.
-fn details_log(path: &Path) -> Value {
-    let format = "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_CODE_DETAILS%\n";
-    json!([{"name": "file", "typed_config": {
-        "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
-        "path": path,
-        "log_format": {"text_format_source": {"inline_string": format}},
-    }}])
+/// Returns path, code and details of the requests in an access log.
+fn logged(log: &Path) -> Vec<String> {
+    let line = |request: &truth::Request| format!("{} {} {}", request.path, request.code, request.details);
+    let mut lines: Vec<String> = truth::read(log).iter().map(line).collect();
+    lines.sort_unstable();
+    lines
 }
 
 /// Sends a request whose body is complete only at a later time. Returns the answer's status.
@@ -294,13 +286,11 @@ async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
         ("/none?body", 10_000_000, 408, "request_overall_timeout", true),
     ];
     for version in [Version::Oldest, Version::Newest] {
-        let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
         let (endpoints, folder) = (EndpointFile::new(), TempDir::new().expect("a folder"));
-        let mut bootstrap = Bootstrap::scale_to_zero(&endpoints, nobody);
+        let mut bootstrap = Bootstrap::scale_to_zero(&endpoints, NOBODY);
         let log = folder.path().join("details.log");
-        let manager = at(&mut bootstrap.0, MANAGER);
-        *at(manager, "/route_config/virtual_hosts/0/routes") = json!(routes);
-        manager["access_log"] = details_log(&log);
+        *at(bootstrap.manager(), "/route_config/virtual_hosts/0/routes") = json!(routes);
+        bootstrap.access_log(&log);
         let mut second = at(&mut bootstrap.0, "/static_resources/listeners/0").clone();
         second["name"] = json!("second");
         let manager = at(&mut second, "/filter_chains/0/filters/0/typed_config");
@@ -341,13 +331,7 @@ async fn envoys_timeouts_run_while_a_request_is_held_but_that_of_the_route() {
         let mut expected: Vec<_> =
             all().map(|(path, _, code, details, _)| format!("{path} {code} {details}")).collect();
         expected.sort_unstable();
-        wait::until_equal("the log", SETTLED, expected, async || {
-            let text = std::fs::read_to_string(&log).unwrap_or_default();
-            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-            lines.sort_unstable();
-            lines
-        })
-        .await;
+        wait::until_equal("the log", SETTLED, expected, async || logged(&log)).await;
     }
 }
 
@@ -372,12 +356,11 @@ async fn told(to: SocketAddr, grpc: bool) -> (u16, [String; 3], String) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_is_turned_away_is_told_why_and_when_to_come_back() {
     for version in [Version::Oldest, Version::Newest] {
-        let nobody: SocketAddr = "127.0.0.1:9".parse().expect("an address");
         let (endpoints, folder) = (EndpointFile::new(), TempDir::new().expect("a folder"));
-        let mut bootstrap = Bootstrap::scale_to_zero(&endpoints, nobody);
+        let mut bootstrap = Bootstrap::scale_to_zero(&endpoints, NOBODY);
         bootstrap.configure("gateway", json!({"hold": {"timeout": "1500ms", "depth": 2}}));
         let log = folder.path().join("details.log");
-        at(&mut bootstrap.0, MANAGER)["access_log"] = details_log(&log);
+        bootstrap.access_log(&log);
         let how = How { concurrency: 2, quiet: true, ..How::default() };
         let envoy = Envoy::with(version, &bootstrap, how).await;
         let address = envoy.address;
@@ -401,13 +384,7 @@ async fn a_client_that_is_turned_away_is_told_why_and_when_to_come_back() {
         let mut expected =
             [full, late].map(|details| [200, 503].map(|code| format!("/work {code} {details}")));
         expected.as_flattened_mut().sort_unstable();
-        wait::until_equal("the log", SETTLED, expected.as_flattened().to_vec(), async || {
-            let text = std::fs::read_to_string(&log).unwrap_or_default();
-            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-            lines.sort_unstable();
-            lines
-        })
-        .await;
+        wait::until_equal("the log", SETTLED, expected.as_flattened().to_vec(), async || logged(&log)).await;
         let stats = ["inflight_hold_refused_total", "inflight_hold_timeouts_total"];
         for name in stats {
             assert_eq!(envoy.stat(name, &[]).await, 2.0, "{name}");

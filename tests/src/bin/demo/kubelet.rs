@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, EndpointFile};
+use inflight_e2e::bootstrap::{Bootstrap, CLUSTER, EndpointFile};
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, wait};
@@ -16,8 +16,6 @@ use tokio::task::JoinSet;
 
 /// The largest number of pods.
 pub const MOST_PODS: usize = 4;
-/// The cluster of the workload at the gateway.
-pub const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
 /// The workload's namespace and name, as the cluster and the pods have them.
 pub const KEY: (&str, &str) = ("default", "hello-00001");
 
