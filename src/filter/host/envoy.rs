@@ -258,11 +258,11 @@ impl Host for Envoy {
         buffer(CALL_RESPONSE_BODY, max_bytes)
     }
 
-    fn mailbox(self, name: &str) -> Option<Mailbox> {
+    fn mailbox(self, name: &str) -> Mailbox {
         let mut id = 0;
         // SAFETY: the host reads the name and writes four bytes at a valid address.
         let status = unsafe { proxy_register_shared_queue(name.as_ptr(), name.len(), &mut id) };
-        (status == OK).then_some(Mailbox(id))
+        if status == OK { Mailbox(id) } else { Mailbox::NONE }
     }
 
     fn send_message(self, mailbox: Mailbox, message: &[u8]) -> bool {

@@ -123,9 +123,9 @@ pub trait Host: Store + Copy + 'static {
     /// Returns the beginning of the body of the answer to an HTTP call.
     fn call_response_body(self, max_bytes: usize) -> Vec<u8>;
 
-    /// Returns the mailbox with a name, which is created if need be. The host calls this VM's root
-    /// context when there is a message in it.
-    fn mailbox(self, name: &str) -> Option<Mailbox>;
+    /// Returns the mailbox with a name, which is created if need be, or [`Mailbox::NONE`]. The host
+    /// calls this VM's root context when there is a message in it.
+    fn mailbox(self, name: &str) -> Mailbox;
 
     /// Posts a message to another worker's mailbox. Returns whether that succeeded.
     fn send_message(self, mailbox: Mailbox, message: &[u8]) -> bool;

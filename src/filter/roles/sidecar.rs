@@ -124,7 +124,7 @@ impl<H: Host> SidecarStream<H> {
         let header = |name| host.header(HeaderMap::Request, name);
         let answers = config.network_probe.is_some();
         let network_probe = if answers { header(NETWORK_PROBE_HEADER) } else { None };
-        if network_probe.as_deref() == Some(QUEUE_PROBE_VALUE) {
+        if network_probe.as_deref() == Some(QUEUE_PROBE_VALUE.as_bytes()) {
             return Kind::AnsweredProbe;
         }
         let is_probe = network_probe.is_some()

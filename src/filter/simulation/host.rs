@@ -205,9 +205,9 @@ impl Host for SimulatedHost {
         b"try\nagain".into()
     }
 
-    fn mailbox(self, name: &str) -> Option<Mailbox> {
+    fn mailbox(self, name: &str) -> Mailbox {
         let root = self.side(|side| side.effective);
-        Some(Mailbox(self.world.mailboxes.register(name, self.vm, root)))
+        Mailbox(self.world.mailboxes.register(name, self.vm, root))
     }
 
     fn send_message(self, mailbox: Mailbox, message: &[u8]) -> bool {

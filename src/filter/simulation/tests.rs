@@ -438,7 +438,6 @@ fn a_refused_configuration_counts_nothing() {
     world.end();
 }
 
-/// `docs/stats.md` has a row for each stat that the code defines, with its type, and no other.
 #[test]
 fn network_probes_are_answered_in_batches() {
     let world = World::by_hand(13, PROBED);
@@ -471,6 +470,7 @@ fn a_panic_leaves_nobody_behind_who_is_to_be_answered_in_a_later_batch() {
     world.end();
 }
 
+/// `docs/stats.md` has a row for each stat that the code defines, with its type, and no other.
 #[test]
 fn the_documented_stats_are_those_that_are_defined() {
     let mut defined = BTreeMap::new();

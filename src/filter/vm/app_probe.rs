@@ -9,10 +9,8 @@ use inflight_stats::config::NetworkProbeConfig;
 use inflight_stats::counting::time::MonotonicNs;
 
 use crate::host::{CallError, Host, HttpCall, Mailbox};
+use crate::vm::probe::{PROBE_AGENT, is_answer};
 use crate::vm::stream_actions::{ProbeReply, StreamActions};
-
-/// The user agent of probes.
-const PROBE_AGENT: &str = "inflight-probe/1";
 
 /// How long the app may take. Kubernetes' probes have the same default.
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -43,7 +41,7 @@ pub struct AppProbe<H> {
 impl<H: Host> AppProbe<H> {
     /// Returns the probe of a worker, whose mailbox has a name that no other has.
     pub fn new(host: H, config: NetworkProbeConfig, mailbox_name: String) -> Self {
-        let mailbox = host.mailbox(&mailbox_name).unwrap_or(Mailbox::NONE);
+        let mailbox = host.mailbox(&mailbox_name);
         Self { host, config, mailbox_name, mailbox, waiting: Vec::new(), call: None, is_logged: false }
     }
 
@@ -55,7 +53,7 @@ impl<H: Host> AppProbe<H> {
             self.config = config.clone();
             self.is_logged = false;
         }
-        self.mailbox = self.host.mailbox(&self.mailbox_name).unwrap_or(Mailbox::NONE);
+        self.mailbox = self.host.mailbox(&self.mailbox_name);
         self.call = None;
         if !self.waiting.is_empty() {
             self.host.send_message(self.mailbox, &[]);
@@ -118,9 +116,7 @@ impl<H: Host> AppProbe<H> {
     pub fn on_response(&mut self, call: u32, status: u16) -> Option<StreamActions> {
         self.call.filter(|(number, _)| *number == call)?;
         self.call = None;
-        // These are Envoy's own answers if it gets none of the app.
-        let is_ready = !matches!(status, 0 | 502 | 503 | 504);
-        Some(self.reply(if is_ready { ProbeReply::Ready } else { ProbeReply::NotReady }))
+        Some(self.reply(if is_answer(status) { ProbeReply::Ready } else { ProbeReply::NotReady }))
     }
 
     /// Ends this worker. Returns its streams that wait.

@@ -2,6 +2,7 @@
 //! and of the new configuration exist side by side, for as long as old connections drain.
 
 use inflight_stats::Config;
+use inflight_stats::counting::time::nanoseconds;
 
 /// The root contexts that use a worker, with their configurations, the newest last. The newest is
 /// in effect.
@@ -37,7 +38,7 @@ impl ConfigStack {
 
 /// Returns a configuration's reporting period in nanoseconds.
 pub fn period_ns(config: &Config) -> u64 {
-    u64::try_from(config.reporting_period.as_nanos()).unwrap_or(u64::MAX)
+    nanoseconds(config.reporting_period)
 }
 
 #[cfg(test)]

@@ -8,11 +8,12 @@ use std::rc::Rc;
 use inflight_stats::Config;
 use inflight_stats::breaker::rules::{Breaker, BreakerLimits, EnterOutcome, Queue};
 use inflight_stats::breaker::worker_side::{Outcome, WorkerSide};
-use inflight_stats::counting::time::MonotonicNs;
+use inflight_stats::counting::time::{MonotonicNs, nanoseconds};
 use inflight_stats::pod::pod_state::PodStore;
 
 use crate::host::{DETAILS, Host, Mailbox};
 use crate::vm::stream_actions::{Refusal, StreamActions};
+use crate::vm::tick_timer::TickTimer;
 
 /// The answer when the queue is full, as Knative's queue-proxy gives it (knative/serving,
 /// `pkg/queue/breaker.go`), with the newline of Go's `http.Error`.
@@ -62,8 +63,8 @@ pub struct LocalBreaker<H> {
     pub probes_bypass: bool,
     /// When the permits of requests that were broken off are released, the earliest first.
     lingering: VecDeque<MonotonicNs>,
-    /// When the next tick is due. There is always one.
-    next_tick: MonotonicNs,
+    /// When the worker ticks next.
+    pub timer: TickTimer,
 }
 
 impl<H: Host> LocalBreaker<H> {
@@ -72,7 +73,7 @@ impl<H: Host> LocalBreaker<H> {
     pub fn new(host: H, config: &Config, pod: &PodStore, worker: u64) -> Option<Self> {
         let breaker = Breaker::new(pod.breaker_key(), config.limits?);
         let mailbox_name = format!("{}/{worker}", pod.breaker_key());
-        let mailbox = host.mailbox(&mailbox_name).unwrap_or(Mailbox::NONE);
+        let mailbox = host.mailbox(&mailbox_name);
         Some(Self {
             host,
             side: WorkerSide::new(breaker, worker, mailbox.0),
@@ -80,7 +81,7 @@ impl<H: Host> LocalBreaker<H> {
             timeout_ns: timeout_ns(config),
             probes_bypass: config.probes_bypass_breaker,
             lingering: VecDeque::new(),
-            next_tick: MonotonicNs::default(),
+            timer: TickTimer::default(),
         })
     }
 
@@ -92,7 +93,7 @@ impl<H: Host> LocalBreaker<H> {
         self.side.breaker.limits = config.limits.unwrap_or(NONE);
         self.timeout_ns = timeout_ns(config);
         self.probes_bypass = config.probes_bypass_breaker;
-        self.side.mailbox = self.host.mailbox(&self.mailbox_name).unwrap_or(Mailbox::NONE).0;
+        self.side.mailbox = self.host.mailbox(&self.mailbox_name).0;
     }
 
     /// Admits, queues or refuses a probe, or a request that is already counted. Returns the state
@@ -107,7 +108,7 @@ impl<H: Host> LocalBreaker<H> {
             permit.set(PermitState::Held(now));
         }
         if let (PermitState::Waiting(_), Some(timeout_ns)) = (permit.get(), self.timeout_ns) {
-            self.wake_at(now.plus(timeout_ns), now);
+            self.timer.wake_at(self.host, now.plus(timeout_ns), now);
         }
         permit
     }
@@ -123,7 +124,7 @@ impl<H: Host> LocalBreaker<H> {
                 if lingers {
                     let due = now.plus(LINGER_NS);
                     self.lingering.push_back(due);
-                    self.wake_at(due, now);
+                    self.timer.wake_at(self.host, due, now);
                 }
                 Some(outcome)
             }
@@ -180,20 +181,6 @@ impl<H: Host> LocalBreaker<H> {
         timeout.into_iter().chain(linger).min()
     }
 
-    /// Notes when the next tick is due.
-    pub fn ticks_at(&mut self, due: MonotonicNs) {
-        self.next_tick = due;
-    }
-
-    /// Moves the next tick forward to `due`, if it is later than that. An overdue tick is left
-    /// alone: setting the timer again would delay it, and under load would do so again and again.
-    fn wake_at(&mut self, due: MonotonicNs, now: MonotonicNs) {
-        if due < self.next_tick {
-            self.host.tick_in(due.since(now).div_ceil(1_000_000));
-            self.next_tick = due;
-        }
-    }
-
     /// Forgets a worker that is no longer a member. Returns `None` as long as it may only be slow,
     /// and then the streams of this worker that get its permits.
     pub fn forget_if_silent(&mut self, worker: u64, now: MonotonicNs) -> Option<StreamActions> {
@@ -235,5 +222,5 @@ fn admit(paused: &Paused, now: MonotonicNs, actions: &mut StreamActions) {
 }
 
 fn timeout_ns(config: &Config) -> Option<u64> {
-    config.queue_timeout.map(|timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX))
+    config.queue_timeout.map(nanoseconds)
 }

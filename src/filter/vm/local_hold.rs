@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use inflight_stats::counting::request::{NETWORK_PROBE_HEADER, QUEUE_PROBE_VALUE};
 use inflight_stats::counting::time::MonotonicNs;
 use inflight_stats::gateway::key_name::KeyName;
 use inflight_stats::hold::key_hold::Answer;
@@ -14,11 +15,9 @@ use inflight_stats::pod::pod_state::PodStore;
 
 use crate::host::metric::Counter;
 use crate::host::{CallError, HeaderMap, Host, HttpCall, Mailbox};
+use crate::vm::probe::{PROBE_AGENT, is_answer};
 use crate::vm::stream_actions::{Refusal, StreamActions};
-
-/// The user agent of probes. The value of the network probe header is the one by which Knative's
-/// activator probes (knative/networking, `pkg/http/header`), so that its queue-proxy answers, too.
-const PROBE_AGENT: &str = "inflight-probe/1";
+use crate::vm::tick_timer::TickTimer;
 
 /// The state of a request at a gateway that holds.
 #[derive(Clone, Debug)]
@@ -77,8 +76,8 @@ pub struct LocalHold<H> {
     lost: Counter,
     /// What this worker would have told itself, had there been a mailbox.
     undelivered: Vec<u8>,
-    /// When the next tick is due. There is always one.
-    next_tick: MonotonicNs,
+    /// When the worker ticks next.
+    pub timer: TickTimer,
 }
 
 impl<H: Host> LocalHold<H> {
@@ -97,7 +96,7 @@ impl<H: Host> LocalHold<H> {
             refused: Counter::define(host, "inflight_hold_refused_total"),
             lost: Counter::define(host, "inflight_hold_lost_total"),
             undelivered: Vec::new(),
-            next_tick: MonotonicNs::default(),
+            timer: TickTimer::default(),
         };
         hold.configure(settings);
         hold
@@ -113,9 +112,9 @@ impl<H: Host> LocalHold<H> {
     /// Registers the mailbox for the root context in effect. From now on this context's timer counts:
     /// the context whose tick would have come next may be the one that ends.
     pub fn register(&mut self) {
-        self.mailbox = self.host.mailbox(&self.mailbox_name).unwrap_or(Mailbox::NONE);
+        self.mailbox = self.host.mailbox(&self.mailbox_name);
         self.note_mailbox();
-        self.next_tick = MonotonicNs(u64::MAX);
+        self.timer.forget();
         self.wake(self.host.monotonic());
     }
 
@@ -162,8 +161,8 @@ impl<H: Host> LocalHold<H> {
         let lost = code == 503 && self.host.had_no_upstream();
         let answer = match code {
             503 => Answer::Unavailable,
-            0 | 502 | 504 => Answer::Neither,
-            _ => Answer::Answered,
+            code if is_answer(code) => Answer::Answered,
+            _ => Answer::Neither,
         };
         let mut effects = Effects::default();
         self.side.leave(&self.host, key, passage, (answer, lost), now, &mut effects);
@@ -225,21 +224,13 @@ impl<H: Host> LocalHold<H> {
     pub fn on_response(&mut self, call: u32, status: u16, now: MonotonicNs) -> Option<StreamActions> {
         let position = self.calls.iter().position(|(probe, _)| *probe == call)?;
         let (_, number) = self.calls.swap_remove(position);
-        let result = match status {
-            0 | 502 | 503 | 504 => ProbeResult::NotReady,
-            _ => ProbeResult::Ready,
-        };
+        let result = if is_answer(status) { ProbeResult::Ready } else { ProbeResult::NotReady };
         Some(self.probed(number, result, now))
     }
 
     /// Returns the nanoseconds until a tick is needed; `None` if nothing here depends on time.
     pub fn next_wake_ns(&self, now: MonotonicNs) -> Option<u64> {
         self.side.next_wake_ns(now)
-    }
-
-    /// Notes when the next tick is due.
-    pub fn ticks_at(&mut self, due: MonotonicNs) {
-        self.next_tick = due;
     }
 
     /// Forgets a worker that is gone.
@@ -271,14 +262,10 @@ impl<H: Host> LocalHold<H> {
         std::mem::take(&mut self.news)
     }
 
-    /// Moves the next tick forward, if one is needed before. An overdue tick is left alone: setting
-    /// the timer again would delay it, and under load would do so again and again.
+    /// Moves the next tick forward, if one is needed before.
     fn wake(&mut self, now: MonotonicNs) {
-        let Some(wake_ns) = self.side.next_wake_ns(now) else { return };
-        let due = now.plus(wake_ns);
-        if due < self.next_tick {
-            self.host.tick_in(wake_ns.div_ceil(1_000_000));
-            self.next_tick = due;
+        if let Some(wake_ns) = self.side.next_wake_ns(now) {
+            self.timer.wake_at(self.host, now.plus(wake_ns), now);
         }
     }
 
@@ -350,7 +337,8 @@ impl<H: Host> LocalHold<H> {
             (":path", settings.probe_path.as_str()),
             (":authority", paused.authority.as_str()),
             ("user-agent", PROBE_AGENT),
-            ("k-network-probe", "queue"),
+            // As Knative's activator probes, so that its queue-proxy answers, too.
+            (NETWORK_PROBE_HEADER, QUEUE_PROBE_VALUE),
         ];
         let timeout = settings.probe_timeout();
         let result =

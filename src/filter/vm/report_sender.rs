@@ -2,7 +2,7 @@
 //! answer.
 
 use inflight_stats::config::StatServerConfig;
-use inflight_stats::counting::time::PodNs;
+use inflight_stats::counting::time::{PodNs, nanoseconds};
 use inflight_stats::gateway::key_name::KeyName;
 use inflight_stats::gateway::key_totals::KeyTotals;
 use inflight_stats::protocol::report::{CONTENT_TYPE, VERSION, Verdict};
@@ -91,8 +91,8 @@ impl<H: Host> ReportSender<H> {
 
     /// Notes a report that is on its way.
     pub fn on_dispatched(&mut self, call: u32, report: EncodedReport, config: &Config, now: PodNs) {
-        let timeout = config.statserver.as_ref().map_or(0, |server| server.timeout.as_nanos());
-        let wait_ns = u64::try_from(timeout).unwrap_or(u64::MAX).saturating_add(period_ns(config));
+        let timeout_ns = config.statserver.as_ref().map_or(0, |server| nanoseconds(server.timeout));
+        let wait_ns = timeout_ns.saturating_add(period_ns(config));
         let deadline = PodNs(now.0.saturating_add(wait_ns));
         self.pending.push(PendingReport { call, scope: report.scope, deadline });
     }

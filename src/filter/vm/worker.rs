@@ -264,10 +264,10 @@ impl<H: Host> Worker<H> {
     /// Notes when the next tick is due.
     fn ticks_at(&mut self, due: MonotonicNs) {
         if let Some(breaker) = &mut self.breaker {
-            breaker.ticks_at(due);
+            breaker.timer.is_due_at(due);
         }
         if let Some(hold) = &mut self.hold {
-            hold.ticks_at(due);
+            hold.timer.is_due_at(due);
         }
     }
 

@@ -20,12 +20,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::counting::time::MonotonicNs;
-use crate::pod::store::{self, Attempt, Store, StoreError};
-
-/// Attempts at a change. Each failed attempt means that another worker's change went through. To
-/// give up would turn a request away, or keep a permit until the next tick, so the number is high
-/// enough that this hardly ever happens.
-const ATTEMPTS: usize = 4096;
+use crate::pod::store::{self, Attempt, REQUEST_ATTEMPTS, Store, StoreError};
 
 /// The largest number of waiting probes.
 pub const MAX_WAITING_PROBES: usize = 4;
@@ -451,7 +446,7 @@ impl Breaker {
         which: Granting,
         mut change: impl FnMut(&mut BreakerState) -> (R, Changed),
     ) -> Result<(R, Vec<PermitGrant>), StoreError> {
-        store::update_bytes(store, &self.key, ATTEMPTS, |found| {
+        store::update_bytes(store, &self.key, REQUEST_ATTEMPTS, |found| {
             let mut state = found.map(BreakerState::decode).unwrap_or_default();
             let (result, changed) = change(&mut state);
             let grants = match which {

@@ -119,6 +119,9 @@ pub struct Config {
 const MAX_CONCURRENCY: u32 = 100_000;
 /// Each request that comes or goes while others wait reads and writes the whole queue.
 const MAX_QUEUE_DEPTH: u32 = 100_000;
+/// How long a request may be made to wait. [`options::A_TIMEOUT`] says so.
+const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
+const MINUTE: Duration = Duration::from_secs(60);
 /// Each key costs Envoy some ten stats, which it cannot delete.
 const MAX_KEYS: u32 = 1_000_000;
 /// As in knative/serving, `cmd/queue`.
@@ -163,20 +166,17 @@ impl Config {
             },
             name_from,
             gateway,
-            reporting_period: fields
-                .duration(options::REPORTING_PERIOD.name, options::REPORTING_PERIOD.expected, |period| {
-                    (Duration::from_millis(100)..=Duration::from_secs(60)).contains(&period)
-                })?
-                .unwrap_or(Duration::from_secs(1)),
+            reporting_period: duration(
+                &mut fields,
+                options::REPORTING_PERIOD,
+                Duration::from_millis(100)..=MINUTE,
+            )?
+            .unwrap_or(Duration::from_secs(1)),
             proxied_header: fields
                 .header(options::PROXIED_HEADER.name)?
                 .unwrap_or_else(|| "k-proxy-request".into()),
             limits: limits(&mut fields)?,
-            queue_timeout: fields.duration(
-                options::QUEUE_TIMEOUT.name,
-                options::QUEUE_TIMEOUT.expected,
-                |timeout| (Duration::from_millis(10)..=Duration::from_secs(3600)).contains(&timeout),
-            )?,
+            queue_timeout: duration(&mut fields, options::QUEUE_TIMEOUT, TIMEOUTS)?,
             probes_bypass_breaker: fields.boolean(options::PROBES_BYPASS_BREAKER.name)?.unwrap_or(false),
             network_probe: network_probe(&mut fields)?,
             statserver: statserver.map(StatServerConfig::parse).transpose()?,
@@ -234,15 +234,11 @@ impl GatewayConfig {
 
 impl HoldSettings {
     fn parse(mut fields: Fields) -> Result<Self, ConfigError> {
-        const HOUR: Duration = Duration::from_secs(3600);
         let default = Self::default();
-        let mut duration = |key: options::ConfigKey, allowed: RangeInclusive<Duration>| {
-            fields.duration(key.name, key.expected, |given| allowed.contains(&given))
-        };
-        let timeout = duration(options::HOLD_TIMEOUT, Duration::from_millis(10)..=HOUR)?;
+        let timeout = duration(&mut fields, options::HOLD_TIMEOUT, TIMEOUTS)?;
         let probe_period =
-            duration(options::HOLD_PROBE_PERIOD, Duration::from_millis(5)..=Duration::from_secs(60))?;
-        let trust = duration(options::HOLD_TRUST, Duration::from_millis(10)..=HOUR)?;
+            duration(&mut fields, options::HOLD_PROBE_PERIOD, Duration::from_millis(5)..=MINUTE)?;
+        let trust = duration(&mut fields, options::HOLD_TRUST, TIMEOUTS)?;
         let mut number = |key: options::ConfigKey| {
             fields.integer(key.name, key.expected, |n| (1..=MAX_QUEUE_DEPTH).contains(&n))
         };
@@ -294,6 +290,15 @@ fn network_probe(fields: &mut Fields) -> Result<Option<NetworkProbeConfig>, Conf
     }))
 }
 
+/// Takes a duration, if there is one.
+fn duration(
+    fields: &mut Fields,
+    key: options::ConfigKey,
+    allowed: RangeInclusive<Duration>,
+) -> Result<Option<Duration>, ConfigError> {
+    fields.duration(key.name, key.expected, |given| allowed.contains(&given))
+}
+
 fn limits(fields: &mut Fields) -> Result<Option<BreakerLimits>, ConfigError> {
     let key = options::CONTAINER_CONCURRENCY;
     let concurrency = fields.integer(key.name, key.expected, |n| n <= MAX_CONCURRENCY)?.unwrap_or(0);
@@ -310,12 +315,7 @@ impl StatServerConfig {
         Ok(Self {
             authority: fields.name(options::STATSERVER_AUTHORITY.name, &cluster)?,
             path: fields.url_path(options::STATSERVER_PATH.name)?.unwrap_or_else(|| "/v1/reports".into()),
-            timeout: fields
-                .duration(
-                    options::STATSERVER_TIMEOUT.name,
-                    options::STATSERVER_TIMEOUT.expected,
-                    |timeout| (Duration::from_millis(10)..=Duration::from_secs(60)).contains(&timeout),
-                )?
+            timeout: duration(&mut fields, options::STATSERVER_TIMEOUT, Duration::from_millis(10)..=MINUTE)?
                 .unwrap_or(Duration::from_secs(1)),
             token_env: fields.string(
                 options::STATSERVER_TOKEN_ENV.name,

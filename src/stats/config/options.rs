@@ -21,6 +21,8 @@ pub(super) const A_LABEL: &str = "a string of at most 512 bytes without control 
 pub(super) const A_PATH: &str = "an absolute URL path without spaces";
 pub(super) const AN_OBJECT: &str = "a JSON object";
 pub(super) const A_BOOLEAN: &str = "true or false";
+pub(super) const A_TIMEOUT: &str = r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#;
+pub(super) const A_LIMIT: &str = "a whole number from 1 to 100000";
 pub(super) const A_HEADER: &str = "the name of an HTTP header";
 
 pub(super) const ROLE: ConfigKey = ConfigKey {
@@ -108,7 +110,7 @@ pub(super) const QUEUE_TIMEOUT: ConfigKey = ConfigKey {
     object: "",
     name: "queue_timeout",
     default: "none",
-    expected: r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#,
+    expected: A_TIMEOUT,
     help: "Longest wait for the app; then the request is answered with 503 `pending request queue \
            timeout`",
 };
@@ -119,6 +121,7 @@ pub(super) const PROBES_BYPASS_BREAKER: ConfigKey = ConfigKey {
     expected: A_BOOLEAN,
     help: "Role `sidecar`: whether probes skip the breaker instead of taking permits",
 };
+
 pub(super) const ANSWER_NETWORK_PROBE: ConfigKey = ConfigKey {
     object: "",
     name: "answer_network_probe",
@@ -251,7 +254,7 @@ pub(super) const HOLD_TIMEOUT: ConfigKey = ConfigKey {
     object: "gateway.hold.",
     name: "timeout",
     default: r#""60s""#,
-    expected: r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#,
+    expected: A_TIMEOUT,
     help: "Longest time that a request is held; then it is answered with 503 `no capacity for \
            NAMESPACE/NAME within TIMEOUT`",
 };
@@ -260,7 +263,7 @@ pub(super) const HOLD_DEPTH: ConfigKey = ConfigKey {
     object: "gateway.hold.",
     name: "depth",
     default: "1000",
-    expected: "a whole number from 1 to 100000",
+    expected: A_LIMIT,
     help: "Maximum number of held requests of one key, over all workers; one more is answered with 503 \
            `too many requests held for NAMESPACE/NAME`",
 };
@@ -285,7 +288,7 @@ pub(super) const HOLD_TRUST: ConfigKey = ConfigKey {
     object: "gateway.hold.",
     name: "trust",
     default: r#""30s""#,
-    expected: r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#,
+    expected: A_TIMEOUT,
     help: "How long after its last answer a cluster is taken to have a pod. Must be shorter than the time \
            after which an autoscaler may remove the last pod",
 };
@@ -294,7 +297,7 @@ pub(super) const HOLD_RELEASE: ConfigKey = ConfigKey {
     object: "gateway.hold.",
     name: "release",
     default: "100",
-    expected: "a whole number from 1 to 100000",
+    expected: A_LIMIT,
     help: "Maximum number of requests of one key in the app at once while others of it are held; doubles \
            every 2 s in which the app answers without 503",
 };

@@ -5,7 +5,8 @@ pub const KUBELET_PROBE_HEADER: &str = "k-kubelet-probe";
 /// The header whose presence marks a probe of Knative's own network layer.
 pub const NETWORK_PROBE_HEADER: &str = "k-network-probe";
 /// The value of that header by which Knative's activator asks queue-proxy whether the app is ready.
-pub const QUEUE_PROBE_VALUE: &[u8] = b"queue";
+/// (knative/networking, `pkg/http/header`).
+pub const QUEUE_PROBE_VALUE: &str = "queue";
 /// The header of the probes by which Knative's ingress controller finds out that a gateway has its
 /// latest routes.
 pub const NETWORK_HASH_HEADER: &str = "k-network-hash";

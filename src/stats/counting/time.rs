@@ -2,6 +2,8 @@
 //! [`Snapshot`](crate::counting::snapshot::Snapshot) are the pod's time. As wire data they are
 //! plain numbers.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// A reading of the process's monotonic clock, in nanoseconds. It is the same for all threads of
@@ -12,6 +14,11 @@ pub struct MonotonicNs(pub u64);
 /// An instant of the pod's time ([`crate::counting::clock`]), in nanoseconds since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PodNs(pub u64);
+
+/// Returns a duration in nanoseconds; the largest number for one that is longer than 500 years.
+pub fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
 
 impl MonotonicNs {
     /// Returns the nanoseconds from `earlier` to this reading; 0 if `earlier` is later.

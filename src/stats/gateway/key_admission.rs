@@ -17,7 +17,6 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde::{Deserialize, Serialize};
 
@@ -88,7 +87,7 @@ struct BucketEntry<'a> {
 
 impl BucketEntry<'_> {
     fn is(&self, key: &KeyName) -> bool {
-        *self.namespace == *key.namespace && *self.name == *key.name
+        key.is(&self.namespace, &self.name)
     }
 
     fn key(&self) -> KeyName {
@@ -299,9 +298,7 @@ impl KeyAdmission {
     }
 
     fn bucket_of(&self, key: &KeyName) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        (self.secret, key).hash(&mut hasher);
-        hasher.finish() % BUCKETS
+        key.bucket(self.secret, BUCKETS)
     }
 
     fn bucket_key(&self, bucket: u64) -> String {

@@ -1,6 +1,7 @@
 //! The name of a key at a gateway: a namespace and a name. It comes from the cluster that a request
 //! goes to, or from two of the request's headers.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
 use crate::protocol::key_name;
@@ -31,6 +32,19 @@ impl KeyName {
                 Self::checked(namespace, name)
             }
         }
+    }
+
+    /// Returns whether this is the key of a namespace and a name.
+    pub fn is(&self, namespace: &str, name: &str) -> bool {
+        (&*self.namespace, &*self.name) == (namespace, name)
+    }
+
+    /// Returns the number of the key's bucket, of so many buckets, by a hash that nobody can predict who
+    /// does not know the secret.
+    pub fn bucket(&self, secret: u64, buckets: u64) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (secret, self).hash(&mut hasher);
+        hasher.finish() % buckets
     }
 
     /// Returns a key from two headers.

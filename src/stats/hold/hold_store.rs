@@ -1,8 +1,5 @@
 //! The states of all keys that are held or ready, in the store that all workers share.
 
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
-
 use serde::{Deserialize, Serialize};
 
 use crate::counting::time::MonotonicNs;
@@ -10,15 +7,11 @@ use crate::gateway::key_name::KeyName;
 use crate::hold::key_hold::{KeyHold, View};
 use crate::hold::settings::HoldSettings;
 use crate::pod::pod_state::PodStore;
-use crate::pod::store::{self, Attempt, Store, StoreError};
-
-/// Attempts at a change; see [`crate::breaker::rules`]. Giving up would keep a request waiting until
-/// the next look.
-const ATTEMPTS: usize = 4096;
+use crate::pod::store::{self, Attempt, REQUEST_ATTEMPTS, Store, StoreError};
 
 /// Keys share this many values, because the store cannot delete a value and a client may make names
 /// up.
-const BUCKETS: u64 = 64;
+const BUCKETS: u8 = 64;
 
 /// The keys of one bucket.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -32,7 +25,7 @@ impl Bucket {
         worker: u64,
         clusters: impl IntoIterator<Item = &'a str>,
     ) -> Option<View> {
-        let (_, _, hold) = self.0.iter().find(|(namespace, name, _)| is_key(key, namespace, name))?;
+        let (_, _, hold) = self.0.iter().find(|(namespace, name, _)| key.is(namespace, name))?;
         Some(hold.view(worker, clusters))
     }
 }
@@ -65,9 +58,7 @@ impl HoldStore {
 
     /// Returns the number of a key's bucket.
     pub fn bucket_of(&self, key: &KeyName) -> u8 {
-        let mut hasher = DefaultHasher::new();
-        (self.secret, key).hash(&mut hasher);
-        u8::try_from(hasher.finish() % BUCKETS).unwrap_or(0)
+        u8::try_from(key.bucket(self.secret, u64::from(BUCKETS))).unwrap_or(0)
     }
 
     /// Returns the keys of a bucket.
@@ -88,12 +79,12 @@ impl HoldStore {
         (now, settings): (MonotonicNs, &HoldSettings),
         mut change: impl FnMut(&mut KeyHold) -> R,
     ) -> Result<Changed<R>, StoreError> {
-        store::update(store, &self.name(self.bucket_of(key)), ATTEMPTS, |found: Option<Bucket>| {
+        store::update(store, &self.name(self.bucket_of(key)), REQUEST_ATTEMPTS, |found: Option<Bucket>| {
             let mut bucket = found.unwrap_or_default();
-            bucket.0.retain(|(namespace, name, hold)| {
-                is_key(key, namespace, name) || !hold.is_spent(now, settings)
-            });
-            let mut hold = match bucket.0.iter().position(|(ns, name, _)| is_key(key, ns, name)) {
+            bucket
+                .0
+                .retain(|(namespace, name, hold)| key.is(namespace, name) || !hold.is_spent(now, settings));
+            let mut hold = match bucket.0.iter().position(|(ns, name, _)| key.is(ns, name)) {
                 Some(at) => bucket.0.swap_remove(at).2,
                 None => KeyHold::new(now, settings),
             };
@@ -116,7 +107,7 @@ impl HoldStore {
         settings: &HoldSettings,
     ) -> Vec<(KeyName, i64, Vec<u64>)> {
         let mut all = Vec::new();
-        for bucket in 0..u8::try_from(BUCKETS).unwrap_or(u8::MAX) {
+        for bucket in 0..BUCKETS {
             let name = self.name(bucket);
             let changed = store::update(store, &name, store::ATTEMPTS, |found: Option<Bucket>| {
                 let Some(mut bucket) = found else { return Attempt::Keep(Vec::new()) };
@@ -154,7 +145,7 @@ impl HoldStore {
         mailbox: Option<u32>,
     ) -> Result<(), StoreError> {
         let name = self.pod.key("hold/mailboxes");
-        store::update(store, &name, ATTEMPTS, |found: Option<Vec<(u64, u32)>>| {
+        store::update(store, &name, REQUEST_ATTEMPTS, |found: Option<Vec<(u64, u32)>>| {
             let mut all = found.unwrap_or_default();
             let before = all.clone();
             all.retain(|(other, _)| *other != worker);
@@ -171,10 +162,6 @@ impl HoldStore {
     fn name(&self, bucket: u8) -> String {
         self.pod.key(&format!("hold/{bucket:02x}"))
     }
-}
-
-fn is_key(key: &KeyName, namespace: &str, name: &str) -> bool {
-    *key.namespace == *namespace && *key.name == *name
 }
 
 fn difference(after: u32, before: u32) -> i64 {

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::counting::time::nanoseconds;
+
 /// Settings of the hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HoldSettings {
@@ -58,8 +60,4 @@ impl HoldSettings {
     pub(super) fn lease_ns(&self) -> u64 {
         nanoseconds(self.probe_timeout()).saturating_mul(2).max(1_000_000_000)
     }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

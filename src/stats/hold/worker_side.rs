@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use crate::counting::time::MonotonicNs;
+use crate::counting::time::{MonotonicNs, nanoseconds};
 use crate::gateway::key_name::KeyName;
 use crate::hold::hold_store::{Bucket, Changed, HoldStore};
 use crate::hold::key_hold::{Answer, KeyHold, LocalLine, LocalPart, MAX_CLUSTERS, NotHeld, View};
@@ -637,9 +637,14 @@ impl<W> WorkerHold<W> {
     }
 
     fn learn(&mut self, key: &KeyName, view: &View, now: MonotonicNs, effects: &mut Effects<W>) {
-        let trust_ns = self.settings.trust_ns();
+        let (trust_ns, period_ns) = (self.settings.trust_ns(), self.settings.probe_period_ns());
+        let worker = self.worker;
         let Some(local) = self.keys.get_mut(key) else { return };
         for (cluster, seen) in local.clusters.iter_mut().zip(&view.clusters) {
+            // Another worker may have handed the probing on to this one.
+            if seen.prober == worker {
+                cluster.next_probe = cluster.next_probe.max(seen.probed.plus(period_ns));
+            }
             if seen.lost > cluster.lost {
                 (cluster.lost, cluster.trusted_until) = (seen.lost, None);
             }
@@ -690,18 +695,10 @@ impl<W> WorkerHold<W> {
     ) {
         let (trust_ns, lease_ns) = (self.settings.trust_ns(), self.settings.lease_ns());
         // The answer may never come, if the context that would get it has ended.
-        let overdue_ns = u64::try_from(self.settings.probe_timeout().as_nanos())
-            .unwrap_or(u64::MAX)
-            .saturating_add(100_000_000);
+        let overdue_ns = nanoseconds(self.settings.probe_timeout()).saturating_add(100_000_000);
         let (early_ns, period_ns) = (self.early_ns(), self.settings.probe_period_ns());
         let worker = self.worker;
         let Some(local) = self.keys.get_mut(key) else { return };
-        for (cluster, seen) in local.clusters.iter_mut().zip(&view.clusters) {
-            // Another worker has handed the probing on to this one.
-            if seen.prober == worker {
-                cluster.next_probe = cluster.next_probe.max(seen.probed.plus(period_ns));
-            }
-        }
         let due: Vec<(Rc<str>, u64, bool)> = local
             .clusters
             .iter()

@@ -11,6 +11,10 @@ use serde::de::DeserializeOwned;
 /// another worker's change went through, and an Envoy seldom has more workers than this.
 pub const ATTEMPTS: usize = 64;
 
+/// Attempts at a change that a request depends on. To give up would turn it away, or keep it or a permit
+/// until the next tick, so the number is high enough that this hardly ever happens.
+pub const REQUEST_ATTEMPTS: usize = 4096;
+
 /// The encoded size of a small value. A larger value grows the buffer.
 const ENCODED_BYTES: usize = 256;
 

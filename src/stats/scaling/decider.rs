@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::counting::time::nanoseconds;
 use crate::scaling::settings::KeySettings;
 
 /// The time between two decisions; also the unit of the scale-down delay.
@@ -74,7 +75,7 @@ impl Decider {
         let (stable_pods, panic_pods) = (wanted(seen.stable), wanted(seen.panic));
 
         let panic_threshold = settings.panic_threshold_percentage / 100.0;
-        let stable_window_ns = in_nanoseconds(settings.stable_window);
+        let stable_window_ns = nanoseconds(settings.stable_window);
         if (seen.panic / target).ceil() / ready >= panic_threshold {
             self.panic_since_ns = Some(seen.now_ns);
         } else if self
@@ -90,7 +91,7 @@ impl Decider {
             self.max_in_panic = pods;
         }
         if !settings.scale_down_delay.is_zero() {
-            pods = self.delayed.highest(pods, seen.now_ns, in_nanoseconds(settings.scale_down_delay));
+            pods = self.delayed.highest(pods, seen.now_ns, nanoseconds(settings.scale_down_delay));
         }
         Decision {
             desired_pods: pods,
@@ -111,10 +112,6 @@ fn excess_burst_capacity(settings: &KeySettings, seen: &Observation) -> i64 {
     }
 }
 
-fn in_nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
 /// The counts wanted within the scale-down delay, by units of [`DECISION_PERIOD_NS`]: only those
 /// that no later one exceeds, so the first is the highest.
 #[derive(Clone, Debug, Default)]
@@ -122,7 +119,7 @@ struct Delay(VecDeque<(u32, u32)>);
 
 /// Returns the most bytes that a scale-down delay takes: its queue grows by doubling.
 pub(super) fn delay_bytes(delay: Duration) -> usize {
-    match usize::try_from(in_nanoseconds(delay).div_ceil(DECISION_PERIOD_NS)).unwrap_or(usize::MAX) {
+    match usize::try_from(nanoseconds(delay).div_ceil(DECISION_PERIOD_NS)).unwrap_or(usize::MAX) {
         0 => 0,
         units => {
             let bytes = units.saturating_add(1).saturating_mul(size_of::<(u32, u32)>());
