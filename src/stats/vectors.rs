@@ -159,6 +159,9 @@ fn decide(name: &str) {
         let decider = decider.get_or_insert_with(|| Decider::new(seen.now_ns, seen.ready));
         let ours = decider.decide(setting, &seen);
         let theirs = (number(5) as u32, number(6) as i64);
+        if let Some(panic_mode) = fields.get(7) {
+            assert_eq!(ours.panic_mode, *panic_mode == "1", "{name}, scenario {} at {seen:?}", fields[0]);
+        }
         assert_eq!(
             (ours.desired_pods, ours.excess_burst_capacity),
             theirs,
@@ -173,6 +176,11 @@ fn decide(name: &str) {
 #[test]
 fn every_decision_comes_out_as_knatives() {
     files("kpa_decisions", ".tsv").iter().for_each(|file| decide(file));
+}
+
+#[test]
+fn every_decision_keeps_to_knatives_published_rules() {
+    files("kpa_rules", ".tsv").iter().for_each(|file| decide(file));
 }
 
 fn unhex(text: &str) -> Vec<u8> {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::counting::time::nanoseconds;
-use crate::scaling::settings::KeySettings;
+use crate::scaling::settings::{KeySettings, MAX_PODS};
 
 /// The time between two decisions; also the unit of the scale-down delay.
 pub const DECISION_PERIOD_NS: u64 = 2_000_000_000;
@@ -30,7 +30,7 @@ pub struct Decision {
     pub desired_pods: u32,
     /// The additional load that could be taken at once; below zero, the gateway should buffer.
     pub excess_burst_capacity: i64,
-    /// Whether the key is in panic mode, in which pods are only added.
+    /// Whether the key is in panic mode, in which pods are only added: the threshold was exceeded.
     pub panic_mode: bool,
 }
 
@@ -39,6 +39,9 @@ pub struct Decision {
 pub struct Decider {
     panic_since_ns: Option<u64>,
     max_in_panic: u32,
+    /// Whether the threshold was ever exceeded. A decider that begins in panic only holds what there
+    /// is.
+    has_exceeded: bool,
     delayed: Delay,
 }
 
@@ -46,10 +49,11 @@ impl Decider {
     /// A decider that begins with more than one ready pod begins in panic at that count: it does
     /// not know yet what they are needed for.
     pub fn new(now_ns: u64, ready: u32) -> Self {
-        let panics = ready > 1;
+        let (panics, ready) = (ready > 1, ready.min(MAX_PODS));
         Self {
             panic_since_ns: panics.then_some(now_ns),
             max_in_panic: if panics { ready } else { 0 },
+            has_exceeded: false,
             delayed: Delay::default(),
         }
     }
@@ -63,7 +67,7 @@ impl Decider {
         let min = (ready / settings.max_scale_down_rate).floor();
         let wanted = |value: f64| {
             let needed = (value / target).ceil();
-            let pods = needed.max(min).min(max) as u32;
+            let pods = needed.max(min).min(max).min(f64::from(MAX_PODS)) as u32;
             // What is needed counts, and not what may not go at once: else idle pods would stay for
             // ever.
             if needed > 0.0 && settings.activation_scale > 1 {
@@ -78,6 +82,7 @@ impl Decider {
         let stable_window_ns = nanoseconds(settings.stable_window);
         if (seen.panic / target).ceil() / ready >= panic_threshold {
             self.panic_since_ns = Some(seen.now_ns);
+            self.has_exceeded = true;
         } else if self
             .panic_since_ns
             .is_some_and(|since| since.saturating_add(stable_window_ns) < seen.now_ns)
@@ -96,8 +101,15 @@ impl Decider {
         Decision {
             desired_pods: pods,
             excess_burst_capacity: excess_burst_capacity(settings, seen),
-            panic_mode: self.panic_since_ns.is_some(),
+            panic_mode: self.panic_since_ns.is_some() && self.has_exceeded,
         }
+    }
+
+    /// Has no decision fall below `pods` for a stable window from now on, as at the decider's
+    /// beginning.
+    pub fn hold(&mut self, now_ns: u64, pods: u32) {
+        self.panic_since_ns = Some(now_ns);
+        self.max_in_panic = self.max_in_panic.max(pods);
     }
 }
 
