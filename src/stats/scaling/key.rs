@@ -14,8 +14,8 @@ use crate::scaling::decider::{Decider, Decision, Observation, delay_bytes};
 use crate::scaling::memory::heap_bytes;
 use crate::scaling::mismatch::{Mismatch, MismatchDetector};
 use crate::scaling::sender::{
-    Early, ImplausibleStat, Incarnation, Live, PerSecond, SILENT_PERIODS, SenderPage, Senders, Streamed,
-    is_activator,
+    Early, ImplausibleStat, Incarnation, Live, PerSecond, PodFigures, SILENT_PERIODS, SenderPage, Senders,
+    Streamed, is_activator,
 };
 use crate::scaling::settings::{KeySettings, Metric};
 use crate::scaling::windows::{Window, WindowSizes};
@@ -204,9 +204,9 @@ impl Key {
         now_ns: u64,
     ) -> Result<Recorded, CounterDecreased> {
         let KeyReport { since, until, from_gateway, .. } = report;
-        let known = self.senders.incarnation(sender, incarnation);
-        let period = addition(known.map(|known| &known.last), since, until)?;
-        let (last, last_concurrency) = (known.map(|known| known.last), known.map(|known| known.concurrency));
+        let known = self.senders.incarnation(sender, incarnation).copied();
+        let period = addition(known.as_ref().map(|known| &known.last), since, until)?;
+        let (last, last_rates) = (known.map(|known| known.last), known.map(|known| known.rates));
         let early = known.map_or(Early::Nothing, |known| known.early);
         let known_before = until.requests.saturating_sub(period.requests);
         let window_requests = known.map_or(known_before, |known| known.window_requests);
@@ -237,21 +237,26 @@ impl Key {
         self.requests_total = self.requests_total.saturating_add(period.requests.saturating_sub(proxied));
         // What took longer than a second is spread evenly over the seconds that it took. A report
         // without a beginning (0) counts as one second.
-        let seconds = match from_ns {
-            0 => 1,
-            _ => {
-                let elapsed_ns = until.as_of_ns.saturating_sub(from_ns);
-                (elapsed_ns.saturating_add(SECOND_NS / 2) / SECOND_NS).max(1)
-            }
-        };
-        let per_second = |value: f64| value / seconds as f64;
+        let elapsed_ns = if from_ns == 0 { 0 } else { until.as_of_ns.saturating_sub(from_ns) };
+        let seconds = (elapsed_ns.saturating_add(SECOND_NS / 2) / SECOND_NS).max(1);
+        // A sender with a long period reports rates. They count in the seconds from its last report
+        // to this one, in all of them and in none twice, although reports come a little early or
+        // late.
+        let since_last = known
+            .filter(|known| known.has_long_period() && seconds > 1)
+            .map(|known| (now_ns / SECOND_NS).saturating_sub(known.seen_ns / SECOND_NS))
+            .filter(|between| between.abs_diff(seconds) <= 1);
+        let held_ns = since_last.and_then(|_| known.map(|known| known.period_ns.min(length_ns))).unwrap_or(0);
+        let length = since_last.map_or(seconds as f64, |_| elapsed_ns as f64 / SECOND_NS as f64);
+        let seconds = since_last.unwrap_or(seconds);
+        let per_second = |value: f64| value / length;
         let added = PerSecond {
             concurrency: per_second(period.request_ns as f64 / SECOND_NS as f64),
             proxied_concurrency: per_second(proxied_ns as f64 / SECOND_NS as f64),
             requests: per_second(period.requests as f64),
             proxied_requests: per_second(proxied as f64),
         };
-        let unproxied @ [concurrency, _] = added.unproxied();
+        let unproxied = added.unproxied();
         // A gateway's first report of a key counts nothing yet: something in flight is traffic,
         // too.
         let has_in_flight =
@@ -276,7 +281,7 @@ impl Key {
             from_gateway: *from_gateway,
             period_ns: length_ns.clamp(MIN_PERIOD_NS, MAX_PERIOD_NS),
             seen_ns: now_ns,
-            concurrency: last_concurrency.filter(|_| !is_latest).unwrap_or(concurrency as f32),
+            rates: last_rates.filter(|_| !is_latest).unwrap_or(added.into()),
             early,
             window_requests,
         };
@@ -284,7 +289,7 @@ impl Key {
         if !from_gateway {
             self.mismatches.add_pod_requests(period.requests as f64, proxied as f64);
         }
-        let has_traffic_again = self.add(unproxied, seconds, has_in_flight, now_ns);
+        let has_traffic_again = self.add(unproxied, seconds, has_in_flight, now_ns, held_ns);
         let is_busy = is_latest && until.in_flight > 0;
         Ok(Recorded { forward, became_active: self.note_activity(has_traffic_again, is_busy) })
     }
@@ -306,13 +311,20 @@ impl Key {
         self.note_report(now_ns);
         let from_gateway = is_activator(sender);
         let proxied_concurrency = added.proxied_concurrency as f32;
-        let streamed = Streamed { concurrency, proxied_concurrency, seen_ns: now_ns, from_gateway };
+        let requests_in = added.requests as f32;
+        let streamed = Streamed {
+            concurrency,
+            proxied_concurrency,
+            requests: requests_in,
+            seen_ns: now_ns,
+            from_gateway,
+        };
         self.senders.sender_mut(sender).streamed = Some(streamed);
         if !from_gateway {
             self.mismatches.add_pod_requests(added.requests, added.proxied_requests);
         }
         self.streamed_total += requests;
-        let has_traffic_again = self.add(unproxied, 1, false, now_ns);
+        let has_traffic_again = self.add(unproxied, 1, false, now_ns, 0);
         let became_active = self.note_activity(has_traffic_again, added.concurrency > 0.0);
         Ok(Recorded { forward: Some(added), became_active })
     }
@@ -325,9 +337,16 @@ impl Key {
         became_active
     }
 
-    /// Adds to the buckets of so many seconds, the present one being the last. Returns whether this
-    /// is traffic, after a stable window without.
-    fn add(&mut self, per_second: [f64; 2], seconds: u64, in_flight: bool, now_ns: u64) -> bool {
+    /// Adds to the buckets of so many seconds, the present one being the last; the next report is
+    /// due in `held_ns`. Returns whether this is traffic, after a stable window without.
+    fn add(
+        &mut self,
+        per_second: [f64; 2],
+        seconds: u64,
+        in_flight: bool,
+        now_ns: u64,
+        held_ns: u64,
+    ) -> bool {
         let this = now_ns / SECOND_NS;
         for second in (this + 1).saturating_sub(seconds.min(self.stable.seconds() as u64))..=this {
             self.stable.record(second, per_second);
@@ -336,7 +355,8 @@ impl Key {
         let traffic = in_flight || per_second.into_iter().any(|value| value > 0.0);
         let has_traffic_again = traffic && !self.has_traffic(now_ns);
         if traffic {
-            self.last_traffic_second = self.last_traffic_second.max(Some(this));
+            let until = now_ns.saturating_add(held_ns) / SECOND_NS;
+            self.last_traffic_second = self.last_traffic_second.max(Some(until));
             // A key at zero does not wait for the next tick. Traffic too small to want a pod asks
             // again at most once a second.
             let asks = |decided: &Decided| {
@@ -437,11 +457,15 @@ impl Key {
     /// Returns the figures at the receiver's unix time `now_ns`.
     pub fn figures(&self, now_ns: u64) -> Figures {
         let second = now_ns / SECOND_NS;
-        let Live { in_flight, pods, gateways, .. } = self.senders.live(now_ns);
+        let Live { in_flight, pods, gateways, has_long_periods, .. } = self.senders.live(now_ns);
         // A stat with more proxied requests than requests is subtracted, as in Knative; what is
         // shown is never negative.
         let averages = |window: &Window<2>| {
-            let [concurrency, requests_per_second] = window.average(second).map(|value| value.max(0.0));
+            let average = match has_long_periods {
+                true => window.average_with(second, self.senders.held()),
+                false => window.average(second),
+            };
+            let [concurrency, requests_per_second] = average.map(|value| value.max(0.0));
             Averages { concurrency, requests_per_second }
         };
         Figures {
@@ -517,6 +541,11 @@ impl Key {
     /// Returns the first `limit` senders whose names come after `after`, silent ones included.
     pub fn senders(&self, after: &str, limit: usize, now_ns: u64) -> SenderPage {
         self.senders.page(after, limit, now_ns)
+    }
+
+    /// Returns what each live pod has of all requests, in order of their names.
+    pub fn pods(&self, now_ns: u64) -> Vec<PodFigures> {
+        self.senders.pods(now_ns)
     }
 
     /// Returns the last decision; before the first, no pod is wanted.
@@ -835,7 +864,7 @@ mod tests {
         assert_eq!(key.figures(NOW + S).requests_total, 60_000);
         assert_eq!(key.additional_bytes("pod", Some(19_997)), 0);
         assert_eq!(key.senders.by_name["pod"].incarnations.capacity(), 4);
-        assert!(size_of::<Incarnation>() <= 112, "what 100,000 pods take depends on it");
+        assert!(size_of::<Incarnation>() <= 128, "what 100,000 pods take depends on it");
         let four = Senders::sender_bytes("pod") + 4 * Senders::INCARNATION_BYTES;
         assert_eq!((key.senders.bytes, key.sender_bytes()), (four, four + Senders::EMPTY_BYTES));
     }
@@ -1238,6 +1267,53 @@ mod tests {
         key.decide(NOW + 213 * S);
         assert!(key.record_stat("p", &stat, NOW + 213 * S).unwrap().became_active);
         assert!(key.is_active(NOW + 213 * S));
+    }
+
+    #[test]
+    fn a_steady_load_is_the_same_in_every_window_at_any_time_whatever_the_period() {
+        // Seven senders of 100 each, out of step, with jitter; one of them has short periods.
+        for (period, stable_window) in
+            [(2, "60s"), (5, "6s"), (10, "60s"), (10, "6s"), (60, "60s"), (60, "6s")]
+        {
+            let json = serde_json::json!({"stable_window": stable_window});
+            let mut key = Key::new(Arc::new(KeySettings::default().with(json, 200.0).unwrap()));
+            let (mut seed, mut sent) = (1_u64, [0; 7]);
+            let periods = [1, period, period, period, period, period, period];
+            let snapshot = |tick: u64| at(tick, tick * 200, tick * 100, 100);
+            for tenth in 0..3_000 {
+                let now = NOW + tenth * S / 10;
+                for (sender, number) in sent.iter_mut().zip(0_u64..) {
+                    let period = periods[number as usize];
+                    let phase = number * period / 7;
+                    seed =
+                        seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    // Up to half a second late, around the end of a second.
+                    let late = if period == 1 { 0 } else { (seed >> 33) % 5 };
+                    let due = (*sender + 1) * period + phase;
+                    if tenth < due * 10 + late || tenth % 10 > 5 && period == 1 {
+                        continue;
+                    }
+                    let of_sender =
+                        report(snapshot(1 + *sender * period), snapshot(1 + (*sender + 1) * period));
+                    key.record(&format!("sender-{number}"), 1, &of_sender, now).unwrap();
+                    *sender += 1;
+                }
+                // Once all have reported for a whole window.
+                if tenth > (2 * period + 62) * 10 {
+                    let Figures { stable, panic, .. } = key.figures(now);
+                    for Averages { concurrency, requests_per_second } in [stable, panic] {
+                        let shown = (concurrency, requests_per_second);
+                        assert_eq!(shown, (700.0, 1400.0), "{period} s, {stable_window}, at {tenth}");
+                    }
+                    key.decide(now);
+                    assert!(key.is_active(now) && key.desired_pods(now) >= Some(10));
+                }
+            }
+            // It does not last.
+            let due = NOW + 300 * S + (period + 1 + 61) * S;
+            let Figures { stable, panic, .. } = key.figures(due);
+            assert_eq!((stable, panic), (Averages::default(), Averages::default()));
+        }
     }
 
     #[test]

@@ -10,8 +10,11 @@ use crate::counting::snapshot::Snapshot;
 use crate::protocol::stat::Stat;
 use crate::scaling::memory::heap_bytes;
 use crate::scaling::mismatch::GatewayRequests;
+use crate::scaling::windows::Held;
 
 const SECOND_NS: u64 = 1_000_000_000;
+/// A sender with a longer period leaves seconds without a record between its reports.
+const LONG_PERIOD_NS: u64 = 3 * SECOND_NS / 2;
 /// A sender that has not reported for this many of its periods no longer counts.
 pub const SILENT_PERIODS: u64 = 10;
 /// How long the last snapshot of a silent sender is kept, so that a report whose acknowledgement
@@ -87,8 +90,39 @@ pub fn is_activator(pod_name: &str) -> bool {
     pod_name.starts_with("activator")
 }
 
+/// [`PerSecond`] as it is kept of each sender.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Rates {
+    concurrency: f32,
+    proxied_concurrency: f32,
+    requests: f32,
+    proxied_requests: f32,
+}
+
+impl From<PerSecond> for Rates {
+    fn from(per_second: PerSecond) -> Self {
+        let PerSecond { concurrency, proxied_concurrency, requests, proxied_requests } = per_second;
+        Self {
+            concurrency: concurrency as f32,
+            proxied_concurrency: proxied_concurrency as f32,
+            requests: requests as f32,
+            proxied_requests: proxied_requests as f32,
+        }
+    }
+}
+
+impl Rates {
+    fn unproxied(&self) -> [f64; 2] {
+        let Self { concurrency, proxied_concurrency, requests, proxied_requests } = *self;
+        [
+            f64::from(concurrency) - f64::from(proxied_concurrency),
+            f64::from(requests) - f64::from(proxied_requests),
+        ]
+    }
+}
+
 /// One life of a sender, in which its counters never decrease.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Incarnation {
     pub(super) id: u64,
     /// The highest totals that it has reported, and what was in flight at the latest instant.
@@ -98,8 +132,8 @@ pub(super) struct Incarnation {
     pub(super) from_gateway: bool,
     pub(super) period_ns: u64,
     pub(super) seen_ns: u64,
-    /// The average over its latest report, proxied requests subtracted.
-    pub(super) concurrency: f32,
+    /// The averages over its latest report.
+    pub(super) rates: Rates,
     pub(super) early: Early,
     /// Its requests at the beginning of the present window of [`crate::scaling::mismatch`].
     pub(super) window_requests: u64,
@@ -145,6 +179,23 @@ impl Incarnation {
     pub(super) fn is_live(&self, now_ns: u64) -> bool {
         now_ns.saturating_sub(self.seen_ns) <= self.period_ns.saturating_mul(SILENT_PERIODS)
     }
+
+    /// Returns whether its reports are further apart than the seconds of the windows.
+    pub(super) fn has_long_period(&self) -> bool {
+        self.period_ns > LONG_PERIOD_NS
+    }
+
+    /// Returns the rates that count until its next report is due, a second late at most. A sender
+    /// with a short period has none: its seconds are recorded as they come.
+    fn held(&self) -> Option<Held<2>> {
+        let values = self.rates.unproxied();
+        let is_held = self.has_long_period() && values.iter().any(|value| *value != 0.0);
+        is_held.then(|| Held {
+            after: self.seen_ns / SECOND_NS,
+            until: self.seen_ns.saturating_add(self.period_ns) / SECOND_NS + 1,
+            values,
+        })
+    }
 }
 
 /// The last stat that a sender streamed.
@@ -153,6 +204,8 @@ pub(super) struct Streamed {
     /// Without proxied requests.
     pub(super) concurrency: f64,
     pub(super) proxied_concurrency: f32,
+    /// Requests that came in, proxied ones included.
+    pub(super) requests: f32,
     pub(super) seen_ns: u64,
     pub(super) from_gateway: bool,
 }
@@ -177,6 +230,9 @@ struct Part {
     in_flight: f64,
     proxied_in_flight: f64,
     concurrency: f64,
+    proxied_concurrency: f64,
+    /// Proxied ones included.
+    requests: f64,
     from_gateway: bool,
     is_live: bool,
     seen_ns: u64,
@@ -190,7 +246,9 @@ impl Incarnation {
         Part {
             in_flight: last.in_flight.saturating_sub(proxied).into(),
             proxied_in_flight: proxied.into(),
-            concurrency: self.concurrency.into(),
+            concurrency: self.rates.unproxied()[0],
+            proxied_concurrency: self.rates.proxied_concurrency.into(),
+            requests: self.rates.requests.into(),
             from_gateway,
             is_live: self.is_live(now_ns),
             seen_ns,
@@ -200,11 +258,13 @@ impl Incarnation {
 
 impl Streamed {
     fn part(&self, now_ns: u64) -> Part {
-        let Self { concurrency, proxied_concurrency, seen_ns, from_gateway } = *self;
+        let Self { concurrency, proxied_concurrency, requests, seen_ns, from_gateway } = *self;
         Part {
             in_flight: concurrency,
             proxied_in_flight: proxied_concurrency.into(),
             concurrency,
+            proxied_concurrency: proxied_concurrency.into(),
+            requests: requests.into(),
             from_gateway,
             is_live: self.is_live(now_ns),
             seen_ns,
@@ -218,18 +278,25 @@ impl Sender {
         reported.chain(self.streamed.iter().map(move |streamed| streamed.part(now_ns)))
     }
 
+    /// Returns the sum of what is live.
+    fn live(&self, now_ns: u64) -> Option<Part> {
+        self.parts(now_ns).filter(|part| part.is_live).reduce(|sum, part| Part {
+            in_flight: sum.in_flight + part.in_flight,
+            proxied_in_flight: sum.proxied_in_flight + part.proxied_in_flight,
+            concurrency: sum.concurrency + part.concurrency,
+            proxied_concurrency: sum.proxied_concurrency + part.proxied_concurrency,
+            requests: sum.requests + part.requests,
+            from_gateway: sum.from_gateway && part.from_gateway,
+            ..sum
+        })
+    }
+
     /// Returns what the sender shows: the sum of what is live, or, if it is silent, what it showed
     /// last.
     fn figures(&self, name: &str, now_ns: u64) -> Option<SenderFigures> {
         let latest = self.parts(now_ns).max_by_key(|part| part.seen_ns)?;
-        let live = self.parts(now_ns).filter(|part| part.is_live);
-        let sum = live.reduce(|sum, part| Part {
-            in_flight: sum.in_flight + part.in_flight,
-            proxied_in_flight: sum.proxied_in_flight + part.proxied_in_flight,
-            concurrency: sum.concurrency + part.concurrency,
-            ..sum
-        });
-        let Part { in_flight, proxied_in_flight, concurrency, is_live, .. } = sum.unwrap_or(latest);
+        let Part { in_flight, proxied_in_flight, concurrency, is_live, .. } =
+            self.live(now_ns).unwrap_or(latest);
         Some(SenderFigures {
             name: name.to_owned(),
             role: if latest.from_gateway { Role::Gateway } else { Role::Pod },
@@ -275,6 +342,19 @@ pub struct SenderFigures {
     pub last_report_age_ms: u64,
 }
 
+/// What one live pod has, all its requests included, whoever else counts them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PodFigures {
+    /// The pod's name.
+    pub name: String,
+    /// Requests in flight, on average over its last report.
+    pub concurrency: f64,
+    /// Requests that came in per second, over its last report.
+    pub requests_per_second: f64,
+    /// Requests in flight as of its last report.
+    pub in_flight: f64,
+}
+
 /// Some senders of a key, in order of their names.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SenderPage {
@@ -295,6 +375,8 @@ pub(super) struct Live {
     pub(super) gateways: u64,
     /// Whether anything is in flight, proxied or not.
     pub(super) is_busy: bool,
+    /// Whether rates of any sender may be [held](Senders::held).
+    pub(super) has_long_periods: bool,
 }
 
 /// A key's senders by name, and the memory that they take.
@@ -340,6 +422,7 @@ impl Senders {
         let mut live = Live::default();
         for sender in self.by_name.values() {
             let (mut is_pod, mut is_gateway) = (false, false);
+            live.has_long_periods |= sender.incarnations.iter().any(Incarnation::has_long_period);
             for part in sender.parts(now_ns).filter(|part| part.is_live) {
                 live.in_flight += part.in_flight;
                 live.is_busy |= part.in_flight > 0.0 || part.proxied_in_flight > 0.0;
@@ -350,6 +433,27 @@ impl Senders {
             live.gateways += u64::from(is_gateway);
         }
         live
+    }
+
+    /// Returns the rates that count until the next reports of their senders are due.
+    pub(super) fn held(&self) -> impl Iterator<Item = Held<2>> + Clone {
+        self.incarnations().filter_map(Incarnation::held)
+    }
+
+    /// Returns what each live pod has, in order of their names.
+    pub(super) fn pods(&self, now_ns: u64) -> Vec<PodFigures> {
+        let live = self.by_name.iter().filter_map(|(name, sender)| {
+            let part = sender.live(now_ns).filter(|part| !part.from_gateway)?;
+            Some(PodFigures {
+                name: name.to_string(),
+                concurrency: (part.concurrency + part.proxied_concurrency).max(0.0),
+                requests_per_second: part.requests.max(0.0),
+                in_flight: (part.in_flight + part.proxied_in_flight).max(0.0),
+            })
+        });
+        let mut pods: Vec<PodFigures> = live.collect();
+        pods.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        pods
     }
 
     /// Returns what live gateways reported since the last call.

@@ -16,6 +16,18 @@ impl Default for WindowSizes {
     }
 }
 
+/// What counts in each second after `after` up to `until`, both unix seconds, although it is not
+/// recorded yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Held<const N: usize> {
+    /// The last second that is recorded.
+    pub after: u64,
+    /// The last second that it counts in.
+    pub until: u64,
+    /// What it adds to each.
+    pub values: [f64; N],
+}
+
 /// A window of one-second buckets, each of `N` quantities that are recorded together.
 #[derive(Clone, Debug)]
 pub struct Window<const N: usize> {
@@ -70,22 +82,44 @@ impl<const N: usize> Window<N> {
     /// to the last one; seconds between without a record count as zero. 0 after a whole window
     /// without records.
     pub fn average(&self, second: u64) -> [f64; N] {
+        self.average_with(second, std::iter::empty())
+    }
+
+    /// Returns the average, where what is held counts as if it were recorded.
+    pub fn average_with(&self, second: u64, held: impl Iterator<Item = Held<N>> + Clone) -> [f64; N] {
         let size = self.buckets.len() as u64;
-        let Some(first) = self.first_second else {
+        let (Some(first), Some(silent)) = (self.first_second, self.silence(second, held.clone())) else {
             return [0.0; N];
         };
-        let silent = second.saturating_sub(self.last_second);
-        if silent >= size {
-            return [0.0; N];
-        }
         let still_in_window = size - silent;
-        let oldest = (self.last_second + 1).saturating_sub(still_in_window);
-        let seconds = still_in_window.min(self.last_second - first + 1) as f64;
+        let end = second.max(self.last_second) - silent;
+        let oldest = (end + 1).saturating_sub(still_in_window);
+        let seconds = still_in_window.min(end - first + 1) as f64;
         let mut sums = [0.0; N];
         for bucket in (oldest..=self.last_second).filter_map(|second| self.bucket(second)) {
             sums.iter_mut().zip(bucket).for_each(|(sum, value)| *sum += value);
         }
+        for Held { after, until, values } in held {
+            let seconds = (until.min(end) + 1).saturating_sub(oldest.max(after + 1)) as f64;
+            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * seconds);
+        }
         sums.map(|sum| round6(sum / seconds))
+    }
+
+    /// Returns for how many seconds nothing was recorded or held as of a unix second; `None` if that
+    /// is a whole window.
+    pub fn silence(&self, second: u64, held: impl Iterator<Item = Held<N>>) -> Option<u64> {
+        self.first_second?;
+        let second = second.max(self.last_second);
+        let until = held.map(|held| held.until.min(second)).max().unwrap_or(0);
+        let silent = second - until.max(self.last_second);
+        (silent < self.buckets.len() as u64).then_some(silent)
+    }
+
+    /// Forgets what was recorded.
+    pub fn clear(&mut self) {
+        self.first_second = None;
+        self.buckets.fill([0.0; N]);
     }
 
     /// Returns the same window with another size: what was recorded stays, as far as both reach.
@@ -146,6 +180,27 @@ mod tests {
         assert_eq!(window.average(104), [1.0]);
         window.record(101, [3.0]);
         assert_eq!(window.average(104), [1.0], "four seconds now, four in all");
+    }
+
+    #[test]
+    fn what_is_held_counts_as_if_it_were_recorded() {
+        let mut window = Window::new(6);
+        for second in 101..=110 {
+            window.record(second, [7.0]);
+        }
+        let held = |until| std::iter::once(Held { after: 110, until, values: [7.0] });
+        for second in 110..=120 {
+            assert_eq!(window.average_with(second, held(120)), [7.0], "{second}");
+        }
+        assert_eq!(window.silence(125, held(120)), Some(5));
+        assert_eq!((window.average_with(125, held(120)), window.silence(126, held(120))), ([7.0], None));
+        assert_eq!(window.average_with(126, held(120)), [0.0]);
+        // Beside a sender that reports each second.
+        (111..=113).for_each(|second| window.record(second, [2.0]));
+        assert_eq!(window.average_with(113, held(120)), [8.0]);
+        assert_eq!(window.average(113), [4.5]);
+        window.clear();
+        assert_eq!((window.average(113), window.silence(113, held(120))), ([0.0], None));
     }
 
     #[test]
