@@ -39,8 +39,8 @@ pub struct Decision {
 pub struct Decider {
     panic_since_ns: Option<u64>,
     max_in_panic: u32,
-    /// Whether the threshold was ever exceeded. A decider that begins in panic only holds what there
-    /// is.
+    /// Whether the threshold was exceeded in this panic. A decider that begins in panic only holds
+    /// what there is.
     has_exceeded: bool,
     delayed: Delay,
 }
@@ -89,6 +89,7 @@ impl Decider {
         {
             self.panic_since_ns = None;
             self.max_in_panic = 0;
+            self.has_exceeded = false;
         }
         let mut pods = stable_pods;
         if self.panic_since_ns.is_some() {

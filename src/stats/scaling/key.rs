@@ -5,6 +5,7 @@
 //! not added before.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::counting::snapshot::Snapshot;
 use crate::protocol::report::KeyReport;
@@ -27,6 +28,8 @@ pub const MAX_PERIOD_NS: u64 = 60 * SECOND_NS;
 /// After a start it takes so long, or a second more than the longest period of a key's senders,
 /// until all of them can have reported.
 const STARTUP_NS: u64 = 3 * SECOND_NS;
+/// How long a key keeps its decision whose senders fell silent.
+pub const STALE_AFTER: Duration = Duration::from_secs(15 * 60);
 
 /// Averages over one window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -69,6 +72,14 @@ pub struct Figures {
     pub last_report_age_ms: Option<u64>,
 }
 
+impl Figures {
+    /// Returns what an average counts as. Of a key's first report nothing is in the windows yet. It
+    /// counts as what Knative's activator says at once: one request.
+    fn or_in_flight(&self, average: f64) -> f64 {
+        if average == 0.0 && self.in_flight > 0 { 1.0 } else { average }
+    }
+}
+
 /// What a report or a stat did to its key.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Recorded {
@@ -98,6 +109,28 @@ pub struct Key {
     /// Whether the key was active as of the last call of [`Key::decide`] or since.
     was_active: bool,
     mismatches: MismatchDetector,
+    stale_after_ns: u64,
+    /// As of the last call of [`Key::decide`] or [`Key::forget`]: senders may be forgotten meanwhile.
+    silence: Option<Silence>,
+    recovery: Option<Recovery>,
+}
+
+/// No sender of a key is heard any more, and by the last words there was something in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Silence {
+    /// The receiver's unix time at the last report, in nanoseconds.
+    pub since_ns: u64,
+    /// How many senders there were then.
+    senders: u64,
+}
+
+/// A silence has ended.
+#[derive(Clone, Copy, Debug)]
+struct Recovery {
+    /// How long the other senders are waited for: a stable window, or the longest period.
+    until_ns: u64,
+    /// How many there were.
+    senders: u64,
 }
 
 /// What a key wants, and since when.
@@ -126,6 +159,9 @@ impl Key {
             decided: None,
             was_active: false,
             mismatches: MismatchDetector::default(),
+            stale_after_ns: in_nanoseconds(STALE_AFTER),
+            silence: None,
+            recovery: None,
         }
     }
 
@@ -134,6 +170,12 @@ impl Key {
     #[must_use]
     pub fn after_start(self, started_ns: u64) -> Self {
         Self { started_ns: Some(started_ns), ..self }
+    }
+
+    /// The same key, which keeps its decision for so long when its senders fall silent.
+    #[must_use]
+    pub fn with_stale_after(self, stale_after: Duration) -> Self {
+        Self { stale_after_ns: in_nanoseconds(stale_after), ..self }
     }
 
     /// Returns what the key is scaled by.
@@ -226,7 +268,7 @@ impl Key {
             0 => known.map_or(MAX_PERIOD_NS / SILENT_PERIODS, |known| known.period_ns),
             length_ns => length_ns,
         };
-        self.note_report(now_ns);
+        let ended = self.note_report(now_ns);
         if !is_latest && period.is_empty() {
             self.senders.touch(sender, incarnation, now_ns);
             return Ok(Recorded::default());
@@ -250,6 +292,11 @@ impl Key {
         let length = since_last.map_or(seconds as f64, |_| elapsed_ns as f64 / SECOND_NS as f64);
         let seconds = since_last.unwrap_or(seconds);
         let per_second = |value: f64| value / length;
+        // As a rule the first report after a silence covers it.
+        let covered_ns = elapsed_ns.saturating_add(2 * SECOND_NS);
+        if ended.is_some_and(|silence| now_ns.saturating_sub(silence.since_ns) > covered_ns) {
+            self.clear_windows();
+        }
         let added = PerSecond {
             concurrency: per_second(period.request_ns as f64 / SECOND_NS as f64),
             proxied_concurrency: per_second(proxied_ns as f64 / SECOND_NS as f64),
@@ -308,7 +355,10 @@ impl Key {
     ) -> Result<Recorded, ImplausibleStat> {
         let added = PerSecond::try_from(stat)?;
         let unproxied @ [concurrency, requests] = added.unproxied();
-        self.note_report(now_ns);
+        // What a stat tells is one second: nobody knows what happened in the silence.
+        if self.note_report(now_ns).is_some() {
+            self.clear_windows();
+        }
         let from_gateway = is_activator(sender);
         let proxied_concurrency = added.proxied_concurrency as f32;
         let requests_in = added.requests as f32;
@@ -388,13 +438,102 @@ impl Key {
     }
 
     /// Notes that a report or a stat came. What was decided after a start and before the first of
-    /// them was decided without any data, and is dropped.
-    fn note_report(&mut self, now_ns: u64) {
+    /// them was decided without any data, and is dropped. Returns the silence that ended with it.
+    fn note_report(&mut self, now_ns: u64) -> Option<Silence> {
+        // A silence is longer than ten of the shortest periods, and is looked for only then: a key
+        // with many senders has many reports.
+        let is_late = now_ns.saturating_sub(self.last_report_ns) > MIN_PERIOD_NS * SILENT_PERIODS;
+        let ended = if is_late { self.silence(now_ns) } else { None };
+        if let Some(silence) = ended {
+            let is_forgotten = self.is_forgotten(now_ns);
+            self.silence = None;
+            if is_forgotten {
+                // As after a start: nobody knows what happened in between.
+                (self.started_ns, self.first_report_ns) = (Some(now_ns), None);
+                self.recovery = None;
+            } else {
+                let wait_ns = self.stable_window_ns().max(MAX_PERIOD_NS + SECOND_NS);
+                let until_ns = now_ns.saturating_add(wait_ns);
+                self.recovery = Some(Recovery { until_ns, senders: silence.senders });
+                if let Some(Decided { decider, decision, .. }) = &mut self.decided {
+                    decider.hold(now_ns, decision.desired_pods);
+                }
+            }
+        }
         self.last_report_ns = self.last_report_ns.max(now_ns);
         if self.first_report_ns.is_none() {
             self.first_report_ns = Some(now_ns);
             self.decided = self.decided.take().filter(|_| self.started_ns.is_none());
         }
+        ended
+    }
+
+    fn clear_windows(&mut self) {
+        self.stable.clear();
+        self.panic.clear();
+    }
+
+    fn stable_window_ns(&self) -> u64 {
+        (self.stable.seconds() as u64).saturating_mul(SECOND_NS)
+    }
+
+    /// Returns whether nobody is heard of a key that had something in flight: no sender is live, or
+    /// nothing was recorded for a whole stable window although a report is due. (Knative decides
+    /// nothing then, either.) The last words are those of all senders that were live at the last
+    /// report: a pod that crashed before does not count, if others went on.
+    pub fn silence(&self, now_ns: u64) -> Option<Silence> {
+        if self.silence.is_some() || self.last_report_ns == 0 {
+            return self.silence;
+        }
+        let live = self.senders.live(now_ns);
+        if live.senders() > 0 && (live.is_expected || self.has_records(now_ns)) {
+            return None;
+        }
+        let last = self.senders.live(self.last_report_ns);
+        last.is_busy.then(|| Silence { since_ns: self.last_report_ns, senders: last.senders() })
+    }
+
+    /// Returns whether anything was recorded within the stable window, or still counts.
+    fn has_records(&self, now_ns: u64) -> bool {
+        self.stable.silence(now_ns / SECOND_NS, self.senders.held()).is_some()
+    }
+
+    /// Returns whether a silence has lasted for so long that the decision no longer holds.
+    pub fn is_forgotten(&self, now_ns: u64) -> bool {
+        let silence = self.silence(now_ns);
+        silence.is_some_and(|silence| now_ns.saturating_sub(silence.since_ns) > self.stale_after_ns)
+    }
+
+    /// Returns since when the key is stale, as the receiver's unix time in nanoseconds: its senders
+    /// fell silent, and it keeps its decision.
+    pub fn stale_since_ns(&self, now_ns: u64) -> Option<u64> {
+        self.silence(now_ns).filter(|_| !self.is_forgotten(now_ns)).map(|silence| silence.since_ns)
+    }
+
+    /// Returns whether a silence has just ended, and some of its senders are not back.
+    pub fn is_recovering(&self, now_ns: u64) -> bool {
+        self.recovery.is_some_and(|Recovery { until_ns, senders }| {
+            now_ns < until_ns && self.senders.live(now_ns).senders() < senders
+        })
+    }
+
+    /// Returns whether the receiver started less than a stable window before now, or the key was
+    /// first reported since: senders may be missing that were not waited for.
+    pub fn is_young(&self, now_ns: u64) -> bool {
+        let first_ns = self.first_report_ns.filter(|_| self.started_ns.is_some());
+        first_ns.is_some_and(|first_ns| now_ns < first_ns.saturating_add(self.stable_window_ns()))
+    }
+
+    /// Returns whether there is traffic, and one pod takes it all.
+    pub fn has_traffic_for_one(&self, now_ns: u64) -> bool {
+        self.has_traffic(now_ns) && self.is_one_enough(now_ns)
+    }
+
+    /// Returns how many pods the metric wants at the moment, whatever was decided before.
+    pub fn wanted_pods(&self, now_ns: u64) -> u64 {
+        let figures = self.figures(now_ns);
+        let value = figures.or_in_flight(self.metric(self.settings.metric, now_ns));
+        (value / self.settings.target_per_pod()).ceil() as u64
     }
 
     /// Returns whether the receiver has just started, and senders may be missing that will yet
@@ -419,6 +558,9 @@ impl Key {
     /// Returns how many pods the key wants, as of the last decision; `None` where that is not
     /// known.
     ///
+    /// A key whose senders fell silent keeps its decision, until it is
+    /// [forgotten](Self::is_forgotten).
+    ///
     /// Traffic that came after the decision wants one at once. Before the first decision that is
     /// all that can be answered, and only where one pod is not less than there may be: after a
     /// start, where no pod has reported and one is enough.
@@ -427,6 +569,7 @@ impl Key {
         let has_new_traffic = self.has_traffic(now_ns) && self.last_traffic_second >= Some(decided_second);
         let at_once = || self.settings.bounded(self.settings.activation_scale.max(1));
         match &self.decided {
+            Some(_) if self.is_forgotten(now_ns) => None,
             Some(Decided { decision, .. }) if has_new_traffic => Some(decision.desired_pods.max(at_once())),
             Some(Decided { decision, .. }) => Some(decision.desired_pods),
             None if has_new_traffic && (self.started_ns.is_none() || self.is_one_enough(now_ns)) => {
@@ -482,7 +625,7 @@ impl Key {
     }
 
     /// Decides how many pods the key wants at the receiver's unix time `now_ns`, unless it [is
-    /// starting](Self::is_starting). Returns the figures that it decided by.
+    /// starting](Self::is_starting) or [nobody is heard](Self::silence). Returns the figures that it decided by.
     ///
     /// Ready are the pods that report. Where none does, because a gateway alone reports the key,
     /// the last decision is assumed to be done: were it always one pod, panic would never end, and
@@ -501,7 +644,9 @@ impl Key {
             let of_gateways = self.senders.take_gateway_requests(now_ns);
             self.mismatches.end_window(now_ns, of_gateways);
         }
-        if self.is_starting(now_ns) {
+        self.silence = self.silence(now_ns);
+        self.recovery = self.recovery.filter(|_| self.is_recovering(now_ns));
+        if self.silence.is_some() || self.is_starting(now_ns) {
             return figures;
         }
         let told = self.settings.ready_pods;
@@ -510,16 +655,16 @@ impl Key {
             reporting => told.unwrap_or_else(|| u32::try_from(reporting).unwrap_or(u32::MAX)),
         };
         let metric = self.settings.metric;
-        // Of a key's first report nothing is in the windows yet. It counts as what Knative's
-        // activator says at once: one request.
-        let or_in_flight = |value: f64| if value == 0.0 && figures.in_flight > 0 { 1.0 } else { value };
-        let stable = or_in_flight(figures.stable.value(metric));
-        let panic = or_in_flight(figures.panic.value(metric));
+        let stable = figures.or_in_flight(figures.stable.value(metric));
+        let panic = figures.or_in_flight(figures.panic.value(metric));
         let decided = self.decided.get_or_insert_with(|| Decided {
             decider: Decider::new(now_ns, ready),
             decision: Decision::default(),
             at_ns: now_ns,
         });
+        if self.recovery.is_some() {
+            decided.decider.hold(now_ns, decided.decision.desired_pods);
+        }
         let seen = Observation { now_ns, ready, stable, panic };
         let wanted = decided.decider.decide(&self.settings, &seen);
         decided.decision = Decision { desired_pods: self.settings.bounded(wanted.desired_pods), ..wanted };
@@ -560,8 +705,13 @@ impl Key {
 
     /// Forgets senders that have been silent for long.
     pub fn forget(&mut self, now_ns: u64) {
+        self.silence = self.silence(now_ns);
         self.senders.forget(now_ns);
     }
+}
+
+fn in_nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

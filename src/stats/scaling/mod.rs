@@ -1,5 +1,6 @@
 //! What the stats server makes of reports: windows, totals and decisions by key.
 
+pub mod answer;
 pub mod decider;
 pub mod key;
 pub mod memory;

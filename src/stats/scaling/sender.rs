@@ -235,6 +235,7 @@ struct Part {
     requests: f64,
     from_gateway: bool,
     is_live: bool,
+    is_expected: bool,
     seen_ns: u64,
 }
 
@@ -251,9 +252,15 @@ impl Incarnation {
             requests: self.rates.requests.into(),
             from_gateway,
             is_live: self.is_live(now_ns),
+            is_expected: is_expected(seen_ns, self.period_ns, now_ns),
             seen_ns,
         }
     }
+}
+
+/// Returns whether a sender's next report is not overdue, by up to a second.
+fn is_expected(seen_ns: u64, period_ns: u64, now_ns: u64) -> bool {
+    now_ns.saturating_sub(seen_ns) <= period_ns.saturating_add(SECOND_NS)
 }
 
 impl Streamed {
@@ -267,6 +274,7 @@ impl Streamed {
             requests: requests.into(),
             from_gateway,
             is_live: self.is_live(now_ns),
+            is_expected: is_expected(seen_ns, STAT_PERIOD_NS, now_ns),
             seen_ns,
         }
     }
@@ -375,8 +383,17 @@ pub(super) struct Live {
     pub(super) gateways: u64,
     /// Whether anything is in flight, proxied or not.
     pub(super) is_busy: bool,
+    /// Whether the next report of any is not overdue.
+    pub(super) is_expected: bool,
     /// Whether rates of any sender may be [held](Senders::held).
     pub(super) has_long_periods: bool,
+}
+
+impl Live {
+    /// Returns how many senders there are.
+    pub(super) fn senders(&self) -> u64 {
+        self.pods + self.gateways
+    }
 }
 
 /// A key's senders by name, and the memory that they take.
@@ -425,6 +442,7 @@ impl Senders {
             live.has_long_periods |= sender.incarnations.iter().any(Incarnation::has_long_period);
             for part in sender.parts(now_ns).filter(|part| part.is_live) {
                 live.in_flight += part.in_flight;
+                live.is_expected |= part.is_expected;
                 live.is_busy |= part.in_flight > 0.0 || part.proxied_in_flight > 0.0;
                 is_pod |= !part.from_gateway;
                 is_gateway |= part.from_gateway;
