@@ -27,14 +27,20 @@ with tempfile.TemporaryDirectory() as folder:
         ask = {"timeout": 10}
         spec = scaler.GetMetricSpec(known, **ask).metricSpecs[0]
         value = scaler.GetMetrics(messages.GetMetricsRequest(scaledObjectRef=known, metricName=spec.metricName), **ask)
-        nothing = scaler.GetMetrics(messages.GetMetricsRequest(scaledObjectRef=unknown), **ask)
         active = scaler.StreamIsActive(known, **ask)
         specs = scaler.StreamMetricSpec(known, **ask)
-        try:
-            wrong = messages.ScaledObjectRef(name="rev", namespace="ns", scalerMetadata={"target": "many"})
-            refused = str(scaler.GetMetricSpec(wrong, **ask))
-        except grpc.RpcError as error:
-            refused = f"{error.code().name}: {error.details()}"
+
+        def refusal(call, message):
+            try:
+                return str(call(message, **ask))
+            except grpc.RpcError as error:
+                return f"{error.code().name}: {error.details()}"
+
+        def rev(**metadata):
+            return messages.ScaledObjectRef(name="rev", namespace="ns", scalerMetadata=metadata)
+
+        desired = scaler.GetMetricSpec(rev(metric="desired_pods"), **ask).metricSpecs[0]
+        pods = scaler.GetMetrics(messages.GetMetricsRequest(scaledObjectRef=rev(metric="desired_pods")), **ask)
         print(json.dumps({
             "is_active": scaler.IsActive(known, **ask).result,
             "stream_is_active": next(active).result,
@@ -43,9 +49,13 @@ with tempfile.TemporaryDirectory() as folder:
             "target_rounded": spec.targetSize,
             "stream_target": next(specs).metricSpecs[0].targetSizeFloat,
             "value": value.metricValues[0].metricValueFloat,
-            "unknown_active": scaler.IsActive(unknown, **ask).result,
-            "unknown_value": nothing.metricValues[0].metricValueFloat,
-            "refused": refused,
+            "unknown_active": refusal(scaler.IsActive, unknown),
+            "unknown_value": refusal(scaler.GetMetrics, messages.GetMetricsRequest(scaledObjectRef=unknown)),
+            "desired_metric": desired.metricName,
+            "desired_target": desired.targetSizeFloat,
+            "desired": pods.metricValues[0].metricValueFloat,
+            "refused": refusal(scaler.GetMetricSpec, rev(target="many")),
+            "misspelt": refusal(scaler.GetMetricSpec, rev(tarjet="1")),
         }))
         active.cancel()
         specs.cancel()

@@ -111,6 +111,8 @@ fn server_metrics() -> String {
         desired_pods: Some(0),
         decision: None,
         settings: Default::default(),
+        missing: None,
+        stale_since_ns: None,
     };
     let text = prometheus::text(&metrics, vec![view], 1).unwrap();
     let (mut help, mut kind) = ("", "");

@@ -51,7 +51,7 @@ pub enum Missing {
     /// Its senders have been silent for too long.
     Forgotten,
     /// The receiver has just started. Senders may be missing, and what the others report wants fewer
-    /// pods than there are.
+    /// pods than there are; or nothing was decided yet.
     Starting,
     /// Its senders fell silent with requests in flight.
     Stale {
@@ -62,6 +62,8 @@ pub enum Missing {
     },
     /// Its senders had fallen silent, and not all of them are back.
     Returning,
+    /// Its figures are no numbers.
+    Implausible,
 }
 
 impl fmt::Display for Missing {
@@ -75,6 +77,7 @@ impl fmt::Display for Missing {
             Self::Stale { for_seconds, .. } => {
                 write!(f, "its pods and gateways fell silent {for_seconds} s ago, with requests in flight")
             }
+            Self::Implausible => f.write_str("its figures are out of all proportion"),
             Self::Returning => f.write_str("its pods and gateways fell silent, and not all are back"),
         }
     }
@@ -96,7 +99,7 @@ impl Key {
                 false => Missing::Stale { since_ns, for_seconds },
             });
         }
-        if self.is_starting(now_ns) {
+        if self.is_starting(now_ns) || self.desired_pods(now_ns).is_none() {
             // From zero nothing is waited for.
             return (!self.has_traffic_for_one(now_ns)).then_some(Missing::Starting);
         }
@@ -127,8 +130,11 @@ impl Key {
         // The first request of a key is in flight before it is in any window.
         let is_first = quantity == Quantity::Concurrency && value == 0.0;
         let value = if is_first && self.figures(now_ns).in_flight > 0 { 1.0 } else { value };
-        // Not `clamp`, which passes on what is no number.
-        Ok(value.max(0.0).min(MAX_VALUE))
+        match value.is_nan() {
+            true => Err(Missing::Implausible),
+            // A negative zero becomes zero.
+            false => Ok(value.clamp(0.0, MAX_VALUE) + 0.0),
+        }
     }
 
     /// Returns whether the key should have any pod. That it should is said with the first report;

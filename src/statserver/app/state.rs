@@ -8,6 +8,7 @@ use crate::cli::limits::Limits;
 use crate::forward::forwarder::Forwarder;
 use crate::keys::key_table::KeyTable;
 use crate::keys::settings_store::SettingsStore;
+use crate::keys::unknown_keys::UnknownKeys;
 use crate::net::auth::{Access, Peer};
 use crate::net::memory_budget::Budget;
 use crate::net::shutdown::DrainWatcher;
@@ -43,6 +44,8 @@ pub struct ServerState {
     pub drain: DrainWatcher,
     /// For log lines that clients cause.
     pub log_limiter: LogLimiter,
+    /// Logs keys that autoscalers ask for and nobody reports.
+    pub unknown_keys: UnknownKeys,
     /// Logs callers that may not do what they ask for.
     pub refusals: RefusalLog,
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Command, CommandFactory, FromArgMatches, Parser};
 use inflight_stats::config::parse_duration;
+use inflight_stats::scaling::key::STALE_AFTER;
 use inflight_stats::scaling::settings::{
     ACTIVATION_SCALE, DEFAULT_RPS_TARGET, KeySettings, MAX_SCALE_DOWN_RATE, MAX_SCALE_UP_RATE,
     PANIC_THRESHOLD_PERCENTAGE, PANIC_WINDOW_PERCENTAGE, SCALE_DOWN_DELAY, STABLE_WINDOW, Setting, TARGET,
@@ -62,6 +63,11 @@ pub struct Flags {
     /// ws://autoscaler.knative-serving:8080.
     #[arg(long, value_name = "URL", value_parser = websocket_url)]
     pub forward: Option<String>,
+
+    /// How long a key keeps its decision, and autoscalers their pods, when its pods and gateways all
+    /// fall silent with requests in flight.
+    #[arg(long, value_name = "DURATION", default_value = in_minutes(STALE_AFTER), value_parser = stale_after)]
+    pub stale_after: Duration,
 
     /// What to log: off, error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
@@ -240,6 +246,18 @@ fn duration(setting: &'static Setting<Duration>) -> impl Fn(&str) -> Result<Dura
     }
 }
 
+fn in_minutes(duration: Duration) -> String {
+    format!("{}m", duration.as_secs() / 60)
+}
+
+fn stale_after(text: &str) -> Result<Duration, String> {
+    let range = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
+    let duration = parse_duration(text).filter(|duration| range.contains(duration));
+    duration.ok_or_else(|| {
+        r#"expected a duration from 1s to 1440m, such as "15m" or "90s"; units ms, s, m"#.into()
+    })
+}
+
 fn drain_delay(text: &str) -> Result<Duration, String> {
     let delay = parse_duration(text).filter(|delay| *delay <= Duration::from_secs(3600));
     delay.ok_or_else(|| {
@@ -329,6 +347,7 @@ mod tests {
             ["--stable-window", "5s"],
             ["--panic-window-percentage", "0"],
             ["--drain-delay", "2h"],
+            ["--stale-after", "0s"],
             ["--log-level", "loud"],
             ["--forward", "http://autoscaler"],
             ["--forward", "ws:autoscaler"],

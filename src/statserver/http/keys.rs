@@ -17,7 +17,7 @@ use crate::http::extract::KeyPath;
 use crate::keys::history::HistoryPoint;
 use crate::keys::key_table::KeyView;
 use crate::net::auth::Grant;
-use crate::os::clock::now_ns;
+use crate::os::clock::{now_ns, rfc3339};
 
 /// How many keys or senders one `GET` lists if its query does not say, and at most.
 const DEFAULT_LISTED: usize = 100;
@@ -52,6 +52,11 @@ struct KeyJson {
     excess_burst_capacity: Option<i64>,
     /// `null` before the first report.
     last_report_age_ms: Option<u64>,
+    stale: bool,
+    /// `null` unless it is stale.
+    stale_since: Option<String>,
+    /// `null` where autoscalers are answered.
+    missing: Option<String>,
     settings: Arc<KeySettings>,
 }
 
@@ -69,7 +74,8 @@ impl From<Averages> for AveragesJson {
 
 impl From<KeyView> for KeyJson {
     fn from(view: KeyView) -> Self {
-        let KeyView { name: KeyName { namespace, name }, figures, desired_pods, decision, settings } = view;
+        let KeyView { name, figures, desired_pods, decision, settings, missing, stale_since_ns } = view;
+        let KeyName { namespace, name } = name;
         Self {
             namespace,
             name,
@@ -84,6 +90,9 @@ impl From<KeyView> for KeyJson {
             panic_mode: decision.is_some_and(|decision| decision.panic_mode),
             excess_burst_capacity: decision.map(|decision| decision.excess_burst_capacity),
             last_report_age_ms: figures.last_report_age_ms,
+            stale: stale_since_ns.is_some(),
+            stale_since: stale_since_ns.map(|since_ns| rfc3339(since_ns / 1_000_000_000)),
+            missing: missing.map(|missing| missing.to_string()),
             settings,
         }
     }

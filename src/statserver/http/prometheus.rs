@@ -30,20 +30,28 @@ const LINE_BYTES: usize = 100;
 /// none.
 type KeyGauge = (&'static str, &'static str, fn(&KeyView) -> Option<f64>);
 
-const KEY_GAUGES: [KeyGauge; 6] = [
+const KEY_GAUGES: [KeyGauge; 7] = [
     ("stable_concurrency", "Average concurrency over the stable window", |view| {
-        Some(view.figures.stable.concurrency)
+        known(view, view.figures.stable.concurrency)
     }),
     ("panic_concurrency", "Average concurrency over the panic window", |view| {
-        Some(view.figures.panic.concurrency)
+        known(view, view.figures.panic.concurrency)
     }),
     ("requests_per_second", "Average requests per second over the stable window", |view| {
-        Some(view.figures.stable.requests_per_second)
+        known(view, view.figures.stable.requests_per_second)
     }),
-    ("in_flight", "Requests in flight", |view| Some(view.figures.in_flight as f64)),
+    ("in_flight", "Requests in flight", |view| known(view, view.figures.in_flight as f64)),
     ("pods", "Pods that report", |view| Some(view.figures.pods as f64)),
-    ("desired_pods", "Pods that the key wants", |view| view.desired_pods.map(f64::from)),
+    ("desired_pods", "Pods that the key wants", |view| known(view, view.desired_pods?.into())),
+    ("stale", "Whether its pods and gateways fell silent with requests in flight (1) or not (0)", |view| {
+        Some(view.stale_since_ns.is_some().into())
+    }),
 ];
+
+/// Returns a figure if autoscalers may be told it: one may ask Prometheus for it.
+fn known(view: &KeyView, figure: f64) -> Option<f64> {
+    view.missing.is_none().then_some(figure)
+}
 
 /// The keys of one scrape.
 #[derive(Debug)]

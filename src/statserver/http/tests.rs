@@ -47,6 +47,7 @@ fn state_with(access: Access) -> (DrainTrigger, Arc<ServerState>) {
         forwarder: None,
         rps_target: DEFAULT_RPS_TARGET,
         drain,
+        unknown_keys: Default::default(),
         log_limiter: LogLimiter::default(),
         refusals: RefusalLog::default(),
     };

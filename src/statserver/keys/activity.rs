@@ -8,18 +8,21 @@ use tokio::sync::watch::{Receiver, Sender, channel};
 
 use crate::os::lock::lock;
 
+/// What is said of a key: whether it is active; `None` while that is not certain.
+pub type Activity = Option<bool>;
+
 /// The keys whose activity is watched. Keys that nobody watches cost nothing.
 #[derive(Default)]
-pub struct ActivityWatchers(Mutex<HashMap<KeyName, Sender<bool>>>);
+pub struct ActivityWatchers(Mutex<HashMap<KeyName, Sender<Activity>>>);
 
 impl ActivityWatchers {
-    /// Subscribes to the changes of a key, beginning with what `is_active` returns. No change is
+    /// Subscribes to the changes of a key, beginning with what `activity` returns. No change is
     /// lost in between: [`ActivityWatchers::mark_active`] waits for the lock.
-    pub fn subscribe(&self, name: KeyName, is_active: impl FnOnce() -> bool) -> Receiver<bool> {
+    pub fn subscribe(&self, name: KeyName, activity: impl FnOnce() -> Activity) -> Receiver<Activity> {
         let mut watched = self.watched();
-        let sender = watched.entry(name).or_insert_with(|| channel(false).0);
+        let sender = watched.entry(name).or_insert_with(|| channel(None).0);
         let receiver = sender.subscribe();
-        set(sender, is_active());
+        set(sender, activity());
         receiver
     }
 
@@ -37,27 +40,27 @@ impl ActivityWatchers {
         if !watched.is_empty()
             && let Some(sender) = watched.get(&KeyName::new(namespace, name))
         {
-            set(sender, true);
+            set(sender, Some(true));
         }
     }
 
     /// Asks again for each key that is watched, under the lock as in
     /// [`ActivityWatchers::subscribe`]; keys that nobody watches any more are dropped.
-    pub fn refresh(&self, is_active: impl Fn(&KeyName) -> bool) {
+    pub fn refresh(&self, activity: impl Fn(&KeyName) -> Activity) {
         self.watched().retain(|name, sender| {
             let is_watched = sender.receiver_count() > 0;
             if is_watched {
-                set(sender, is_active(name));
+                set(sender, activity(name));
             }
             is_watched
         });
     }
 
-    fn watched(&self) -> MutexGuard<'_, HashMap<KeyName, Sender<bool>>> {
+    fn watched(&self) -> MutexGuard<'_, HashMap<KeyName, Sender<Activity>>> {
         lock(&self.0)
     }
 }
 
-fn set(sender: &Sender<bool>, active: bool) {
-    sender.send_if_modified(|was| std::mem::replace(was, active) != active);
+fn set(sender: &Sender<Activity>, activity: Activity) {
+    sender.send_if_modified(|was| std::mem::replace(was, activity) != activity);
 }

@@ -5,14 +5,16 @@ use std::collections::{BinaryHeap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use hashbrown::HashTable;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::protocol::report::is_name;
 use inflight_stats::protocol::report_delta::CounterDecreased;
 use inflight_stats::protocol::stat::WireStatMessage;
+use inflight_stats::scaling::answer::{Missing, Quantity};
 use inflight_stats::scaling::decider::Decision;
-use inflight_stats::scaling::key::{Figures, Key, MAX_PERIOD_NS};
+use inflight_stats::scaling::key::{Figures, Key, MAX_PERIOD_NS, STALE_AFTER};
 use inflight_stats::scaling::memory::heap_bytes;
 use inflight_stats::scaling::sender::{ImplausibleStat, PerSecond};
 use inflight_stats::scaling::settings::KeySettings;
@@ -46,6 +48,11 @@ pub struct KeyView {
     pub decision: Option<Decision>,
     /// What it is scaled by.
     pub settings: Arc<KeySettings>,
+    /// Why autoscalers are told nothing of it, if they are not.
+    pub missing: Option<Missing>,
+    /// Since when its senders have been silent while it keeps its decision, as unix time in
+    /// nanoseconds.
+    pub stale_since_ns: Option<u64>,
 }
 
 struct TableEntry {
@@ -65,6 +72,8 @@ impl TableEntry {
             desired_pods: self.key.desired_pods(now_ns),
             decision: self.key.is_decided().then(|| self.key.decision()),
             settings: Arc::clone(self.key.settings()),
+            missing: self.key.missing(now_ns),
+            stale_since_ns: self.key.stale_since_ns(now_ns),
         }
     }
 
@@ -123,6 +132,7 @@ pub struct KeyTable {
     defaults: Arc<KeySettings>,
     capacity: Capacity,
     started_ns: u64,
+    stale_after: Duration,
     /// When the first report or stat came; 0 before.
     first_report_ns: AtomicU64,
     /// Whether senders of a new key may have reported it to the server before this one.
@@ -133,7 +143,7 @@ pub struct KeyTable {
     /// Of the keys that have settings of their own.
     own_settings: RwLock<HashMap<KeyName, Arc<KeySettings>>>,
     /// Who waits for a key's first traffic.
-    pub activity: ActivityWatchers,
+    pub watchers: ActivityWatchers,
     /// For warnings about single keys, of which there may be many at once.
     warnings: LogLimiter,
 }
@@ -149,15 +159,22 @@ impl KeyTable {
             defaults,
             capacity,
             started_ns,
+            stale_after: STALE_AFTER,
             first_report_ns: AtomicU64::new(0),
             has_just_started: AtomicBool::new(started_ns > 0),
             counts: Mutex::default(),
             bytes: AtomicUsize::new(0),
             histories: AtomicUsize::new(0),
             own_settings: RwLock::default(),
-            activity: ActivityWatchers::default(),
+            watchers: ActivityWatchers::default(),
             warnings: LogLimiter::default(),
         }
+    }
+
+    /// The same table, whose keys keep their decision for so long when their senders fall silent.
+    #[must_use]
+    pub fn with_stale_after(self, stale_after: Duration) -> Self {
+        Self { stale_after, ..self }
     }
 
     /// Returns what keys are scaled by that have no settings of their own.
@@ -201,7 +218,7 @@ impl KeyTable {
                 forward(message, stat);
             }
             if recorded.became_active {
-                self.activity.mark_active(namespace, name);
+                self.watchers.mark_active(namespace, name);
             }
         }
         match (exceeded, decreased) {
@@ -240,7 +257,7 @@ impl KeyTable {
             .map_err(StatError::CapacityExceeded)?
             .map_err(|ImplausibleStat| StatError::Invalid)?;
         if recorded.became_active {
-            self.activity.mark_active(namespace, name);
+            self.watchers.mark_active(namespace, name);
         }
         Ok(())
     }
@@ -253,6 +270,22 @@ impl KeyTable {
     /// Returns what `read` returns of a known key.
     pub fn read<T>(&self, name: &KeyName, read: impl FnOnce(&Key) -> T) -> Option<T> {
         self.known(name, |entry| read(&entry.key))
+    }
+
+    /// Returns what autoscalers are told of a key.
+    ///
+    /// # Errors
+    /// [`Missing`].
+    pub fn answer(&self, name: &KeyName, quantity: Quantity, now_ns: u64) -> Result<f64, Missing> {
+        self.read(name, |key| key.answer(quantity, now_ns)).unwrap_or(Err(Missing::NeverReported))
+    }
+
+    /// Returns whether a key should have any pod.
+    ///
+    /// # Errors
+    /// [`Missing`].
+    pub fn activity(&self, name: &KeyName, now_ns: u64) -> Result<bool, Missing> {
+        self.read(name, |key| key.activity(now_ns)).unwrap_or(Err(Missing::NeverReported))
     }
 
     /// Returns a key's last ten minutes, the oldest first; empty if too many keys have a history.
@@ -312,7 +345,7 @@ impl KeyTable {
             }
             entry.history.push(HistoryPoint::new(&figures, &entry.key.decision()));
         });
-        self.activity.refresh(|name| self.read(name, |key| key.is_active(now_ns)).unwrap_or(false));
+        self.watchers.refresh(|name| self.activity(name, now_ns).ok());
     }
 
     /// Warns of counts of a key that do not fit together, once. Where many keys have such counts,
@@ -564,7 +597,7 @@ impl KeyTable {
             let reason = format!("namespace {namespace} has {max} keys");
             return Err(CapacityExceeded { limit: Limit::KeysPerNamespace, reason, max });
         }
-        let mut key = Key::new(settings);
+        let mut key = Key::new(settings).with_stale_after(self.stale_after);
         if self.has_just_started.load(Ordering::Relaxed) {
             key = key.after_start(self.started_ns);
         }

@@ -5,3 +5,4 @@ pub mod capacity;
 pub mod history;
 pub mod key_table;
 pub mod settings_store;
+pub mod unknown_keys;

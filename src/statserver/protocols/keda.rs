@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, future, stream};
+use inflight_stats::config::suggestion::closest;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::protocol::report::is_name;
-use inflight_stats::scaling::settings::{KeySettings, METRIC, METRICS, Metric, TARGET};
+use inflight_stats::scaling::answer::{Missing, Quantity};
+use inflight_stats::scaling::settings::{KeySettings, METRICS, Metric, TARGET};
 use tokio_stream::wrappers::{IntervalStream, WatchStream};
 use tonic::{Extensions, Request, Response, Status};
 
@@ -32,6 +34,21 @@ use proto::{
 /// The time between two looks for a change of a key's settings.
 const SPEC_PERIOD: Duration = Duration::from_secs(1);
 
+/// The metadata that is the scaler's.
+const NAMESPACE: &str = "namespace";
+const NAME: &str = "name";
+const METRIC: &str = "metric";
+const OWN_METADATA: [&str; 4] = [NAMESPACE, NAME, METRIC, TARGET.name];
+/// KEDA passes all metadata of a trigger, its own included.
+const METADATA_OF_KEDA: [&str; 7] =
+    ["scalerAddress", "enableTLS", "unsafeSsl", "caCert", "tlsClientCert", "tlsClientKey", "tlsCertFile"];
+/// What its names of environment variables end with.
+const FROM_ENVIRONMENT: &str = "FromEnv";
+/// The value of [`METRIC`] by which KEDA follows the decision.
+const DESIRED_PODS: &str = "desired_pods";
+/// The target of desired pods: one pod for each.
+const DESIRED_PODS_TARGET: f64 = 1.0;
+
 /// The scaler, which answers from the keys of the stats server.
 pub struct Scaler(pub Arc<ServerState>);
 
@@ -40,7 +57,38 @@ struct Query {
     key: KeyName,
     grant: Grant,
     target: Option<f64>,
-    metric: Option<Metric>,
+    metric: Option<Scaled>,
+}
+
+/// What KEDA scales by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scaled {
+    /// A metric, which KEDA divides by the target.
+    By(Metric),
+    /// The decision.
+    DesiredPods,
+}
+
+impl Scaled {
+    fn parse(text: &str) -> Option<Self> {
+        let metric = METRICS.iter().find(|(name, _)| *name == text).map(|(_, metric)| Self::By(*metric));
+        metric.or_else(|| (text == DESIRED_PODS).then_some(Self::DesiredPods))
+    }
+
+    fn metric_name(self) -> &'static str {
+        match self {
+            Self::By(Metric::Concurrency) => "inflight-concurrency",
+            Self::By(Metric::Rps) => "inflight-rps",
+            Self::DesiredPods => "inflight-desired-pods",
+        }
+    }
+
+    fn quantity(self) -> Quantity {
+        match self {
+            Self::By(metric) => metric.into(),
+            Self::DesiredPods => Quantity::DesiredPods,
+        }
+    }
 }
 
 impl Query {
@@ -61,16 +109,15 @@ impl Query {
         Ok(query)
     }
 
-    /// Of the metadata, `namespace`, `name`, `target` and `metric` are ours; KEDA passes its own,
-    /// too.
     fn parse(object: ScaledObjectRef, grant: Grant) -> Result<Self, Status> {
         let ScaledObjectRef { name, namespace, scaler_metadata } = object;
+        check_names(&scaler_metadata)?;
         let metadata_or = |key: &str, fallback: String| match scaler_metadata.get(key) {
             Some(value) if !value.is_empty() => value.clone(),
             _ => fallback,
         };
-        let key = KeyName { namespace: metadata_or("namespace", namespace), name: metadata_or("name", name) };
-        for (what, value) in [("namespace", &key.namespace), ("name", &key.name)] {
+        let key = KeyName { namespace: metadata_or(NAMESPACE, namespace), name: metadata_or(NAME, name) };
+        for (what, value) in [(NAMESPACE, &key.namespace), (NAME, &key.name)] {
             if !is_name(value) {
                 return Err(invalid(what, value, "a name of 1 to 512 bytes without control characters"));
             }
@@ -78,9 +125,14 @@ impl Query {
         let target = optional(&scaler_metadata, TARGET.name, TARGET.expected, |text| {
             text.parse().ok().filter(|n: &f64| n.is_finite() && (TARGET.fits)(*n))
         })?;
-        let metric = optional(&scaler_metadata, METRIC.name, METRIC.expected, |text| {
-            METRICS.iter().find(|(name, _)| *name == text).map(|(_, metric)| *metric)
-        })?;
+        let expected = r#""concurrency", "rps" or "desired_pods""#;
+        let metric = optional(&scaler_metadata, METRIC, expected, Scaled::parse)?;
+        // Another target would scale to a multiple of the decision.
+        if metric == Some(Scaled::DesiredPods)
+            && let Some(target) = target.filter(|target| *target != DESIRED_PODS_TARGET)
+        {
+            return Err(invalid(TARGET.name, &target.to_string(), "1, or none, with metric desired_pods"));
+        }
         Ok(Self { key, grant, target, metric })
     }
 
@@ -89,31 +141,26 @@ impl Query {
         of_key.unwrap_or_else(|| Arc::clone(state.keys.defaults()))
     }
 
-    fn metric(&self, settings: &KeySettings) -> Metric {
-        self.metric.unwrap_or(settings.metric)
+    fn scaled(&self, settings: &KeySettings) -> Scaled {
+        self.metric.unwrap_or(Scaled::By(settings.metric))
     }
 
-    fn is_active(&self, state: &ServerState) -> bool {
-        state.keys.read(&self.key, |key| key.is_active(now_ns())).unwrap_or(false)
-    }
-
-    /// Refuses to answer right after a start, when some senders of a key have not reported yet: it
-    /// is active with the first that has traffic, but the sum of all is not known.
-    fn check_started(&self, state: &ServerState) -> Result<(), Status> {
-        if is_starting(state, &self.key) {
-            return Err(Status::unavailable(
-                "the stats server has just started, and not all senders have reported yet",
-            ));
-        }
-        Ok(())
+    /// Returns the error for a key of which nothing is said. KEDA then keeps the pods, or takes its
+    /// fallback.
+    fn unavailable(&self, state: &ServerState, missing: Missing) -> Status {
+        state.unknown_keys.asked(&self.key, missing);
+        Status::unavailable(format!("key {}: {missing}", self.key))
     }
 
     fn spec(&self, state: &ServerState) -> GetMetricSpecResponse {
         let settings = self.settings(state);
-        let metric = self.metric(&settings);
-        let target = self.target.unwrap_or_else(|| settings.target_of(metric, state.rps_target));
+        let scaled = self.scaled(&settings);
+        let target = self.target.unwrap_or_else(|| match scaled {
+            Scaled::By(metric) => settings.target_of(metric, state.rps_target),
+            Scaled::DesiredPods => DESIRED_PODS_TARGET,
+        });
         let metric_specs = vec![MetricSpec {
-            metric_name: metric_name(metric).into(),
+            metric_name: scaled.metric_name().into(),
             target_size: target.ceil() as i64,
             target_size_float: target,
         }];
@@ -121,8 +168,20 @@ impl Query {
     }
 }
 
-fn is_starting(state: &ServerState, key: &KeyName) -> bool {
-    state.keys.read(key, |key| key.is_starting(now_ns())).unwrap_or(false)
+/// Refuses metadata that is neither the scaler's nor KEDA's: a misspelt key would be ignored
+/// silently.
+fn check_names(metadata: &HashMap<String, String>) -> Result<(), Status> {
+    let is_known = |key: &str| {
+        OWN_METADATA.contains(&key) || METADATA_OF_KEDA.contains(&key) || key.ends_with(FROM_ENVIRONMENT)
+    };
+    // The first by name, so that the answer is the same each time.
+    let Some(unknown) = metadata.keys().filter(|key| !is_known(key)).min() else { return Ok(()) };
+    let advice = match closest(unknown, OWN_METADATA) {
+        Some(meant) => format!("did you mean `{meant}`?"),
+        None => format!("expected {}, or KEDA's own", OWN_METADATA.join(", ")),
+    };
+    let unknown: String = unknown.chars().take(100).collect();
+    Err(Status::invalid_argument(format!("unknown metadata `{unknown}`; {advice}")))
 }
 
 fn optional<T>(
@@ -140,13 +199,6 @@ fn invalid(key: &str, given: &str, expected: &str) -> Status {
     Status::invalid_argument(format!("metadata `{key}` is {given:?}; expected {expected}"))
 }
 
-fn metric_name(metric: Metric) -> &'static str {
-    match metric {
-        Metric::Concurrency => "inflight-concurrency",
-        Metric::Rps => "inflight-rps",
-    }
-}
-
 impl Scaler {
     /// Reads what a call is about, and checks that its caller may ask for it.
     fn query(&self, request: Request<ScaledObjectRef>) -> Result<Query, Status> {
@@ -160,18 +212,20 @@ impl Scaler {
         &self,
         grant: Grant,
         stream: impl Stream<Item = T> + Send + 'static,
+        at_shutdown: Option<Status>,
     ) -> Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>> {
         let state = Arc::clone(&self.0);
         let end = async move {
             tokio::select! {
-                () = state.drain.closing() => Err(Status::unavailable("the stats server is restarting")),
+                () = state.drain.closing() => at_shutdown.map(Err),
                 () = state.access.revoked(&grant) => {
-                    Err(Status::unauthenticated("the bearer token is no longer known"))
+                    Some(Err(Status::unauthenticated("the bearer token is no longer known")))
                 }
             }
         };
+        let responses = stream::select(stream.map(|response| Some(Ok(response))), stream::once(end));
         // A call ends with its first error.
-        Box::pin(stream::select(stream.map(Ok), stream::once(end)))
+        Box::pin(responses.take_while(|response| future::ready(response.is_some())).filter_map(future::ready))
     }
 }
 
@@ -180,7 +234,7 @@ struct Subscription(Arc<ServerState>, KeyName);
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.0.keys.activity.unsubscribed(&self.1);
+        self.0.keys.watchers.unsubscribed(&self.1);
     }
 }
 
@@ -194,10 +248,8 @@ impl ExternalScaler for Scaler {
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<IsActiveResponse>, Status> {
         let query = self.query(request)?;
-        let result = query.is_active(&self.0);
-        if !result {
-            query.check_started(&self.0)?;
-        }
+        let activity = self.0.keys.activity(&query.key, now_ns());
+        let result = activity.map_err(|missing| query.unavailable(&self.0, missing))?;
         Ok(Response::new(IsActiveResponse { result }))
     }
 
@@ -206,15 +258,23 @@ impl ExternalScaler for Scaler {
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<Self::StreamIsActiveStream>, Status> {
         let query = self.query(request)?;
-        let changes = self.0.keys.activity.subscribe(query.key.clone(), || query.is_active(&self.0));
+        let activity = || {
+            let activity = self.0.keys.activity(&query.key, now_ns());
+            activity.map_err(|missing| self.0.unknown_keys.asked(&query.key, missing)).ok()
+        };
+        let changes = self.0.keys.watchers.subscribe(query.key.clone(), activity);
         let subscription = Subscription(Arc::clone(&self.0), query.key);
-        // Right after a start a key is not called idle: some senders may have yet to report it.
-        let responses = WatchStream::new(changes).filter_map(move |result| {
-            let Subscription(state, key) = &subscription;
-            let is_known = result || !is_starting(state, key);
-            future::ready(is_known.then_some(IsActiveResponse { result }))
+        let mut said = None;
+        // Of a key of which nothing is certain nothing is said; what was said before stays.
+        let responses = WatchStream::new(changes).filter_map(move |activity| {
+            let _open = &subscription;
+            let change = activity.filter(|_| activity != said);
+            said = activity.or(said);
+            future::ready(change.map(|result| IsActiveResponse { result }))
         });
-        Ok(Response::new(self.until_closed(query.grant, responses)))
+        // KEDA waits longer and longer, up to a minute, before it opens a stream again that ended
+        // with an error.
+        Ok(Response::new(self.until_closed(query.grant, responses, None)))
     }
 
     async fn get_metric_spec(
@@ -232,11 +292,11 @@ impl ExternalScaler for Scaler {
             request.into_parts();
         let object = scaled_object_ref.unwrap_or_default();
         let query = Query::authorized(&self.0, &extensions, object)?;
-        query.check_started(&self.0)?;
-        let metric = query.metric(&query.settings(&self.0));
-        let value = self.0.keys.read(&query.key, |key| key.metric(metric, now_ns())).unwrap_or(0.0);
+        let scaled = query.scaled(&query.settings(&self.0));
+        let answer = self.0.keys.answer(&query.key, scaled.quantity(), now_ns());
+        let value = answer.map_err(|missing| query.unavailable(&self.0, missing))?;
         let metric_values = vec![MetricValue {
-            metric_name: if wanted.is_empty() { metric_name(metric).into() } else { wanted },
+            metric_name: if wanted.is_empty() { scaled.metric_name().into() } else { wanted },
             metric_value: value.ceil() as i64,
             metric_value_float: value,
         }];
@@ -257,6 +317,7 @@ impl ExternalScaler for Scaler {
             last = Some(spec.clone());
             future::ready(changed.then_some(spec))
         });
-        Ok(Response::new(self.until_closed(grant, changes)))
+        let restarting = Status::unavailable("the stats server is restarting");
+        Ok(Response::new(self.until_closed(grant, changes, Some(restarting))))
     }
 }

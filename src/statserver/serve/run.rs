@@ -20,6 +20,7 @@ use crate::http::router::router;
 use crate::keys::capacity::Capacity;
 use crate::keys::key_table::KeyTable;
 use crate::keys::settings_store::SettingsStore;
+use crate::keys::unknown_keys::UnknownKeys;
 use crate::net::auth::Access;
 use crate::net::listener::{Accepted, Listener, Shared};
 use crate::net::memory_budget::Budget;
@@ -43,7 +44,8 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let access =
         Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some(), flags.anonymous_access())
             .map_err(io::Error::other)?;
-    let keys = KeyTable::new(Arc::new(flags.key_settings()), Capacity::from(&flags.limits), now_ns());
+    let keys = KeyTable::new(Arc::new(flags.key_settings()), Capacity::from(&flags.limits), now_ns())
+        .with_stale_after(flags.stale_after);
     let settings = SettingsStore::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
     let tls = Tls::load(flags).map_err(io::Error::other)?.map(Arc::new);
     let shared = shared(flags, &access, tls.clone());
@@ -115,6 +117,7 @@ fn state(
         rps_target: flags.rps_target,
         drain,
         log_limiter: LogLimiter::default(),
+        unknown_keys: UnknownKeys::default(),
         refusals: RefusalLog::default(),
     }
 }

@@ -466,7 +466,6 @@ async fn a_token_that_is_taken_out_of_the_file_ends_what_was_opened_with_it() {
     });
     request.metadata_mut().insert("authorization", format!("Bearer {TOKEN}").parse().expect("ASCII"));
     let mut active = client.stream_is_active(request).await.expect("a stream").into_inner();
-    assert!(!active.next().await.expect("at once").expect("at once").result);
 
     std::fs::write(&file, other).expect("a file");
     match timeout(SETTLED, socket.next()).await.expect("in time") {

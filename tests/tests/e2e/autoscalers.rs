@@ -84,9 +84,17 @@ async fn value(client: &mut ExternalScalerClient<Channel>, object: ScaledObjectR
 async fn keda_gets_what_a_key_has_and_what_a_pod_should_have() {
     let server = StatServer::start(None).await;
     let mut client = keda(&server).await;
+    // Nobody has reported it, which is not zero.
     let unknown = object("nobody", &[]);
-    assert_eq!(value(&mut client, unknown.clone()).await, 0.0);
-    assert!(!client.is_active(unknown).await.expect("an answer").into_inner().result);
+    let asked = GetMetricsRequest { scaled_object_ref: Some(unknown.clone()), metric_name: String::new() };
+    for _ in 0..3 {
+        let status = client.get_metrics(asked.clone()).await.expect_err("unknown");
+        assert_eq!(status.code(), Code::Unavailable);
+        assert_eq!(status.message(), "key ns/nobody: no pod or gateway has reported it");
+        assert_eq!(client.is_active(unknown.clone()).await.expect_err("unknown").code(), Code::Unavailable);
+    }
+    let log = server.process.log();
+    assert_eq!(log.matches("asks for a key that no pod or gateway has reported").count(), 1, "{log}");
 
     report(server.address, "rev", 1, 30).await;
     assert_eq!(value(&mut client, object("rev", &[])).await, 30.0);
@@ -107,6 +115,80 @@ async fn keda_gets_what_a_key_has_and_what_a_pod_should_have() {
         assert_eq!(refused.code(), Code::InvalidArgument);
         assert!(refused.message().contains(&format!("`{key}` is ")), "{}", refused.message());
     }
+    // What is neither ours nor KEDA's.
+    let of_keda =
+        ["enableTLS", "unsafeSsl", "caCert", "tlsClientCert", "tlsClientKey", "tlsCertFile", "aFromEnv"];
+    let of_keda = of_keda.map(|key| (key, "x"));
+    assert_eq!(spec(object("rev", &of_keda)).await.expect("a spec").1, 70.0);
+    for (wrong, message) in [
+        ("tarjet", "unknown metadata `tarjet`; did you mean `target`?"),
+        ("xyz", "unknown metadata `xyz`; expected namespace, name, metric, target, or KEDA's own"),
+    ] {
+        let refused = spec(object("rev", &[(wrong, "1"), ("name", "rev")])).await.expect_err("refused");
+        assert_eq!((refused.code(), refused.message()), (Code::InvalidArgument, message));
+    }
+}
+
+#[tokio::test]
+async fn keda_follows_the_decision_if_it_is_told_to() {
+    let flags = ["--stable-window", "6s", "--target", "10", "--target-utilization-percentage", "100"];
+    let server = StatServer::with(None, &flags).await;
+    let mut client = keda(&server).await;
+    let desired_pods = object("rev", &[("metric", "desired_pods")]);
+    let spec = client.get_metric_spec(desired_pods.clone()).await.expect("a spec").into_inner();
+    let spec = &spec.metric_specs[0];
+    assert_eq!((&*spec.metric_name, spec.target_size_float), ("inflight-desired-pods", 1.0));
+    let refused = object("rev", &[("metric", "desired_pods"), ("target", "70")]);
+    let refused = client.get_metric_spec(refused).await.expect_err("refused");
+    assert_eq!(
+        (refused.code(), refused.message()),
+        (Code::InvalidArgument, "metadata `target` is \"70\"; expected 1, or none, with metric desired_pods")
+    );
+
+    // 200 in flight want 20 pods, of which the bounds allow 5; then none.
+    let put = Request::put("/v1/keys/ns/rev/settings").header("host", "x");
+    let put = put.body(Full::from(r#"{"max_scale": 5}"#)).expect("a request");
+    assert_eq!(http::ask(server.address, put).await.expect("an answer").0, 200);
+    let since = Snapshot::starting_at(SECOND);
+    let mut said = Vec::new();
+    for second in 1..30_u64 {
+        let concurrency = if second < 8 { 200 } else { 0 };
+        let totals = |second: u64| Snapshot {
+            as_of_ns: (second + 1) * SECOND,
+            request_ns: u128::from(second.min(7) * 200 * SECOND),
+            ..since
+        };
+        let until = Snapshot { in_flight: concurrency, ..totals(second) };
+        let since = totals(second - 1);
+        let (namespace, name) = ("ns".into(), "rev".into());
+        let messages = vec![KeyReport { namespace, name, from_gateway: true, since, until }];
+        let report = Report { version: 1, pod: "gateway".into(), incarnation: 1, messages };
+        let body = report.encode().expect("a report").into();
+        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
+        assert_eq!(answer.expect("an answer").0, 202);
+        let asked =
+            GetMetricsRequest { scaled_object_ref: Some(desired_pods.clone()), metric_name: String::new() };
+        let shown = server.key("ns", "rev").await.expect("the key")["desired_pods"].clone();
+        match client.get_metrics(asked).await {
+            Ok(metrics) => {
+                let value = metrics.into_inner().metric_values[0].metric_value_float;
+                let after = server.key("ns", "rev").await.expect("the key")["desired_pods"].clone();
+                // A decision may have come in between.
+                assert!([json!(value as u64), shown.clone()].contains(&after), "{shown}, {value}, {after}");
+                said.push(value);
+            }
+            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
+        }
+        if said.last() == Some(&0.0) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    println!("desired pods by KEDA: {said:?}");
+    assert_eq!(said.iter().copied().fold(0.0, f64::max), 5.0, "{said:?}");
+    assert_eq!(said.last(), Some(&0.0), "{said:?}");
+    let active = client.is_active(desired_pods).await.expect("an answer").into_inner().result;
+    assert!(!active, "to zero, too");
 }
 
 #[tokio::test]
@@ -142,8 +224,8 @@ async fn a_key_becomes_active_with_its_first_report_and_stays_so_for_a_stable_wi
     let mut last = None;
     for number in 0..20 {
         let name = format!("rev-{number}");
+        // Of a key that nobody has reported nothing is said.
         let mut active = client.stream_is_active(object(&name, &[])).await.expect("a stream").into_inner();
-        assert!(!active.next().await.expect("at once").expect("at once").result);
         let sent = Instant::now();
         report(server.address, &name, 1, 1).await;
         assert!(active.next().await.expect("a change").expect("a change").result);
@@ -167,7 +249,6 @@ async fn a_key_whose_requests_are_all_proxied_is_active_while_they_last() {
     let server = StatServer::with(None, &["--stable-window", "6s"]).await;
     let mut client = keda(&server).await;
     let mut active = client.stream_is_active(object("rev", &[])).await.expect("a stream").into_inner();
-    assert!(!active.next().await.expect("at once").expect("at once").result);
     // Ten requests that a gateway counted under another key.
     let proxied = |second: u64, in_flight: u32| Snapshot {
         as_of_ns: second * SECOND,
@@ -224,8 +305,16 @@ async fn the_spec_follows_what_a_key_is_told_and_streams_end_with_the_server() {
 
     server.process.signal(libc::SIGTERM);
     assert_eq!(next().await.expect_err("the end").code(), Code::Unavailable);
-    let ended = async { while let Some(Ok(_)) = active.next().await {} };
-    tokio::time::timeout(SETTLED, ended).await.expect("the end of the other stream");
+    let end = async {
+        loop {
+            match active.next().await {
+                Some(Ok(_)) => {}
+                end => return end.is_none(),
+            }
+        }
+    };
+    let without_error = tokio::time::timeout(SETTLED, end).await.expect("the end of the other stream");
+    assert!(without_error, "KEDA's retry grows after errors");
     assert!(server.process.wait(Duration::from_secs(30)).success());
 
     let server = StatServer::with(Some(server.address), &flags).await;
@@ -404,8 +493,12 @@ async fn pythons_grpcio_drives_all_five_methods() {
         "target_rounded": 3,
         "stream_target": 2.5,
         "value": 30.0,
-        "unknown_active": false,
-        "unknown_value": 0.0,
+        "unknown_active": "UNAVAILABLE: key ns/nobody: no pod or gateway has reported it",
+        "unknown_value": "UNAVAILABLE: key ns/nobody: no pod or gateway has reported it",
+        "desired_metric": "inflight-desired-pods",
+        "desired_target": 1.0,
+        "desired": 1.0,
+        "misspelt": "INVALID_ARGUMENT: unknown metadata `tarjet`; did you mean `target`?",
         "refused": "INVALID_ARGUMENT: metadata `target` is \"many\"; expected a number of at least 0.01",
     });
     assert_eq!(answers, wanted);

@@ -24,6 +24,7 @@ mod page;
 mod routes;
 mod scale_to_zero;
 mod soak;
+mod stale;
 mod stream;
 mod tls;
 mod vm;

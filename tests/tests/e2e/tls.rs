@@ -14,6 +14,7 @@ use inflight_e2e::process::{Process, is_clean};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tls::{Authority, Client, Identity};
 use inflight_e2e::{http, root, statserver_program, wait};
+use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::{Value, json};
 
 const SETTLED: Duration = Duration::from_secs(20);
@@ -100,6 +101,20 @@ async fn over_mutual_tls_envoy_reports_and_keda_asks_and_nobody_else() {
         assert!(http::get(server.address, "/healthz").await.is_err(), "without TLS");
 
         let Identity { certificate, key } = &of_envoy;
+        let since = Snapshot::starting_at(1_000_000_000);
+        let until = Snapshot { as_of_ns: 2_000_000_000, requests: 5, request_ns: 5_000_000_000, ..since };
+        let (namespace, name) = ("ns".into(), "rev".into());
+        let messages = vec![KeyReport { namespace, name, from_gateway: false, since, until }];
+        let report = Report { version: 1, pod: "pod".into(), incarnation: 1, messages };
+        let post = Request::post("/v1/reports").header("host", "test");
+        let body = report.encode().expect("a report").into();
+        let answer = client.ask(server.address, post.body(Full::new(body)).expect("a request")).await;
+        assert_eq!(answer.expect("an answer").0, 202);
+        let missing = async || {
+            let (_, text) = client.get(server.address, "/v1/keys/ns/rev").await.ok()?;
+            Some(serde_json::from_str::<Value>(&text).ok()?["missing"].clone())
+        };
+        wait::until_equal("all is known", SETTLED, Some(Value::Null), missing).await;
         let (asked, said) = keda(&server, [&ca, certificate, key]);
         assert!(asked && said.contains("\"refused\": \"INVALID_ARGUMENT"), "{said}");
         let Identity { certificate, key } = &of_stranger;

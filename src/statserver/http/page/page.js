@@ -63,6 +63,8 @@ function fill(row, key) {
   ];
   values.forEach((value, i) => { row.cells[i].textContent = rounded(value); });
   row.panics.hidden = !key.panic_mode;
+  row.line.classList.toggle("silent", key.stale);
+  row.line.title = key.missing === null ? "" : key.missing;
 }
 
 function list(keys, found) {
