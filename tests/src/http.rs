@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
-use hyper::{HeaderMap, Request, StatusCode};
+use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -26,13 +26,24 @@ pub async fn ask_over(
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     request: Request<Full<Bytes>>,
 ) -> Result<(StatusCode, Bytes), String> {
+    let (head, body) = answer_over(stream, request).await?.into_parts();
+    Ok((head.status, body))
+}
+
+/// Sends a request over an existing connection and reads the whole answer, with its headers.
+///
+/// # Errors
+/// What went wrong, in words.
+pub async fn answer_over(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    request: Request<Full<Bytes>>,
+) -> Result<Response<Bytes>, String> {
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
     let connection = tokio::spawn(connection);
     let answer = async {
-        let response = sender.send_request(request).await.map_err(|e| e.to_string())?;
-        let status = response.status();
-        let body = response.into_body().collect().await.map_err(|e| e.to_string())?;
-        Ok((status, body.to_bytes()))
+        let (head, body) = sender.send_request(request).await.map_err(|e| e.to_string())?.into_parts();
+        let body = body.collect().await.map_err(|e| e.to_string())?;
+        Ok(Response::from_parts(head, body.to_bytes()))
     };
     let answer = answer.await;
     connection.abort();

@@ -70,6 +70,16 @@ impl StatServer {
         Self { address, grpc, process, folder }
     }
 
+    /// Returns where it listens for the kube-apiserver.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn metrics_api(&self) -> SocketAddr {
+        let log = self.process.log();
+        let address = log.split("metrics=").nth(1).and_then(|rest| rest.split_whitespace().next());
+        address.and_then(|address| address.parse().ok()).unwrap_or_else(|| panic!("no metrics API:\n{log}"))
+    }
+
     /// Returns its view of a key; `None` if it does not know the key.
     pub async fn key(&self, namespace: &str, name: &str) -> Option<Value> {
         let text = http::get(self.address, &format!("/v1/keys/{namespace}/{name}")).await.ok()?;

@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Request, StatusCode};
+use hyper::{Request, Response, StatusCode};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::http;
 
@@ -95,6 +96,24 @@ impl Default for Authority {
     }
 }
 
+impl Identity {
+    /// Returns what a server shakes hands with that shows this certificate.
+    ///
+    /// # Panics
+    /// If a file is not valid.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        let certificate = CertificateDer::from_pem_file(&self.certificate).expect("PEM");
+        let key = PrivateKeyDer::from_pem_file(&self.key).expect("PEM");
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .expect("a certificate with its key");
+        TlsAcceptor::from(Arc::new(config))
+    }
+}
+
 /// A client that speaks TLS.
 #[derive(Clone)]
 pub struct Client(TlsConnector);
@@ -109,10 +128,29 @@ impl Client {
         to: SocketAddr,
         request: Request<Full<Bytes>>,
     ) -> Result<(StatusCode, String), String> {
+        let (head, body) = self.answer(to, request).await?.into_parts();
+        Ok((head.status, String::from_utf8_lossy(&body).into_owned()))
+    }
+
+    /// The same with the headers of the answer.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub async fn answer(
+        &self,
+        to: SocketAddr,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Bytes>, String> {
+        http::answer_over(self.connect(to).await?, request).await
+    }
+
+    /// Opens a connection.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub async fn connect(&self, to: SocketAddr) -> Result<TlsStream<TcpStream>, String> {
         let stream = TcpStream::connect(to).await.map_err(|e| e.to_string())?;
-        let stream = self.0.connect(ServerName::from(to.ip()), stream).await.map_err(|e| e.to_string())?;
-        let (status, body) = http::ask_over(stream, request).await?;
-        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+        self.0.connect(ServerName::from(to.ip()), stream).await.map_err(|e| e.to_string())
     }
 
     /// GETs a path.

@@ -281,6 +281,26 @@ mod tests {
     }
 
     #[test]
+    fn senders_that_are_live_still_are_waited_for_if_they_were_not_heard_since() {
+        let (mut key, mut load) = (key("6s"), Load::new(2, 30, false));
+        let mut report = |key: &mut Key, second: u64, senders: u64| {
+            (0..senders).for_each(|sender| load.report(key, sender, second * 1000));
+            key.decide(NOW + second * S);
+        };
+        for second in (2..60).step_by(2) {
+            report(&mut key, second, 2);
+        }
+        assert_eq!(concurrency(&key, 58), Ok(60.0));
+        // After nine seconds the window is empty, and their ten periods are not over.
+        key.decide(NOW + 70 * S);
+        assert!(is_stale(&key, 70) && key.figures(NOW + 70 * S).pods == 2);
+        report(&mut key, 72, 1);
+        assert_eq!(concurrency(&key, 72), Err(Missing::Returning));
+        report(&mut key, 73, 2);
+        assert_eq!(concurrency(&key, 73), Ok(60.0));
+    }
+
+    #[test]
     fn a_key_that_is_stale_for_too_long_is_forgotten_and_begins_again() {
         let (mut key, mut load) =
             (key("6s").with_stale_after(Duration::from_secs(60)), Load::new(5, 70, false));

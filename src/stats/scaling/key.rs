@@ -127,6 +127,8 @@ pub struct Silence {
 /// A silence has ended.
 #[derive(Clone, Copy, Debug)]
 struct Recovery {
+    /// When the first sender came back.
+    since_ns: u64,
     /// How long the other senders are waited for: a stable window, or the longest period.
     until_ns: u64,
     /// How many there were.
@@ -454,7 +456,7 @@ impl Key {
             } else {
                 let wait_ns = self.stable_window_ns().max(MAX_PERIOD_NS + SECOND_NS);
                 let until_ns = now_ns.saturating_add(wait_ns);
-                self.recovery = Some(Recovery { until_ns, senders: silence.senders });
+                self.recovery = Some(Recovery { since_ns: now_ns, until_ns, senders: silence.senders });
                 if let Some(Decided { decider, decision, .. }) = &mut self.decided {
                     decider.hold(now_ns, decision.desired_pods);
                 }
@@ -486,11 +488,11 @@ impl Key {
             return self.silence;
         }
         let live = self.senders.live(now_ns);
-        if live.senders() > 0 && (live.is_expected || self.has_records(now_ns)) {
+        if live.senders > 0 && (live.is_expected || self.has_records(now_ns)) {
             return None;
         }
         let last = self.senders.live(self.last_report_ns);
-        last.is_busy.then(|| Silence { since_ns: self.last_report_ns, senders: last.senders() })
+        last.is_busy.then_some(Silence { since_ns: self.last_report_ns, senders: last.senders })
     }
 
     /// Returns whether anything was recorded within the stable window, or still counts.
@@ -512,8 +514,10 @@ impl Key {
 
     /// Returns whether a silence has just ended, and some of its senders are not back.
     pub fn is_recovering(&self, now_ns: u64) -> bool {
-        self.recovery.is_some_and(|Recovery { until_ns, senders }| {
-            now_ns < until_ns && self.senders.live(now_ns).senders() < senders
+        self.recovery.is_some_and(|Recovery { since_ns, until_ns, senders }| {
+            // Senders may be live that were not heard since: a window can be shorter than ten of
+            // their periods.
+            now_ns < until_ns && self.senders.heard_since(since_ns) < senders
         })
     }
 

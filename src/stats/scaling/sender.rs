@@ -381,19 +381,14 @@ pub(super) struct Live {
     pub(super) in_flight: f64,
     pub(super) pods: u64,
     pub(super) gateways: u64,
+    /// Both; a sender may be either at once.
+    pub(super) senders: u64,
     /// Whether anything is in flight, proxied or not.
     pub(super) is_busy: bool,
     /// Whether the next report of any is not overdue.
     pub(super) is_expected: bool,
     /// Whether rates of any sender may be [held](Senders::held).
     pub(super) has_long_periods: bool,
-}
-
-impl Live {
-    /// Returns how many senders there are.
-    pub(super) fn senders(&self) -> u64 {
-        self.pods + self.gateways
-    }
 }
 
 /// A key's senders by name, and the memory that they take.
@@ -449,8 +444,15 @@ impl Senders {
             }
             live.pods += u64::from(is_pod);
             live.gateways += u64::from(is_gateway);
+            live.senders += u64::from(is_pod || is_gateway);
         }
         live
+    }
+
+    /// Returns how many senders have reported at a time or since.
+    pub(super) fn heard_since(&self, since_ns: u64) -> u64 {
+        let is_heard = |sender: &&Sender| sender.parts(since_ns).any(|part| part.seen_ns >= since_ns);
+        self.by_name.values().filter(is_heard).count() as u64
     }
 
     /// Returns the rates that count until the next reports of their senders are due.

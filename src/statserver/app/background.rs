@@ -19,7 +19,7 @@ const FORGET_PERIOD: Duration = Duration::from_secs(60);
 const TRIM_PERIOD: Duration = Duration::from_secs(15);
 
 /// Starts all background tasks. They end when the set is dropped.
-pub fn start(state: &Arc<ServerState>, tls: Option<Arc<Tls>>) -> JoinSet<()> {
+pub fn start(state: &Arc<ServerState>, tls: Vec<Arc<Tls>>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     tasks.spawn(decide(Arc::clone(state)));
     tasks.spawn(forget(Arc::clone(state)));
@@ -57,16 +57,14 @@ async fn log_refusals(state: Arc<ServerState>) {
     }
 }
 
-async fn reload(state: Arc<ServerState>, tls: Option<Arc<Tls>>) {
+async fn reload(state: Arc<ServerState>, tls: Vec<Arc<Tls>>) {
     let mut ticks = interval(RELOAD_PERIOD);
     loop {
         ticks.tick().await;
         let (state, tls) = (Arc::clone(&state), tls.clone());
         let read = move || {
             state.access.reload();
-            if let Some(tls) = tls {
-                tls.reload();
-            }
+            tls.iter().for_each(|tls| tls.reload());
         };
         // A file system may hang.
         let _ = tokio::task::spawn_blocking(read).await;

@@ -50,6 +50,36 @@ pub struct Flags {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
+    /// Address to serve Kubernetes' metrics APIs on, over TLS, for the kube-apiserver alone; :PORT is
+    /// all interfaces.
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    pub metrics_listen: Option<SocketAddr>,
+
+    /// Certificate chain for --metrics-listen, in PEM; without it, that of --tls-cert.
+    #[arg(long, value_name = "FILE", requires_all = ["metrics_tls_key", "metrics_listen"])]
+    pub metrics_tls_cert: Option<PathBuf>,
+
+    /// Private key of that certificate, in PEM.
+    #[arg(long, value_name = "FILE", requires = "metrics_tls_cert")]
+    pub metrics_tls_key: Option<PathBuf>,
+
+    /// CA certificates of the kube-apiserver's front proxy, in PEM, for --metrics-listen; without it,
+    /// they and the names are read from the cluster.
+    #[arg(long, value_name = "FILE", requires = "metrics_listen")]
+    pub requestheader_client_ca_file: Option<PathBuf>,
+
+    /// Common names that the front proxy's certificate may have; without them, any that the CA
+    /// signed.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = common_name,
+        requires = "requestheader_client_ca_file")]
+    pub requestheader_allowed_names: Vec<String>,
+
+    /// Folder of the pod's service account, by which the ConfigMap
+    /// kube-system/extension-apiserver-authentication is read.
+    #[arg(long, value_name = "FOLDER", default_value = "/var/run/secrets/kubernetes.io/serviceaccount",
+        value_parser = folder)]
+    pub service_account_dir: PathBuf,
+
     /// Allow unauthenticated access on non-loopback addresses: to report and read for every
     /// namespace, but not to change settings.
     #[arg(long)]
@@ -223,6 +253,16 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     address.ok_or_else(|| {
         "expected IP:PORT, for example 127.0.0.1:8080 or [::1]:8080, or :PORT for all interfaces".into()
     })
+}
+
+fn common_name(text: &str) -> Result<String, String> {
+    let is_name = !text.is_empty() && !text.chars().any(char::is_control);
+    if is_name { Ok(text.to_owned()) } else { Err("expected names, separated by commas".into()) }
+}
+
+fn folder(text: &str) -> Result<PathBuf, String> {
+    let is_path = !text.is_empty() && !text.chars().any(char::is_control);
+    if is_path { Ok(text.into()) } else { Err("expected a folder".into()) }
 }
 
 fn number(setting: &'static Setting<f64>) -> impl Fn(&str) -> Result<f64, String> + Clone {

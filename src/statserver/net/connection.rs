@@ -14,6 +14,7 @@ use tokio_rustls::server::TlsStream;
 use crate::cli::limits::Limit;
 use crate::net::auth::Peer;
 use crate::net::connection_limits::ConnectionGuard;
+use crate::net::front_proxy::ClientCertificates;
 use crate::net::tls::Protocol;
 
 /// Maximum number of calls of an HTTP/2 connection that begin before the responses to others are
@@ -42,6 +43,7 @@ impl Transport {
 pub struct Connection {
     transport: Transport,
     peer: Peer,
+    certificates: Option<ClientCertificates>,
     guard: Arc<ConnectionGuard>,
     is_grpc: bool,
     /// Fires at the guard's deadline; made when it is first needed.
@@ -57,13 +59,14 @@ impl Connection {
     pub fn new(
         transport: Transport,
         protocol: Protocol,
-        peer: Peer,
+        (peer, certificates): (Peer, Option<ClientCertificates>),
         guard: ConnectionGuard,
         permit: OwnedSemaphorePermit,
     ) -> Self {
         Self {
             transport,
             peer,
+            certificates,
             guard: Arc::new(guard),
             is_grpc: matches!(protocol, Protocol::Grpc),
             read_timer: None,
@@ -76,6 +79,11 @@ impl Connection {
     /// Returns what is known of the client.
     pub fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// Returns the certificates that the client has shown, where they are asked for by requests.
+    pub fn certificates(&self) -> Option<ClientCertificates> {
+        self.certificates.clone()
     }
 
     /// Returns what keeps it to its limits.

@@ -13,6 +13,7 @@ use crate::cli::limits::{Limit, Limits};
 use crate::net::auth::Peer;
 use crate::net::connection::{Connection, Transport};
 use crate::net::connection_limits::ConnectionGuard;
+use crate::net::front_proxy::ClientCertificates;
 use crate::net::idle::IdleConnections;
 use crate::net::memory_budget::Budget;
 use crate::net::tls::{Protocol, Tls};
@@ -72,7 +73,7 @@ impl Listener {
             socket => socket?,
         };
         let max = match protocol {
-            Protocol::Http => shared.limits.max_connections,
+            Protocol::Http | Protocol::MetricsApi => shared.limits.max_connections,
             Protocol::Grpc => shared.limits.max_grpc_connections,
         };
         let (permits, idle_connections) = (Arc::new(Semaphore::new(max)), Arc::default());
@@ -137,7 +138,7 @@ impl Listener {
 
     fn refuse(&self, stream: &TcpStream) {
         match self.protocol {
-            Protocol::Http => {
+            Protocol::Http | Protocol::MetricsApi => {
                 self.shared.metrics.refused(Limit::Connections);
                 if self.shared.tls.is_none() {
                     let _ = stream.try_write(TOO_MANY);
@@ -153,29 +154,33 @@ impl Listener {
         // Responses are small and written whole; waiting for more to send would only delay them.
         let _ = stream.set_nodelay(true);
         let address = stream.peer_addr().ok().map(|address| address.ip().to_canonical());
-        let (transport, has_certificate) = match &self.shared.tls {
-            None => (Transport::Plain(stream), false),
+        let (transport, certificates) = match &self.shared.tls {
+            None => (Transport::Plain(stream), None),
             Some(tls) => self.tls_handshake(tls, stream, unauthenticated.as_ref()).await?,
         };
-        let peer = Peer { has_certificate, address };
+        let peer = Peer { has_certificate: certificates.is_some(), address };
         let Shared { limits, budget, metrics, .. } = &self.shared;
         let is_grpc = matches!(self.protocol, Protocol::Grpc);
         let idle_connections = Arc::clone(&self.idle_connections);
         let guard =
             ConnectionGuard::new(is_grpc, *limits, budget.clone(), Arc::clone(metrics), idle_connections);
-        if let Some(unauthenticated) = unauthenticated.filter(|_| !peer.has_certificate) {
+        // The front proxy is known by each of its requests.
+        let is_known = peer.has_certificate && !matches!(self.protocol, Protocol::MetricsApi);
+        if let Some(unauthenticated) = unauthenticated.filter(|_| !is_known) {
             guard.set_unauthenticated(unauthenticated);
         }
-        Some(Connection::new(transport, self.protocol, peer, guard, permit))
+        let is_kept = matches!(self.protocol, Protocol::MetricsApi);
+        let certificates = certificates.filter(|_| is_kept);
+        Some(Connection::new(transport, self.protocol, (peer, certificates), guard, permit))
     }
 
-    /// Returns whether the client has shown a certificate, too.
+    /// Returns the certificates that the client has shown, too.
     async fn tls_handshake(
         &self,
         tls: &Tls,
         stream: TcpStream,
         unauthenticated: Option<&UnauthenticatedConnection>,
-    ) -> Option<(Transport, bool)> {
+    ) -> Option<(Transport, Option<ClientCertificates>)> {
         let Shared { limits, metrics, .. } = &self.shared;
         let handshake = tokio::time::timeout(limits.head_timeout, tls.handshake(stream, self.protocol));
         let evicted = async {
@@ -190,8 +195,9 @@ impl Listener {
         };
         match handshake {
             Ok(Ok(stream)) => {
-                let has_certificate = stream.get_ref().1.peer_certificates().is_some();
-                Some((Transport::Tls(Box::new(stream)), has_certificate))
+                let certificates = stream.get_ref().1.peer_certificates();
+                let certificates = certificates.map(|certificates| ClientCertificates(certificates.into()));
+                Some((Transport::Tls(Box::new(stream)), certificates))
             }
             Ok(Err(error)) => {
                 debug!(%error, "TLS handshake failed");

@@ -22,10 +22,13 @@ pub async fn serve(connection: Connection, router: Router, state: Arc<ServerStat
     // The head is timed by the connection.
     http.half_close(true).timer(TokioTimer::new()).header_read_timeout(None);
     http.max_buf_size(state.limits.max_head_bytes);
-    let (peer, guard) = (connection.peer(), connection.guard());
+    let (peer, guard, certificates) = (connection.peer(), connection.guard(), connection.certificates());
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         guard.request_started();
         request.extensions_mut().insert(peer);
+        if let Some(certificates) = &certificates {
+            request.extensions_mut().insert(certificates.clone());
+        }
         request.extensions_mut().insert(Arc::clone(&guard));
         let (response, guard) = (router.clone().oneshot(request), Arc::clone(&guard));
         async move {

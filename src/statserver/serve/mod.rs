@@ -2,4 +2,5 @@
 
 pub mod grpc;
 pub mod http1;
+pub mod metrics_api;
 pub mod run;

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,9 +26,10 @@ use crate::net::auth::Access;
 use crate::net::listener::{Accepted, Listener, Shared};
 use crate::net::memory_budget::Budget;
 use crate::net::shutdown::{DrainWatcher, new_drain};
-use crate::net::tls::{Protocol, Tls};
+use crate::net::tls::{ClientCa, NamedFile, Protocol, Tls, TlsFiles};
 use crate::net::unauthenticated::UnauthenticatedConnections;
 use crate::os::clock::now_ns;
+use crate::serve::metrics_api::{self, MetricsApi};
 use crate::serve::{grpc, http1};
 use crate::telemetry::log_limit::LogLimiter;
 use crate::telemetry::refusals::RefusalLog;
@@ -47,18 +49,27 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let keys = KeyTable::new(Arc::new(flags.key_settings()), Capacity::from(&flags.limits), now_ns())
         .with_stale_after(flags.stale_after);
     let settings = SettingsStore::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
-    let tls = Tls::load(flags).map_err(io::Error::other)?.map(Arc::new);
+    let tls = tls_files(flags).map(Tls::load).transpose().map_err(io::Error::other)?.map(Arc::new);
     let shared = shared(flags, &access, tls.clone());
+    let metrics_api = match flags.metrics_listen {
+        Some(address) => Some(metrics_api::bind(flags, address, &shared).await?),
+        None => None,
+    };
     let http = bind("--listen", flags.listen, Protocol::Http, &shared).await?;
     let grpc = bind("--grpc-listen", flags.grpc_listen, Protocol::Grpc, &shared).await?;
     info!(address = %http.address()?, grpc = %grpc.address()?, tls = tls.is_some(), "listening");
 
     let (trigger, drain) = new_drain();
     let state = Arc::new(state(flags, access, keys, settings, shared, drain));
-    let _background = background::start(&state, tls);
+    let of_metrics_api = metrics_api.as_ref().map(MetricsApi::tls);
+    let mut background = background::start(&state, tls.into_iter().chain(of_metrics_api).collect());
     let mut listeners = JoinSet::new();
     listeners.spawn(accept(http, router(Arc::clone(&state)), Arc::clone(&state)));
     listeners.spawn(accept(grpc, grpc::router(Arc::clone(&state)), Arc::clone(&state)));
+    if let Some(metrics_api) = metrics_api {
+        let (listener, routes) = metrics_api.start(&state, &mut background);
+        listeners.spawn(accept(listener, routes, Arc::clone(&state)));
+    }
     terminated.await;
     info!("draining");
     if trigger.drain(flags.drain_delay, DRAIN_DEADLINE).await.is_err() {
@@ -78,6 +89,16 @@ fn shared(flags: &Flags, access: &Access, tls: Option<Arc<Tls>>) -> Shared {
         budget: Budget::new(limits.max_bytes_in_flight),
         metrics: Arc::default(),
     }
+}
+
+/// Returns what TLS is made of, if it is.
+fn tls_files(flags: &Flags) -> Option<TlsFiles> {
+    let file = |flag, path: &Option<PathBuf>| path.clone().map(|path| NamedFile { flag, path });
+    Some(TlsFiles {
+        certificate: file("--tls-cert", &flags.tls_cert)?,
+        key: file("--tls-key", &flags.tls_key)?,
+        client_ca: file("--tls-client-ca", &flags.tls_client_ca).map(ClientCa::File),
+    })
 }
 
 async fn bind(
@@ -150,7 +171,9 @@ fn serve(accepted: Accepted, listener: &Arc<Listener>, router: Router, state: &A
         let guard = connection.guard();
         // Boxed: idle connections, of which there are the most, hold only the one that they need.
         let served = match protocol {
-            Protocol::Http => Either::Left(Box::pin(http1::serve(connection, router, state))),
+            Protocol::Http | Protocol::MetricsApi => {
+                Either::Left(Box::pin(http1::serve(connection, router, state)))
+            }
             Protocol::Grpc => Either::Right(Box::pin(grpc::serve(connection, router, state))),
         };
         tokio::select! {

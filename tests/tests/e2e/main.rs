@@ -19,6 +19,7 @@ mod hold_bodies;
 mod install;
 mod keys;
 mod limits;
+mod metrics_api;
 mod network_probe;
 mod page;
 mod routes;

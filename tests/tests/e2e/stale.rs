@@ -1,13 +1,14 @@
 //! No data is not zero traffic: what autoscalers are told while no report comes.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::StreamExt;
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, wait};
 use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::{Value, json};
+use tokio::time::Interval;
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -106,9 +107,16 @@ fn assert_not_less(said: &Said) {
     assert!(said.key.is_null() || said.key["desired_pods"].as_u64().is_none_or(|pods| pods == 5), "{said:?}");
 }
 
+/// Ticks in the middle of each of the server's seconds, so that none is left out.
+fn half_seconds() -> Interval {
+    let unix_time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+    let to_half = Duration::from_millis(u64::from(1_500 - unix_time.subsec_millis()));
+    tokio::time::interval_at(tokio::time::Instant::now() + to_half, Duration::from_secs(1))
+}
+
 async fn settle(server: &StatServer, pods: &mut Pods) {
     let deadline = Instant::now() + SETTLED;
-    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    let mut ticks = half_seconds();
     loop {
         ticks.tick().await;
         pods.report(server.address, 0..PODS as usize).await;
@@ -152,7 +160,7 @@ async fn reports_that_stop_under_load_scale_nothing_down_and_come_back_as_if_not
     assert!(stale > 20, "{stale}");
 
     // One comes back, then the others: not a pod less in between.
-    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    let mut ticks = half_seconds();
     for second in 0..12 {
         ticks.tick().await;
         let back = if second < 5 { 1 } else { PODS as usize };
