@@ -24,6 +24,9 @@ use crate::telemetry::metrics::Metrics;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long to wait after an error of the system.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// Maximum number of connections for the metrics APIs over which the front proxy has not asked yet;
+/// it may have as many besides. It keeps a few connections open, and nobody else should come.
+pub const MAX_UNAUTHENTICATED_METRICS: usize = 64;
 /// The response to an excess connection.
 const TOO_MANY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\n\
     content-length: 64\r\nconnection: close\r\n\r\n\
@@ -73,7 +76,8 @@ impl Listener {
             socket => socket?,
         };
         let max = match protocol {
-            Protocol::Http | Protocol::MetricsApi => shared.limits.max_connections,
+            Protocol::Http => shared.limits.max_connections,
+            Protocol::MetricsApi => 2 * MAX_UNAUTHENTICATED_METRICS,
             Protocol::Grpc => shared.limits.max_grpc_connections,
         };
         let (permits, idle_connections) = (Arc::new(Semaphore::new(max)), Arc::default());

@@ -14,7 +14,7 @@ use crate::app::state::ServerState;
 use crate::cli::flags::Flags;
 use crate::http::body;
 use crate::net::front_proxy::{AllowedNames, FrontProxy};
-use crate::net::listener::{Listener, Shared};
+use crate::net::listener::{Listener, MAX_UNAUTHENTICATED_METRICS, Shared};
 use crate::net::service_account::{FetchedTrust, ServiceAccount};
 use crate::net::tls::{ClientCa, NamedFile, Protocol, Tls, TlsFiles};
 use crate::net::unauthenticated::UnauthenticatedConnections;
@@ -66,7 +66,7 @@ pub async fn bind(flags: &Flags, address: SocketAddr, shared: &Shared) -> io::Re
     let files = TlsFiles { certificate, key, client_ca: Some(client_ca) };
     let tls = Arc::new(Tls::load(files).map_err(io::Error::other)?);
     // Everybody has to authenticate here, whatever the other addresses allow.
-    let unauthenticated = UnauthenticatedConnections::new(shared.limits.max_unauthenticated_connections);
+    let unauthenticated = UnauthenticatedConnections::new(MAX_UNAUTHENTICATED_METRICS);
     let shared = Shared {
         tls: Some(Arc::clone(&tls)),
         unauthenticated: Some(Arc::new(unauthenticated)),
