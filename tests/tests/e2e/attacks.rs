@@ -34,7 +34,7 @@ use crate::autoscalers::proto::external_scaler_client::ExternalScalerClient;
 const SETTLED: Duration = Duration::from_secs(30);
 const MIB: u64 = 1 << 20;
 const TOKEN: &str = "valid-token-0123456789";
-const METHOD: &str = "/externalscaler.ExternalScaler/StreamIsActive";
+const METHOD: &str = "/externalscaler.ExternalScaler/GetMetricSpec";
 /// The time within which the memory that an attack took is free again.
 const BACK: Duration = Duration::from_secs(60);
 

@@ -137,3 +137,18 @@ async fn the_page_takes_any_name_and_any_address() {
     browser.open(&format!("http://{}/#a/b%2Fc", server.address)).await;
     browser.until("document.querySelector('tr.chosen button')?.title", json!("namespace a, name b/c")).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_whose_reports_stopped_is_greyed_and_says_why() {
+    let server = StatServer::with(None, &["--stable-window", "6s"]).await;
+    report(server.address, "b", 30).await;
+    let mut browser = Browser::start(1100, 700).await;
+    browser.open(&format!("http://{}/", server.address)).await;
+    let row = "document.querySelector('#keys tr')";
+    let colour = |of: &str| format!("{row} && getComputedStyle({of}).color");
+    let own = browser.value("getComputedStyle(document.body).color").await;
+    browser.until(&format!("{row}?.classList.contains('silent')"), json!(true)).await;
+    assert_ne!(browser.value(&colour(&format!("{row}.cells[1]"))).await, own, "grey");
+    let title = browser.value(&format!("{row}.title")).await;
+    assert!(title.as_str().is_some_and(|title| title.contains("fell silent")), "{title}");
+}
