@@ -116,6 +116,12 @@ impl<H: Host> KeyedWorker<H> {
         Some((totals, fully_collected))
     }
 
+    /// At the leader, after [`KeyedWorker::lead`]: what is to be reported of idle keys, and the totals.
+    pub fn to_report(&mut self) -> Option<(Vec<(KeyName, Snapshot, Snapshot)>, &KeyTotals)> {
+        let idle = self.member.idle(&self.host);
+        self.member.totals().map(|totals| (idle, totals))
+    }
+
     /// At the end of a worker: collects all outboxes, and returns the totals.
     pub fn collect_last(&mut self, all: &[u64], as_of_ns: u64) -> Option<&KeyTotals> {
         self.member.collect_last(&self.host, all, as_of_ns)

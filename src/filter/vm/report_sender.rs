@@ -193,9 +193,10 @@ pub fn key_reports(
     config: &Config,
     incarnation: u64,
     totals: &KeyTotals,
+    idle: &[(KeyName, Snapshot, Snapshot)],
     max_keys: usize,
 ) -> Vec<EncodedReport> {
-    let reports = totals.reports(&config.identity.pod, incarnation, max_keys).into_iter();
+    let reports = totals.reports(idle, &config.identity.pod, incarnation, max_keys).into_iter();
     reports.filter_map(|(report, known)| encode(&report, ReportScope::Keys(known))).collect()
 }
 

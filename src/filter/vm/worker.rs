@@ -391,8 +391,11 @@ impl<H: Host> Worker<H> {
             keyed.acknowledged(known);
             return (Vec::new(), fully_collected);
         }
-        let reports = if may_send { key_reports(config, incarnation, totals, max_keys) } else { Vec::new() };
-        (reports, fully_collected)
+        if !may_send {
+            return (Vec::new(), fully_collected);
+        }
+        let Some((idle, totals)) = keyed.to_report() else { return (Vec::new(), fully_collected) };
+        (key_reports(config, incarnation, totals, &idle, max_keys), fully_collected)
     }
 
     fn next_tick_ms(&self, step: LeaderStep, reading: MonotonicNs, now: PodNs) -> u64 {
@@ -537,7 +540,7 @@ impl<H: Host> Worker<H> {
             let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
             let totals = keyed.collect_last(&all, until.as_of_ns);
             return totals
-                .map(|totals| key_reports(config, state.incarnation, totals, max_keys))
+                .map(|totals| key_reports(config, state.incarnation, totals, &[], max_keys))
                 .unwrap_or_default();
         }
         pod_report(config, state.incarnation, state.reported_since(), until).into_iter().collect()

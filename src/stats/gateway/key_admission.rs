@@ -17,6 +17,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +27,7 @@ use crate::pod::pod_state::PodStore;
 use crate::pod::store::{self, ATTEMPTS, Attempt, Expect, Store, StoreError, encode};
 
 /// With 10,000 keys, a worker reads some 2 KB for each key that it does not track.
-const BUCKETS: u64 = 256;
+pub const BUCKETS: u64 = 256;
 
 /// The answer about a key that a worker does not track.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +177,28 @@ impl KeyAdmission {
             Attempt::Keep(bucket.find(key).is_some_and(|entry| entry.has_stats))
         });
         found.unwrap_or(false)
+    }
+
+    /// Returns the keys that are known, because they have Envoy stats, and not tracked, of some buckets.
+    /// The buckets have turns, one after the other: [`BUCKETS`] turns are a round. The keys are to be
+    /// reported as having `floor`, so that becomes the buckets' floor: a first report that comes later
+    /// must not be of an earlier instant. Only the worker that leads by [`KeyAdmission::reconcile`] may
+    /// call this.
+    pub fn idle(&self, store: &impl Store, leader: u64, turns: Range<u64>, floor: &Snapshot) -> Vec<KeyName> {
+        let mut idle = Vec::new();
+        for number in turns.start.max(turns.end.saturating_sub(BUCKETS))..turns.end {
+            let found = self.change_bucket(store, number % BUCKETS, |bucket| {
+                let idle = bucket.entries.iter().filter(|entry| !entry.tracked);
+                let idle: Vec<KeyName> = idle.map(BucketEntry::key).collect();
+                if idle.is_empty() || bucket.leader != leader || bucket.led_since_ns > floor.as_of_ns {
+                    return Attempt::Keep(Vec::new());
+                }
+                bucket.floor = bucket.floor.ceiling(floor);
+                Attempt::Write((), idle)
+            });
+            idle.extend(found.unwrap_or_default());
+        }
+        idle
     }
 
     /// Tracks keys that the leader has counted, even if they were removed from their buckets

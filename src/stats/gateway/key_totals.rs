@@ -196,10 +196,11 @@ impl KeyTotals {
         left
     }
 
-    /// Returns all keys as reports of at most [`MAX_BYTES`]. Each report comes with the snapshots
-    /// that it reports of its keys.
+    /// Returns all keys, and the `idle` ones with their snapshots, as reports of at most [`MAX_BYTES`].
+    /// Each report comes with the snapshots that it reports of its keys.
     pub fn reports(
         &self,
+        idle: &[(KeyName, Snapshot, Snapshot)],
         pod: &str,
         incarnation: u64,
         max_keys: usize,
@@ -209,7 +210,9 @@ impl KeyTotals {
         let empty = || Report { version: VERSION, pod: pod.to_owned(), incarnation, messages: Vec::new() };
         let mut reports = vec![(empty(), Vec::new())];
         let mut size = head;
-        for (key, total) in &self.keys {
+        let active = self.keys.iter().map(|(key, total)| (key, total.reported_since(), total.until));
+        for (key, since, until) in active.chain(idle.iter().map(|(key, since, until)| (key, *since, *until)))
+        {
             let more = key.namespace.len() + key.name.len() + SNAPSHOTS_AND_LENGTHS;
             let is_full = reports.last().is_some_and(|(_, known)| known.len() >= max_keys.max(1));
             if is_full || size + more > MAX_BYTES {
@@ -218,8 +221,8 @@ impl KeyTotals {
             }
             size += more;
             if let Some((report, known)) = reports.last_mut() {
-                report.messages.push(message(key, total.reported_since(), total.until));
-                known.push((key.clone(), total.until));
+                report.messages.push(message(key, since, until));
+                known.push((key.clone(), until));
             }
         }
         reports.retain(|(report, _)| !report.messages.is_empty());
@@ -394,9 +397,9 @@ mod tests {
         worker.advance(PodNs(1_100));
         let mut totals = KeyTotals::starting_at(1_000);
         collect(&mut totals, &[(1, &worker)], 1_100);
-        assert_eq!(totals.reports("gateway", 7, 1_000).len(), 10);
-        assert_eq!(totals.reports("gateway", 7, 0).len(), 10_000, "one key to a report at least");
-        let reports = totals.reports("gateway", 7, usize::MAX);
+        assert_eq!(totals.reports(&[], "gateway", 7, 1_000).len(), 10);
+        assert_eq!(totals.reports(&[], "gateway", 7, 0).len(), 10_000, "one key to a report at least");
+        let reports = totals.reports(&[], "gateway", 7, usize::MAX);
         assert!(reports.len() > 1);
         let keys: BTreeSet<_> = (reports.iter())
             .flat_map(|(report, known)| {

@@ -8,7 +8,7 @@ use crate::counting::grid::Grid;
 use crate::counting::request::Origin;
 use crate::counting::snapshot::Snapshot;
 use crate::counting::time::PodNs;
-use crate::gateway::key_admission::{Admission, KeyAdmission};
+use crate::gateway::key_admission::{Admission, BUCKETS, KeyAdmission};
 use crate::gateway::key_name::KeyName;
 use crate::gateway::key_totals::KeyTotals;
 use crate::gateway::keyed_recorder::{Batch, KeyedRecorder};
@@ -20,6 +20,14 @@ use crate::pod::store::{self, Attempt, Store, encode};
 const ATTEMPTS: usize = 16;
 /// The number of periods after which the leader looks for keys that are tracked but never came.
 const SWEEP_PERIODS: u64 = 20;
+
+/// The time in which every idle key is reported once. A server that was started anew thus knows within
+/// a minute that they have nothing in flight, even if a report is lost or the leader ends.
+#[cfg(not(test))]
+const IDLE_ROUND_NS: u64 = 25_000_000_000;
+/// Periods of tests are short.
+#[cfg(test)]
+const IDLE_ROUND_NS: u64 = 25 * tests::PERIOD;
 
 /// Which worker wrote the totals, and the number of that write. It precedes the totals in the
 /// store.
@@ -46,6 +54,8 @@ pub struct KeyedMember {
     reconciled: bool,
     swept_ns: u64,
     orphans: BTreeSet<KeyName>,
+    /// The instant up to which idle keys were reported; 0 before this worker led.
+    idle_until_ns: u64,
 }
 
 /// The result of the leader's work at a boundary.
@@ -77,6 +87,7 @@ impl KeyedMember {
             reconciled: false,
             swept_ns: 0,
             orphans: BTreeSet::new(),
+            idle_until_ns: 0,
         }
     }
 
@@ -185,6 +196,24 @@ impl KeyedMember {
         self.totals()
     }
 
+    /// At the leader, after [`KeyedMember::lead`] at a boundary: reports of the keys that are known and
+    /// idle, a few at each boundary. They say that nothing was in flight in the last period, and count
+    /// nothing: the totals are the floor, which no key that left was above.
+    pub fn idle(&mut self, store: &impl Store) -> Vec<(KeyName, Snapshot, Snapshot)> {
+        let Some((_, totals)) = self.totals.as_ref().filter(|_| self.reconciled) else { return Vec::new() };
+        let until = totals.floor();
+        let period_ns = self.recorder.grid().period_ns;
+        let since = Snapshot { as_of_ns: until.as_of_ns.saturating_sub(period_ns), ..until };
+        let from_ns = match self.idle_until_ns {
+            0 => since.as_of_ns,
+            idle_until_ns => idle_until_ns,
+        };
+        self.idle_until_ns = until.as_of_ns;
+        let turn = |as_of_ns: u64| as_of_ns / (IDLE_ROUND_NS / BUCKETS);
+        let idle = self.admission.idle(store, self.id, turn(from_ns)..turn(until.as_of_ns), &until);
+        idle.into_iter().filter(|key| !totals.has(key)).map(|key| (key, since, until)).collect()
+    }
+
     /// Returns the totals as this worker last wrote them, while it leads.
     pub fn totals(&self) -> Option<&KeyTotals> {
         self.totals.as_ref().map(|(_, totals)| totals)
@@ -203,6 +232,7 @@ impl KeyedMember {
             self.update_totals(store, |_| ());
         }
         self.reconciled = false;
+        self.idle_until_ns = 0;
         self.totals.take().is_some()
     }
 
@@ -285,7 +315,7 @@ mod tests {
     use crate::protocol::report_delta::addition;
     use crate::testing::{Dice, Map};
 
-    const PERIOD: u64 = 1_000;
+    pub(super) const PERIOD: u64 = 1_000;
     const START: u64 = 1_000_000;
     const KEYS: u64 = 6;
 
@@ -359,6 +389,8 @@ mod tests {
         server: RefCell<Server>,
         truth: RefCell<BTreeMap<KeyName, (u64, u128)>>,
         firsts: Cell<u64>,
+        /// First reports of an instant before that of an earlier report of the key.
+        older_firsts: Cell<u64>,
         numbers: Cell<u64>,
         calm: Cell<bool>,
     }
@@ -389,6 +421,7 @@ mod tests {
                 server: RefCell::default(),
                 truth: RefCell::default(),
                 firsts: Cell::new(0),
+                older_firsts: Cell::new(0),
                 numbers: Cell::new(0),
                 calm: Cell::new(false),
             }
@@ -438,6 +471,13 @@ mod tests {
             worker.recorder.request_in(PodNs(now), Origin::Direct);
             if let Some(Admission::First { floor, .. }) = admission {
                 self.firsts.set(self.firsts.get() + 1);
+                // Of an older one the server would take no notice: the key would be awake only with
+                // its next report.
+                let server = self.server.borrow();
+                let reported = server.reported.iter().filter(|(reported, _)| *reported == key);
+                let newest = reported.map(|(_, until)| until.as_of_ns).max();
+                let is_older = newest.is_some_and(|newest| newest > floor.as_of_ns);
+                self.older_firsts.set(self.older_firsts.get() + u64::from(is_older));
                 let messages = vec![(key.clone(), floor, Snapshot { in_flight: 1, ..floor })];
                 self.transit.borrow_mut().push(Sent { worker: usize::MAX, number: 0, messages });
             }
@@ -482,18 +522,20 @@ mod tests {
             pod.forget_departed(&self, &led.fully_collected).unwrap();
             worker.sending = worker.sending.filter(|(_, deadline)| now < *deadline);
             if worker.sending.is_none() {
-                let number = self.send(index, worker.keyed.totals().unwrap());
+                let idle = worker.keyed.idle(&self);
+                let number = self.send(index, idle, worker.keyed.totals().unwrap());
                 worker.sending = Some((number, now + 2 * PERIOD));
             }
             assert_eq!(state.started_ns, START);
         }
 
-        fn send(&self, worker: usize, totals: &KeyTotals) -> u64 {
+        fn send(&self, worker: usize, idle: Vec<(KeyName, Snapshot, Snapshot)>, totals: &KeyTotals) -> u64 {
             let number = self.numbers.get() + 1;
             self.numbers.set(number);
             let messages =
                 totals.keys().map(|(key, total)| (key.clone(), total.reported_since(), total.until));
-            self.transit.borrow_mut().push(Sent { worker, number, messages: messages.collect() });
+            let messages = messages.chain(idle).collect();
+            self.transit.borrow_mut().push(Sent { worker, number, messages });
             number
         }
 
@@ -512,7 +554,7 @@ mod tests {
                 let (until, state) = worker.member.last_figure(&self, PodNs(now)).unwrap();
                 let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
                 if let Some(totals) = worker.keyed.collect_last(&self, &all, until.as_of_ns) {
-                    self.send(index, totals);
+                    self.send(index, Vec::new(), totals);
                 }
             }
             *worker = Worker::new(&self.map, now);
@@ -566,7 +608,7 @@ mod tests {
 
     #[test]
     fn whoever_stalls_dies_or_leads_every_request_counts_once_and_no_total_goes_back() {
-        let (mut firsts, mut lives) = (0, 0);
+        let (mut firsts, mut older_firsts, mut lives) = (0, 0, 0);
         for seed in 0..400 {
             let world = World::new(seed);
             for _ in 0..1_500 {
@@ -587,6 +629,8 @@ mod tests {
                     .map(|(_, until)| *until)
                     .collect();
                 reported.sort_by_key(|until| (until.as_of_ns, until.requests, until.request_ns));
+                let last = reported.last().expect("it was reported").as_of_ns;
+                assert!(last > world.now.get() - 30 * PERIOD, "seed {seed}: idle keys are reported, too");
                 for pair in reported.windows(2) {
                     assert!(pair[1].holds_totals_of(&pair[0]), "seed {seed}: {pair:?}");
                 }
@@ -598,8 +642,11 @@ mod tests {
                 .sum();
             assert_eq!(left, 0, "seed {seed}: idle keys leave");
             firsts += world.firsts.get();
+            older_firsts += world.older_firsts.get();
             lives += truth.len() as u64;
         }
         assert!(firsts > 2 * lives, "keys left and came back: {firsts} firsts of {lives} keys");
+        // Only a worker that stalled while it led can cause one.
+        assert!(older_firsts * 100 < firsts, "{older_firsts} of {firsts}");
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::counting::snapshot::Snapshot;
+use crate::counting::time::nanoseconds;
 use crate::protocol::report::KeyReport;
 use crate::protocol::report_delta::{CounterDecreased, addition};
 use crate::protocol::stat::Stat;
@@ -161,7 +162,7 @@ impl Key {
             decided: None,
             was_active: false,
             mismatches: MismatchDetector::default(),
-            stale_after_ns: in_nanoseconds(STALE_AFTER),
+            stale_after_ns: nanoseconds(STALE_AFTER),
             silence: None,
             recovery: None,
         }
@@ -177,7 +178,7 @@ impl Key {
     /// The same key, which keeps its decision for so long when its senders fall silent.
     #[must_use]
     pub fn with_stale_after(self, stale_after: Duration) -> Self {
-        Self { stale_after_ns: in_nanoseconds(stale_after), ..self }
+        Self { stale_after_ns: nanoseconds(stale_after), ..self }
     }
 
     /// Returns what the key is scaled by.
@@ -712,10 +713,6 @@ impl Key {
         self.silence = self.silence(now_ns);
         self.senders.forget(now_ns);
     }
-}
-
-fn in_nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use inflight_stats::Report;
+use inflight_stats::counting::time::nanoseconds;
 use inflight_stats::protocol::report::CONTENT_TYPE;
 use tracing::{debug, warn};
 
@@ -55,7 +56,7 @@ async fn record(
     let invalid = |error| (StatusCode::BAD_REQUEST, format!("{error}\n"));
     let mut report = Report::decode(bytes).map_err(invalid)?;
     // By the wall clock as it is now: at the server's start it may have been wrong.
-    let wall_ns = u64::try_from(wall_time().as_nanos()).unwrap_or(u64::MAX);
+    let wall_ns = nanoseconds(wall_time());
     report.check_clock(wall_ns.max(now_ns())).map_err(invalid)?;
     let (keys, max) = (report.messages.len(), state.limits.max_messages);
     if keys > max {

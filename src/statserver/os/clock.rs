@@ -3,12 +3,14 @@
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use inflight_stats::counting::time::nanoseconds;
+
 /// Returns unix time in nanoseconds as of this process's first call, and from then on by the
 /// monotonic clock: a step of the wall clock must not move what is in the windows.
 pub fn now_ns() -> u64 {
     static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| (Instant::now(), wall_time()));
     let (started, wall_time) = *START;
-    u64::try_from((wall_time + started.elapsed()).as_nanos()).unwrap_or(u64::MAX)
+    nanoseconds(wall_time + started.elapsed())
 }
 
 /// Returns a unix time in seconds as RFC 3339 has it, in UTC.

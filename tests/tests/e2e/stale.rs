@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::StreamExt;
+use inflight_e2e::app::App;
+use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, wait};
 use inflight_stats::{KeyReport, Report, Snapshot};
@@ -236,4 +239,54 @@ async fn zero_is_said_after_a_start_when_a_gateway_says_so_and_not_at_once() {
         assert!(began.elapsed() < SETTLED);
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+/// The filter's part: a gateway reports the keys that it knows although they are idle.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_an_idle_key_of_a_gateway_zero_is_said_within_a_minute_of_the_servers_restart() {
+    for (version, workers) in [(Version::Oldest, 1), (Version::Newest, 4)] {
+        let app = App::start().await;
+        let mut server = StatServer::with(None, &FLAGS).await;
+        let bootstrap = Bootstrap::gateway(app.address, server.address);
+        let envoy = Envoy::start(version, &bootstrap, workers).await;
+        for _ in 0..3 {
+            http::get(envoy.address, "/work").await.expect("an answer");
+        }
+        wait::until_equal("requests", SETTLED, Some(3), || requests(&server)).await;
+        server.process.signal(libc::SIGTERM);
+        assert!(server.process.wait(SETTLED).success());
+        let server = StatServer::with(Some(server.address), &FLAGS).await;
+        let client =
+            ExternalScalerClient::connect(format!("http://{}", server.grpc)).await.expect("a connection");
+        let object =
+            ScaledObjectRef { name: "hello-00001".into(), namespace: "default".into(), ..Default::default() };
+        let began = Instant::now();
+        wait::until("zero is said", Duration::from_secs(100), || {
+            let (mut client, object) = (client.clone(), object.clone());
+            async move {
+                match client.is_active(object).await {
+                    Ok(answer) if !answer.get_ref().result => Ok(()),
+                    other => Err(format!("{other:?}")),
+                }
+            }
+        })
+        .await;
+        println!("{version:?}: an idle key is zero {:?} after a restart", began.elapsed());
+        let key = server.key("default", "hello-00001").await.expect("the key");
+        assert_eq!((&key["requests_total"], &key["in_flight"]), (&json!(0), &json!(0)), "{key}");
+        // It comes back as it does without that.
+        let slow = tokio::spawn(http::get(envoy.address, "/work?ms=3000"));
+        wait::until("the key is awake", SETTLED, || {
+            let (mut client, object) = (client.clone(), object.clone());
+            async move { client.is_active(object).await.ok().filter(|answer| answer.get_ref().result).ok_or(()) }
+        })
+        .await;
+        assert!(!slow.is_finished(), "the first report, at its arrival");
+        slow.await.expect("a client").expect("an answer");
+        wait::until_equal("requests", SETTLED, Some(1), || requests(&server)).await;
+    }
+}
+
+async fn requests(server: &StatServer) -> Option<u64> {
+    server.key("default", "hello-00001").await?["requests_total"].as_u64()
 }
