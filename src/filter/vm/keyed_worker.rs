@@ -4,7 +4,7 @@
 use inflight_stats::counting::time::PodNs;
 use inflight_stats::gateway::key_admission::Admission;
 use inflight_stats::gateway::key_name::KeyName;
-use inflight_stats::gateway::key_totals::KeyTotals;
+use inflight_stats::gateway::key_totals::{IdleKeys, KeyTotals};
 use inflight_stats::gateway::keyed_member::{KeyedMember, Led};
 use inflight_stats::pod::pod_state::{PodState, PodStore};
 use inflight_stats::{Config, Grid, Snapshot};
@@ -116,8 +116,8 @@ impl<H: Host> KeyedWorker<H> {
         Some((totals, fully_collected))
     }
 
-    /// At the leader, after [`KeyedWorker::lead`]: what is to be reported of idle keys, and the totals.
-    pub fn to_report(&mut self) -> Option<(Vec<(KeyName, Snapshot, Snapshot)>, &KeyTotals)> {
+    /// At the leader, after [`KeyedWorker::lead`]: the idle keys and the totals that are to be reported.
+    pub fn figures(&mut self) -> Option<(IdleKeys, &KeyTotals)> {
         let idle = self.member.idle(&self.host);
         self.member.totals().map(|totals| (idle, totals))
     }

@@ -4,7 +4,7 @@
 use inflight_stats::config::StatServerConfig;
 use inflight_stats::counting::time::{PodNs, nanoseconds};
 use inflight_stats::gateway::key_name::KeyName;
-use inflight_stats::gateway::key_totals::KeyTotals;
+use inflight_stats::gateway::key_totals::{IdleKeys, KeyTotals};
 use inflight_stats::protocol::report::{CONTENT_TYPE, VERSION, Verdict};
 use inflight_stats::{Config, KeyReport, Report, Snapshot};
 
@@ -193,7 +193,7 @@ pub fn key_reports(
     config: &Config,
     incarnation: u64,
     totals: &KeyTotals,
-    idle: &[(KeyName, Snapshot, Snapshot)],
+    idle: &IdleKeys,
     max_keys: usize,
 ) -> Vec<EncodedReport> {
     let reports = totals.reports(idle, &config.identity.pod, incarnation, max_keys).into_iter();

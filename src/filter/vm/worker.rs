@@ -7,6 +7,7 @@ use inflight_stats::counting::clock::{Clock, longest_step_ns};
 use inflight_stats::counting::request::Origin;
 use inflight_stats::counting::time::{MonotonicNs, PodNs};
 use inflight_stats::gateway::key_name::KeyName;
+use inflight_stats::gateway::key_totals::IdleKeys;
 use inflight_stats::hold::worker_side::Passage;
 use inflight_stats::pod::leader::LeaderStep;
 use inflight_stats::pod::member::Member;
@@ -394,7 +395,7 @@ impl<H: Host> Worker<H> {
         if !may_send {
             return (Vec::new(), fully_collected);
         }
-        let Some((idle, totals)) = keyed.to_report() else { return (Vec::new(), fully_collected) };
+        let Some((idle, totals)) = keyed.figures() else { return (Vec::new(), fully_collected) };
         (key_reports(config, incarnation, totals, &idle, max_keys), fully_collected)
     }
 
@@ -540,7 +541,7 @@ impl<H: Host> Worker<H> {
             let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
             let totals = keyed.collect_last(&all, until.as_of_ns);
             return totals
-                .map(|totals| key_reports(config, state.incarnation, totals, &[], max_keys))
+                .map(|totals| key_reports(config, state.incarnation, totals, &IdleKeys::default(), max_keys))
                 .unwrap_or_default();
         }
         pod_report(config, state.incarnation, state.reported_since(), until).into_iter().collect()

@@ -72,6 +72,17 @@ pub struct KeyTotals {
     as_of_ns: u64,
 }
 
+/// Keys that are known and idle, to be reported as such. They all have the same snapshots.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IdleKeys {
+    /// The keys.
+    pub keys: Vec<KeyName>,
+    /// The floor, as of the previous boundary.
+    pub since: Snapshot,
+    /// The floor, as of this boundary.
+    pub until: Snapshot,
+}
+
 impl KeyTotals {
     /// Returns empty totals, as of the instant at which the counters began.
     pub fn starting_at(started_ns: u64) -> Self {
@@ -196,11 +207,11 @@ impl KeyTotals {
         left
     }
 
-    /// Returns all keys, and the `idle` ones with their snapshots, as reports of at most [`MAX_BYTES`].
-    /// Each report comes with the snapshots that it reports of its keys.
+    /// Returns all keys, those that are `idle` included, as reports of at most [`MAX_BYTES`]. Each report
+    /// comes with the snapshots that it reports of its keys.
     pub fn reports(
         &self,
-        idle: &[(KeyName, Snapshot, Snapshot)],
+        idle: &IdleKeys,
         pod: &str,
         incarnation: u64,
         max_keys: usize,
@@ -211,8 +222,7 @@ impl KeyTotals {
         let mut reports = vec![(empty(), Vec::new())];
         let mut size = head;
         let active = self.keys.iter().map(|(key, total)| (key, total.reported_since(), total.until));
-        for (key, since, until) in active.chain(idle.iter().map(|(key, since, until)| (key, *since, *until)))
-        {
+        for (key, since, until) in active.chain(idle.keys.iter().map(|key| (key, idle.since, idle.until))) {
             let more = key.namespace.len() + key.name.len() + SNAPSHOTS_AND_LENGTHS;
             let is_full = reports.last().is_some_and(|(_, known)| known.len() >= max_keys.max(1));
             if is_full || size + more > MAX_BYTES {
@@ -397,9 +407,13 @@ mod tests {
         worker.advance(PodNs(1_100));
         let mut totals = KeyTotals::starting_at(1_000);
         collect(&mut totals, &[(1, &worker)], 1_100);
-        assert_eq!(totals.reports(&[], "gateway", 7, 1_000).len(), 10);
-        assert_eq!(totals.reports(&[], "gateway", 7, 0).len(), 10_000, "one key to a report at least");
-        let reports = totals.reports(&[], "gateway", 7, usize::MAX);
+        assert_eq!(totals.reports(&IdleKeys::default(), "gateway", 7, 1_000).len(), 10);
+        assert_eq!(
+            totals.reports(&IdleKeys::default(), "gateway", 7, 0).len(),
+            10_000,
+            "one key to a report at least"
+        );
+        let reports = totals.reports(&IdleKeys::default(), "gateway", 7, usize::MAX);
         assert!(reports.len() > 1);
         let keys: BTreeSet<_> = (reports.iter())
             .flat_map(|(report, known)| {

@@ -10,7 +10,7 @@ use crate::counting::snapshot::Snapshot;
 use crate::counting::time::PodNs;
 use crate::gateway::key_admission::{Admission, BUCKETS, KeyAdmission};
 use crate::gateway::key_name::KeyName;
-use crate::gateway::key_totals::KeyTotals;
+use crate::gateway::key_totals::{IdleKeys, KeyTotals};
 use crate::gateway::keyed_recorder::{Batch, KeyedRecorder};
 use crate::pod::pod_state::{PodState, PodStore};
 use crate::pod::store::{self, Attempt, Store, encode};
@@ -199,8 +199,10 @@ impl KeyedMember {
     /// At the leader, after [`KeyedMember::lead`] at a boundary: reports of the keys that are known and
     /// idle, a few at each boundary. They say that nothing was in flight in the last period, and count
     /// nothing: the totals are the floor, which no key that left was above.
-    pub fn idle(&mut self, store: &impl Store) -> Vec<(KeyName, Snapshot, Snapshot)> {
-        let Some((_, totals)) = self.totals.as_ref().filter(|_| self.reconciled) else { return Vec::new() };
+    pub fn idle(&mut self, store: &impl Store) -> IdleKeys {
+        let Some((_, totals)) = self.totals.as_ref().filter(|_| self.reconciled) else {
+            return IdleKeys::default();
+        };
         let until = totals.floor();
         let period_ns = self.recorder.grid().period_ns;
         let since = Snapshot { as_of_ns: until.as_of_ns.saturating_sub(period_ns), ..until };
@@ -210,8 +212,9 @@ impl KeyedMember {
         };
         self.idle_until_ns = until.as_of_ns;
         let turn = |as_of_ns: u64| as_of_ns / (IDLE_ROUND_NS / BUCKETS);
-        let idle = self.admission.idle(store, self.id, turn(from_ns)..turn(until.as_of_ns), &until);
-        idle.into_iter().filter(|key| !totals.has(key)).map(|key| (key, since, until)).collect()
+        let mut keys = self.admission.idle(store, self.id, turn(from_ns)..turn(until.as_of_ns), &until);
+        keys.retain(|key| !totals.has(key));
+        IdleKeys { keys, since, until }
     }
 
     /// Returns the totals as this worker last wrote them, while it leads.
@@ -529,11 +532,12 @@ mod tests {
             assert_eq!(state.started_ns, START);
         }
 
-        fn send(&self, worker: usize, idle: Vec<(KeyName, Snapshot, Snapshot)>, totals: &KeyTotals) -> u64 {
+        fn send(&self, worker: usize, idle: IdleKeys, totals: &KeyTotals) -> u64 {
             let number = self.numbers.get() + 1;
             self.numbers.set(number);
             let messages =
                 totals.keys().map(|(key, total)| (key.clone(), total.reported_since(), total.until));
+            let idle = idle.keys.into_iter().map(|key| (key, idle.since, idle.until));
             let messages = messages.chain(idle).collect();
             self.transit.borrow_mut().push(Sent { worker, number, messages });
             number
@@ -554,7 +558,7 @@ mod tests {
                 let (until, state) = worker.member.last_figure(&self, PodNs(now)).unwrap();
                 let all: Vec<u64> = state.workers().chain(state.departed.iter().copied()).collect();
                 if let Some(totals) = worker.keyed.collect_last(&self, &all, until.as_of_ns) {
-                    self.send(index, Vec::new(), totals);
+                    self.send(index, IdleKeys::default(), totals);
                 }
             }
             *worker = Worker::new(&self.map, now);

@@ -10,8 +10,8 @@ use crate::scaling::key::{Key, Silence};
 use crate::scaling::settings::Metric;
 
 const SECOND_NS: u64 = 1_000_000_000;
-/// No value is larger: Kubernetes multiplies by 1000 in 64 bits, and takes what overflows for
-/// anything.
+/// No value is larger: Kubernetes multiplies it by 1000 in 64 bits, and what overflows there scales a
+/// workload to its maximum or to none.
 pub const MAX_VALUE: f64 = 9e15;
 
 /// What an autoscaler may ask of a key.
