@@ -210,11 +210,12 @@ async fn five_thousand_keys_and_every_sum_is_exact() {
     let largest = tap.recorded().iter().map(|r| r.report.messages.len()).max();
     let grown = envoy.process.resident_bytes() - before;
     println!("largest report {largest:?} keys; Envoy grew by {} MiB", grown >> 20);
-    // Idle keys are reported as idle, and then no longer reported.
-    wait::until_equal("keys in the last report", SETTLED, 0, async || {
+    // Idle keys are reported as idle, and then a part of them each second: all of them twice a minute.
+    wait::until("reports have few keys", SETTLED, || async {
         let before = tap.recorded().len();
         tokio::time::sleep(Duration::from_millis(2_500)).await;
-        tap.recorded()[before..].iter().map(|r| r.report.messages.len()).max().unwrap_or(0)
+        let most = tap.recorded()[before..].iter().map(|r| r.report.messages.len()).max().unwrap_or(0);
+        if most < 600 { Ok(()) } else { Err(most) }
     })
     .await;
     assert_eq!(all_keys(&server).await, expected);
