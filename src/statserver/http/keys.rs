@@ -91,7 +91,7 @@ impl From<KeyView> for KeyJson {
             excess_burst_capacity: decision.map(|decision| decision.excess_burst_capacity),
             last_report_age_ms: figures.last_report_age_ms,
             stale: stale_since_ns.is_some(),
-            stale_since: stale_since_ns.map(|since_ns| rfc3339(since_ns / 1_000_000_000)),
+            stale_since: stale_since_ns.map(rfc3339),
             missing: missing.map(|missing| missing.to_string()),
             settings,
         }

@@ -9,6 +9,7 @@ use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use axum::{Extension, Router};
+use inflight_stats::counting::time::nanoseconds;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::scaling::answer::{Missing, Quantity};
 use serde_json::json;
@@ -188,7 +189,7 @@ fn sample(state: &ServerState, key: &KeyName, asked: Quantity) -> Result<Sampled
 }
 
 fn timestamp() -> String {
-    rfc3339(wall_time().as_secs())
+    rfc3339(nanoseconds(wall_time()))
 }
 
 /// Answers an external metric: an item for each key, which the HPA adds up. One that is missing
