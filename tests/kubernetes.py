@@ -132,7 +132,12 @@ def built(folder):
         target = patch["target"]
         meant = [d for d in documents if (d["kind"], d["metadata"]["name"]) == (target["kind"], target["name"])]
         assert len(meant) == 1, patch
-        patched(meant[0], yaml.safe_load((folder / patch["path"]).read_text()))
+        change = yaml.safe_load((folder / patch["path"]).read_text())
+        if isinstance(change, list):
+            patched(meant[0], change)
+        else:
+            assert change["$patch"] == "delete" and change["metadata"] == meant[0]["metadata"], patch
+            documents.remove(meant[0])
     return documents
 
 
@@ -140,7 +145,7 @@ for path in sorted((root / "envoy" / "kubernetes").glob("*.yaml")):
     for document in yaml.safe_load_all(path.read_text()):
         if document["kind"] != "Kustomization":
             check(document, path.name)
-for folder in ["hpa", "hpa-cert-manager"]:
+for folder in ["hpa", "hpa-cert-manager", "hpa-object"]:
     documents = built(root / "deploy" / folder)
     for document in documents:
         check(document, folder)
@@ -155,7 +160,11 @@ for folder in ["hpa", "hpa-cert-manager"]:
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     target = named["Service", "inflight-metrics"]["spec"]["ports"][0]["targetPort"]
     assert target in [port["name"] for port in container["ports"]], target
-    for name in ["v1beta1.external.metrics.k8s.io", "v1beta2.custom.metrics.k8s.io"]:
+    apis = ["v1beta2.custom.metrics.k8s.io"]
+    if folder != "hpa-object":
+        apis.append("v1beta1.external.metrics.k8s.io")
+    assert sorted(apis) == sorted(d["metadata"]["name"] for d in documents if d["kind"] == "APIService")
+    for name in apis:
         spec = named["APIService", name]["spec"]
         assert name == f"{spec['version']}.{spec['group']}" and spec["service"]["name"] == "inflight-metrics"
         annotations = named["APIService", name]["metadata"].get("annotations", {})
@@ -166,4 +175,4 @@ for folder in ["hpa", "hpa-cert-manager"]:
         secrets = [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume]
         assert certificate["secretName"] in secrets and "inflight-metrics.inflight.svc" in certificate["dnsNames"]
     print(f"{folder} args: " + " ".join(a for a in container["args"] if a.startswith("--metrics-")))
-sys.exit(0 if checked == 40 else f"{checked} documents, expected 40")
+sys.exit(0 if checked == 51 else f"{checked} documents, expected 51")

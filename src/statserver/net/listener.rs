@@ -18,6 +18,7 @@ use crate::net::idle::IdleConnections;
 use crate::net::memory_budget::Budget;
 use crate::net::tls::{Protocol, Tls};
 use crate::net::unauthenticated::{UnauthenticatedConnection, UnauthenticatedConnections};
+use crate::telemetry::log_limit::LogLimiter;
 use crate::telemetry::metrics::Metrics;
 
 /// How long an idle connection may take to end that is closed in favour of another one.
@@ -54,6 +55,7 @@ pub struct Listener {
     idle_connections: Arc<IdleConnections>,
     protocol: Protocol,
     shared: Shared,
+    failures: LogLimiter,
 }
 
 /// A connection before its handshake.
@@ -81,7 +83,7 @@ impl Listener {
             Protocol::Grpc => shared.limits.max_grpc_connections,
         };
         let (permits, idle_connections) = (Arc::new(Semaphore::new(max)), Arc::default());
-        Ok(Self { socket, permits, idle_connections, protocol, shared })
+        Ok(Self { socket, permits, idle_connections, protocol, shared, failures: LogLimiter::default() })
     }
 
     /// Returns the address that it listens on.
@@ -186,6 +188,7 @@ impl Listener {
         unauthenticated: Option<&UnauthenticatedConnection>,
     ) -> Option<(Transport, Option<ClientCertificates>)> {
         let Shared { limits, metrics, .. } = &self.shared;
+        let peer = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |peer| peer.ip().to_string());
         let handshake = tokio::time::timeout(limits.head_timeout, tls.handshake(stream, self.protocol));
         let evicted = async {
             match unauthenticated {
@@ -204,8 +207,13 @@ impl Listener {
                 Some((Transport::Tls(Box::new(stream)), certificates))
             }
             Ok(Err(error)) => {
-                debug!(%error, "TLS handshake failed");
                 metrics.handshakes_failed.inc();
+                // Health checks of load balancers connect, and say nothing.
+                if error.kind() == io::ErrorKind::UnexpectedEof {
+                    debug!(peer, %error, "TLS handshake failed");
+                } else {
+                    self.failures.log(|suppressed| warn!(peer, %error, suppressed, "TLS handshake failed"));
+                }
                 None
             }
             Err(_) => {

@@ -511,14 +511,16 @@ async fn the_shipped_scaled_object_and_adapter_rule_say_what_the_server_understa
     let python = printed(&mut Command::new("tools/python.sh"));
     println!("{}", printed(Command::new(python).arg("tests/kubernetes.py")));
     let server = StatServer::start(None).await;
-    let text = std::fs::read_to_string(root().join("envoy/kubernetes/keda.yaml")).expect("the file");
-    let shipped: Value = serde_norway::from_str(&text).expect("YAML");
-    let metadata = shipped["spec"]["triggers"][0]["metadata"].as_object().expect("metadata");
-    let metadata: Vec<(&str, &str)> =
-        metadata.iter().map(|(key, value)| (key.as_str(), value.as_str().expect("a string"))).collect();
     let mut client = keda(&server).await;
-    let spec = client.get_metric_spec(object("hello", &metadata)).await.expect("a spec").into_inner();
-    assert_eq!(spec.metric_specs[0].target_size_float, 70.0);
+    for (file, target) in [("keda.yaml", 70.0), ("keda-desired-pods.yaml", 1.0)] {
+        let text = std::fs::read_to_string(root().join("envoy/kubernetes").join(file)).expect("the file");
+        let shipped: Value = serde_norway::from_str(&text).expect("YAML");
+        let metadata = shipped["spec"]["triggers"][0]["metadata"].as_object().expect("metadata");
+        let metadata: Vec<(&str, &str)> =
+            metadata.iter().map(|(key, value)| (key.as_str(), value.as_str().expect("a string"))).collect();
+        let spec = client.get_metric_spec(object("hello", &metadata)).await.expect("a spec").into_inner();
+        assert_eq!(spec.metric_specs[0].target_size_float, target, "{file}");
+    }
 
     let text = std::fs::read_to_string(root().join("envoy/kubernetes/hpa.yaml")).expect("the file");
     let query = text.lines().find_map(|line| line.trim().strip_prefix("metricsQuery: ")).expect("a query");

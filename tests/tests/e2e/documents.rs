@@ -241,7 +241,7 @@ struct Session {
 }
 
 /// The ports in the documents and in `envoy/envoy.yaml`.
-const PORTS: [u16; 8] = [8080, 8081, 8082, 8083, 3000, 9090, 9901, 10000];
+const PORTS: [u16; 9] = [8080, 8081, 8082, 8083, 8443, 3000, 9090, 9901, 10000];
 
 impl Session {
     fn new() -> Self {
