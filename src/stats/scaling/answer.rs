@@ -50,12 +50,12 @@ pub enum Missing {
     NeverReported,
     /// Its senders have been silent for too long.
     Forgotten,
-    /// The receiver has just started. Senders may be missing, and what the others report wants fewer
+    /// It was first reported just now. Senders may be missing, and what the others report wants fewer
     /// pods than there are; or nothing was decided yet.
     Starting,
-    /// Its senders fell silent with requests in flight.
+    /// Senders fell silent that had traffic, and nobody else reports any.
     Stale {
-        /// The receiver's unix time at the last report, in nanoseconds.
+        /// The receiver's unix time at their last report, in nanoseconds.
         since_ns: u64,
         /// How long ago that is.
         for_seconds: u64,
@@ -72,10 +72,11 @@ impl fmt::Display for Missing {
             Self::NeverReported => f.write_str("no pod or gateway has reported it"),
             Self::Forgotten => f.write_str("its pods and gateways have been silent for too long"),
             Self::Starting => f.write_str(
-                "the stats server has just started, and pods or gateways may not have reported it yet",
+                "it was first reported less than a stable window ago, and pods or gateways may not have \
+                 reported it yet",
             ),
             Self::Stale { for_seconds, .. } => {
-                write!(f, "its pods and gateways fell silent {for_seconds} s ago, with requests in flight")
+                write!(f, "its pods and gateways fell silent {for_seconds} s ago, in the midst of traffic")
             }
             Self::Implausible => f.write_str("its figures are out of all proportion"),
             Self::Returning => f.write_str("its pods and gateways fell silent, and not all are back"),
@@ -100,8 +101,9 @@ impl Key {
             });
         }
         if self.is_starting(now_ns) || self.desired_pods(now_ns).is_none() {
-            // From zero nothing is waited for.
-            return (!self.has_traffic_for_one(now_ns)).then_some(Missing::Starting);
+            // From zero nothing is waited for, unless other gateways may take long to report.
+            let is_from_zero = self.has_traffic_for_one(now_ns) && !self.has_long_periods(now_ns);
+            return (!is_from_zero).then_some(Missing::Starting);
         }
         let wanted = self.wanted_pods(now_ns);
         if self.is_young(now_ns) && wanted < self.figures(now_ns).pods.max(1) {
@@ -180,7 +182,13 @@ mod tests {
     /// Some senders with so many requests in flight each, as long as they are told to report.
     struct Load {
         senders: u64,
+        /// The number of the first one.
+        first: u64,
         concurrency: u64,
+        /// How many of these a gateway has counted.
+        proxied: u64,
+        /// How many are in flight when a report is made.
+        in_flight: u64,
         from_gateway: bool,
         acknowledged: Vec<Snapshot>,
     }
@@ -188,7 +196,16 @@ mod tests {
     impl Load {
         fn new(senders: u64, concurrency: u64, from_gateway: bool) -> Self {
             let start = Snapshot { in_flight: concurrency as u32, ..Snapshot::starting_at(NOW) };
-            Self { senders, concurrency, from_gateway, acknowledged: vec![start; senders as usize] }
+            let acknowledged = vec![start; senders as usize];
+            Self {
+                senders,
+                first: 0,
+                concurrency,
+                proxied: 0,
+                in_flight: concurrency,
+                from_gateway,
+                acknowledged,
+            }
         }
 
         /// Has a sender report at a time, in milliseconds.
@@ -199,12 +216,14 @@ mod tests {
                 as_of_ns: now,
                 requests: since.requests + elapsed * self.concurrency / S,
                 request_ns: since.request_ns + u128::from(elapsed * self.concurrency),
-                in_flight: self.concurrency as u32,
-                ..*since
+                in_flight: self.in_flight.min(self.concurrency) as u32,
+                proxied_requests: since.proxied_requests + elapsed * self.proxied / S,
+                proxied_request_ns: since.proxied_request_ns + u128::from(elapsed * self.proxied),
+                proxied_in_flight: self.proxied as u32,
             };
             let (namespace, name) = ("ns".into(), "rev".into());
             let report = KeyReport { namespace, name, from_gateway: self.from_gateway, since: *since, until };
-            key.record(&format!("sender-{sender}"), 1, &report, now).unwrap();
+            key.record(&format!("sender-{}", self.first + sender), 1, &report, now).unwrap();
             *since = until;
         }
 
@@ -212,7 +231,7 @@ mod tests {
         fn run(&mut self, key: &mut Key, seconds: std::ops::Range<u64>) {
             for second in seconds {
                 for sender in 0..self.senders {
-                    self.report(key, sender, second * 1000 + sender * 7);
+                    self.report(key, sender, second * 1000 + (self.first + sender) * 7);
                 }
                 if second % 2 == 0 {
                     key.decide(NOW + second * S + S / 2);
@@ -334,6 +353,102 @@ mod tests {
             assert_eq!(concurrency(&key, second), Ok(0.0), "{second}");
         }
         assert_eq!((key.activity(NOW + 999 * S), key.desired_pods(NOW + 999 * S)), (Ok(false), Some(0)));
+    }
+
+    #[test]
+    fn busy_senders_that_fall_silent_beside_idle_ones_are_no_zero() {
+        // A gateway of which nothing of this goes through, or a pod that happens to be idle.
+        for (stable_window, from_gateway) in [("60s", false), ("6s", false), ("60s", true), ("6s", true)] {
+            let mut key = key(stable_window);
+            let (mut load, mut idle) = (Load::new(5, 70, false), Load::new(1, 0, from_gateway));
+            idle.first = 5;
+            for second in 1..101 {
+                idle.run(&mut key, second..second + 1);
+                load.run(&mut key, second..second + 1);
+            }
+            for second in 101..900 {
+                idle.run(&mut key, second..second + 1);
+                let now = NOW + second * S;
+                assert_eq!(key.desired_pods(now), Some(5), "{stable_window}, {second}");
+                assert!(second <= 111 || is_stale(&key, second), "{stable_window}, {second}");
+            }
+            // The first one back has the traffic; they are waited for.
+            load.senders = 1;
+            load.run(&mut key, 900..901);
+            idle.run(&mut key, 900..901);
+            assert_eq!(concurrency(&key, 900), Err(Missing::Returning));
+            load.senders = 5;
+            for second in 901..1_000 {
+                idle.run(&mut key, second..second + 1);
+                load.run(&mut key, second..second + 1);
+                assert_eq!(key.desired_pods(NOW + second * S), Some(5), "{stable_window}, {second}");
+            }
+            assert!((concurrency(&key, 999).unwrap() - 350.0).abs() < 0.1);
+        }
+    }
+
+    #[test]
+    fn short_requests_are_traffic_although_nothing_is_in_flight_when_it_is_reported() {
+        let (mut key, mut load) = (key("6s"), Load::new(5, 70, false));
+        load.in_flight = 0;
+        load.run(&mut key, 1..31);
+        for second in 31..100 {
+            key.decide(NOW + second * S);
+            assert_eq!(key.desired_pods(NOW + second * S), Some(5), "{second}");
+        }
+        assert!(is_stale(&key, 99));
+        // But a pod that ends says so: its last report is shorter, and nothing is in flight.
+        load.run(&mut key, 100..131);
+        (0..5).for_each(|sender| load.report(&mut key, sender, 130_400 + sender * 7));
+        for second in 131..200 {
+            key.decide(NOW + second * S);
+        }
+        assert_eq!((concurrency(&key, 199), key.desired_pods(NOW + 199 * S)), (Ok(0.0), Some(0)));
+    }
+
+    #[test]
+    fn a_gateway_that_falls_silent_while_pods_have_its_requests_is_no_zero() {
+        for direct in [0, 10] {
+            let mut key = key("60s");
+            let (mut gateway, mut pods) = (Load::new(1, 350, true), Load::new(5, 70 + direct, false));
+            (gateway.first, pods.proxied) = (5, 70);
+            for second in 1..60 {
+                gateway.run(&mut key, second..second + 1);
+                pods.run(&mut key, second..second + 1);
+            }
+            let desired = key.desired_pods(NOW + 59 * S);
+            for second in 60..200 {
+                pods.run(&mut key, second..second + 1);
+                assert_eq!(key.desired_pods(NOW + second * S), desired, "{second}");
+                assert!(second <= 71 || is_stale(&key, second), "{second}");
+            }
+            for second in 200..202 {
+                gateway.run(&mut key, second..second + 1);
+                pods.run(&mut key, second..second + 1);
+            }
+            assert!((concurrency(&key, 201).unwrap() - 350.0 - 5.0 * direct as f64).abs() < 60.0);
+            assert_eq!(key.desired_pods(NOW + 201 * S), desired);
+            // If nothing comes through it any more, it has crashed, and the others go on, if they do.
+            pods.proxied = 0;
+            pods.concurrency = direct;
+            pods.run(&mut key, 202..300);
+            match direct {
+                0 => assert!(is_stale(&key, 299)),
+                _ => assert_eq!(concurrency(&key, 299), Ok(5.0 * direct as f64)),
+            }
+        }
+    }
+
+    #[test]
+    fn a_pod_that_crashes_takes_its_requests_along_if_the_others_go_on() {
+        let (mut key, mut load) = (key("6s"), Load::new(5, 70, false));
+        load.run(&mut key, 1..61);
+        load.senders = 3;
+        for second in 61..100 {
+            load.run(&mut key, second..second + 1);
+            assert!(key.missing(NOW + second * S).is_none(), "{second}");
+        }
+        assert_eq!((concurrency(&key, 99), key.desired_pods(NOW + 99 * S)), (Ok(210.0), Some(3)));
     }
 
     #[test]

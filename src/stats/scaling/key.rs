@@ -103,6 +103,8 @@ pub struct Key {
     senders: Senders,
     last_report_ns: u64,
     last_traffic_second: Option<u64>,
+    /// When the last report with traffic came, proxied or not.
+    traffic_ns: u64,
     started_ns: Option<u64>,
     /// When its first report or stat came.
     first_report_ns: Option<u64>,
@@ -116,12 +118,13 @@ pub struct Key {
     recovery: Option<Recovery>,
 }
 
-/// No sender of a key is heard any more, and by the last words there was something in flight.
+/// Senders of a key are not heard any more, although they had traffic by their last words, and nobody
+/// else reports any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Silence {
-    /// The receiver's unix time at the last report, in nanoseconds.
+    /// The receiver's unix time at their last report, in nanoseconds.
     pub since_ns: u64,
-    /// How many senders there were then.
+    /// How many senders of the key there were then.
     senders: u64,
 }
 
@@ -157,6 +160,7 @@ impl Key {
             senders: Senders::default(),
             last_report_ns: 0,
             last_traffic_second: None,
+            traffic_ns: 0,
             started_ns: None,
             first_report_ns: None,
             decided: None,
@@ -271,9 +275,10 @@ impl Key {
             0 => known.map_or(MAX_PERIOD_NS / SILENT_PERIODS, |known| known.period_ns),
             length_ns => length_ns,
         };
-        let ended = self.note_report(now_ns);
+        let silence = self.note_report(now_ns);
         if !is_latest && period.is_empty() {
             self.senders.touch(sender, incarnation, now_ns);
+            self.end_silence(silence, now_ns);
             return Ok(Recorded::default());
         }
         // A gateway is in front of all; what it passed on arrives at the pods as proxied.
@@ -295,11 +300,6 @@ impl Key {
         let length = since_last.map_or(seconds as f64, |_| elapsed_ns as f64 / SECOND_NS as f64);
         let seconds = since_last.unwrap_or(seconds);
         let per_second = |value: f64| value / length;
-        // As a rule the first report after a silence covers it.
-        let covered_ns = elapsed_ns.saturating_add(2 * SECOND_NS);
-        if ended.is_some_and(|silence| now_ns.saturating_sub(silence.since_ns) > covered_ns) {
-            self.clear_windows();
-        }
         let added = PerSecond {
             concurrency: per_second(period.request_ns as f64 / SECOND_NS as f64),
             proxied_concurrency: per_second(proxied_ns as f64 / SECOND_NS as f64),
@@ -332,10 +332,26 @@ impl Key {
             period_ns: length_ns.clamp(MIN_PERIOD_NS, MAX_PERIOD_NS),
             seen_ns: now_ns,
             rates: last_rates.filter(|_| !is_latest).unwrap_or(added.into()),
+            has_ended: match known {
+                Some(known) if !is_latest => known.has_ended,
+                Some(known) => latest.in_flight == 0 && length_ns < known.period_ns / 8 * 7,
+                None => false,
+            },
             early,
             window_requests,
         };
+        if latest.in_flight > 0 || !now.rates.is_zero() {
+            self.traffic_ns = now_ns;
+        }
         self.senders.store(sender, now);
+        // As a rule the first report after a silence covers it.
+        let covered_ns = elapsed_ns.saturating_add(2 * SECOND_NS);
+        if self
+            .end_silence(silence, now_ns)
+            .is_some_and(|silence| now_ns.saturating_sub(silence.since_ns) > covered_ns)
+        {
+            self.clear_windows();
+        }
         if !from_gateway {
             self.mismatches.add_pod_requests(period.requests as f64, proxied as f64);
         }
@@ -358,10 +374,7 @@ impl Key {
     ) -> Result<Recorded, ImplausibleStat> {
         let added = PerSecond::try_from(stat)?;
         let unproxied @ [concurrency, requests] = added.unproxied();
-        // What a stat tells is one second: nobody knows what happened in the silence.
-        if self.note_report(now_ns).is_some() {
-            self.clear_windows();
-        }
+        let silence = self.note_report(now_ns);
         let from_gateway = is_activator(sender);
         let proxied_concurrency = added.proxied_concurrency as f32;
         let requests_in = added.requests as f32;
@@ -373,6 +386,13 @@ impl Key {
             from_gateway,
         };
         self.senders.sender_mut(sender).streamed = Some(streamed);
+        if added.concurrency > 0.0 || added.requests > 0.0 {
+            self.traffic_ns = now_ns;
+        }
+        // What a stat tells is one second: nobody knows what happened in the silence.
+        if self.end_silence(silence, now_ns).is_some() {
+            self.clear_windows();
+        }
         if !from_gateway {
             self.mismatches.add_pod_requests(added.requests, added.proxied_requests);
         }
@@ -441,34 +461,43 @@ impl Key {
     }
 
     /// Notes that a report or a stat came. What was decided after a start and before the first of
-    /// them was decided without any data, and is dropped. Returns the silence that ended with it.
+    /// them was decided without any data, and is dropped. Returns the silence that was before it.
     fn note_report(&mut self, now_ns: u64) -> Option<Silence> {
-        // A silence is longer than ten of the shortest periods, and is looked for only then: a key
-        // with many senders has many reports.
+        // Between two decisions a silence of all is looked for, which is longer than ten of the
+        // shortest periods, and only then: a key with many senders has many reports.
         let is_late = now_ns.saturating_sub(self.last_report_ns) > MIN_PERIOD_NS * SILENT_PERIODS;
-        let ended = if is_late { self.silence(now_ns) } else { None };
-        if let Some(silence) = ended {
-            let is_forgotten = self.is_forgotten(now_ns);
-            self.silence = None;
-            if is_forgotten {
-                // As after a start: nobody knows what happened in between.
-                (self.started_ns, self.first_report_ns) = (Some(now_ns), None);
-                self.recovery = None;
-            } else {
-                let wait_ns = self.stable_window_ns().max(MAX_PERIOD_NS + SECOND_NS);
-                let until_ns = now_ns.saturating_add(wait_ns);
-                self.recovery = Some(Recovery { since_ns: now_ns, until_ns, senders: silence.senders });
-                if let Some(Decided { decider, decision, .. }) = &mut self.decided {
-                    decider.hold(now_ns, decision.desired_pods);
-                }
-            }
-        }
+        let silence = if is_late { self.silence(now_ns) } else { self.silence };
         self.last_report_ns = self.last_report_ns.max(now_ns);
         if self.first_report_ns.is_none() {
             self.first_report_ns = Some(now_ns);
             self.decided = self.decided.take().filter(|_| self.started_ns.is_none());
         }
-        ended
+        silence
+    }
+
+    /// Notes what a report means for the silence that was before it: whether it was of a sender that
+    /// had been silent, or has the traffic. Returns the silence if it has ended.
+    fn end_silence(&mut self, silence: Option<Silence>, now_ns: u64) -> Option<Silence> {
+        self.silence = silence;
+        let Silence { senders, .. } = silence?;
+        if self.senders.vanished(now_ns, self.stable_window_ns(), self.traffic_ns).is_some() {
+            return None;
+        }
+        let is_forgotten = self.is_forgotten(now_ns);
+        self.silence = None;
+        if is_forgotten {
+            // As after a start: nobody knows what happened in between.
+            (self.started_ns, self.first_report_ns) = (Some(now_ns), Some(now_ns));
+            (self.decided, self.recovery) = (None, None);
+        } else {
+            let wait_ns = self.stable_window_ns().max(MAX_PERIOD_NS + SECOND_NS);
+            let until_ns = now_ns.saturating_add(wait_ns);
+            self.recovery = Some(Recovery { since_ns: now_ns, until_ns, senders });
+            if let Some(Decided { decider, decision, .. }) = &mut self.decided {
+                decider.hold(now_ns, decision.desired_pods);
+            }
+        }
+        silence
     }
 
     fn clear_windows(&mut self) {
@@ -480,25 +509,15 @@ impl Key {
         (self.stable.seconds() as u64).saturating_mul(SECOND_NS)
     }
 
-    /// Returns whether nobody is heard of a key that had something in flight: no sender is live, or
-    /// nothing was recorded for a whole stable window although a report is due. (Knative decides
-    /// nothing then, either.) The last words are those of all senders that were live at the last
-    /// report: a pod that crashed before does not count, if others went on.
+    /// Returns whether senders fell silent that had traffic, and nobody else reports any. (Knative
+    /// decides nothing without data, either.) They are silent after ten of their periods, or once their
+    /// reports are overdue and the stable window has nothing of them any more.
     pub fn silence(&self, now_ns: u64) -> Option<Silence> {
         if self.silence.is_some() || self.last_report_ns == 0 {
             return self.silence;
         }
-        let live = self.senders.live(now_ns);
-        if live.senders > 0 && (live.is_expected || self.has_records(now_ns)) {
-            return None;
-        }
-        let last = self.senders.live(self.last_report_ns);
-        last.is_busy.then_some(Silence { since_ns: self.last_report_ns, senders: last.senders })
-    }
-
-    /// Returns whether anything was recorded within the stable window, or still counts.
-    fn has_records(&self, now_ns: u64) -> bool {
-        self.stable.silence(now_ns / SECOND_NS, self.senders.held()).is_some()
+        let since_ns = self.senders.vanished(now_ns, self.stable_window_ns(), self.traffic_ns)?;
+        Some(Silence { since_ns, senders: self.senders.live(since_ns).senders })
     }
 
     /// Returns whether a silence has lasted for so long that the decision no longer holds.
@@ -522,16 +541,20 @@ impl Key {
         })
     }
 
-    /// Returns whether the receiver started less than a stable window before now, or the key was
-    /// first reported since: senders may be missing that were not waited for.
+    /// Returns whether the key was first reported less than a stable window ago: senders may be missing
+    /// that were not waited for.
     pub fn is_young(&self, now_ns: u64) -> bool {
-        let first_ns = self.first_report_ns.filter(|_| self.started_ns.is_some());
-        first_ns.is_some_and(|first_ns| now_ns < first_ns.saturating_add(self.stable_window_ns()))
+        self.first_report_ns.is_some_and(|first_ns| now_ns < first_ns.saturating_add(self.stable_window_ns()))
     }
 
     /// Returns whether there is traffic, and one pod takes it all.
     pub fn has_traffic_for_one(&self, now_ns: u64) -> bool {
         self.has_traffic(now_ns) && self.is_one_enough(now_ns)
+    }
+
+    /// Returns whether any sender reports less often than each second.
+    pub fn has_long_periods(&self, now_ns: u64) -> bool {
+        self.senders.live(now_ns).has_long_periods
     }
 
     /// Returns how many pods the metric wants at the moment, whatever was decided before.
@@ -672,7 +695,10 @@ impl Key {
         }
         let seen = Observation { now_ns, ready, stable, panic };
         let wanted = decided.decider.decide(&self.settings, &seen);
-        decided.decision = Decision { desired_pods: self.settings.bounded(wanted.desired_pods), ..wanted };
+        // Less is not wanted because a report is late.
+        let least = if self.senders.live(now_ns).is_overdue { decided.decision.desired_pods } else { 0 };
+        let desired_pods = self.settings.bounded(wanted.desired_pods.max(least));
+        decided.decision = Decision { desired_pods, ..wanted };
         decided.at_ns = now_ns;
         figures
     }

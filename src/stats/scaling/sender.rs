@@ -112,6 +112,14 @@ impl From<PerSecond> for Rates {
 }
 
 impl Rates {
+    pub(super) fn is_zero(self) -> bool {
+        self == Self::default()
+    }
+
+    fn has_proxied(&self) -> bool {
+        self.proxied_concurrency > 0.0 || self.proxied_requests > 0.0
+    }
+
     fn unproxied(&self) -> [f64; 2] {
         let Self { concurrency, proxied_concurrency, requests, proxied_requests } = *self;
         [
@@ -134,6 +142,9 @@ pub(super) struct Incarnation {
     pub(super) seen_ns: u64,
     /// The averages over its latest report.
     pub(super) rates: Rates,
+    /// Whether its latest report was its last word: shorter than the ones before, and nothing was in
+    /// flight any more.
+    pub(super) has_ended: bool,
     pub(super) early: Early,
     /// Its requests at the beginning of the present window of [`crate::scaling::mismatch`].
     pub(super) window_requests: u64,
@@ -234,9 +245,26 @@ struct Part {
     /// Proxied ones included.
     requests: f64,
     from_gateway: bool,
+    /// Whether there was traffic by this word that no gateway counts.
+    has_traffic: bool,
+    /// Whether there was traffic that a gateway counts.
+    has_proxied: bool,
     is_live: bool,
     is_expected: bool,
+    /// Up to when it is live.
+    live_until_ns: u64,
+    /// Up to when the windows show it: from then on they lack its next report.
+    shown_until_ns: u64,
     seen_ns: u64,
+}
+
+impl Part {
+    /// Returns whether the sender is taken to be there: it reports in time, or the windows still show
+    /// something of it.
+    fn is_heard(&self, now_ns: u64, window_ns: u64) -> bool {
+        let lacking = (now_ns / SECOND_NS).saturating_sub(self.shown_until_ns / SECOND_NS);
+        self.is_live && (self.is_expected || lacking < window_ns / SECOND_NS)
+    }
 }
 
 impl Incarnation {
@@ -244,6 +272,8 @@ impl Incarnation {
         let Self { last, from_gateway, seen_ns, .. } = *self;
         // A gateway is in front of all: what it passed on is not proxied to it.
         let proxied = if from_gateway { 0 } else { last.proxied_in_flight };
+        let unproxied = self.rates.unproxied().into_iter().any(|rate| rate > 0.0);
+        let is_shown_longer = if self.has_long_period() { self.period_ns } else { 0 };
         Part {
             in_flight: last.in_flight.saturating_sub(proxied).into(),
             proxied_in_flight: proxied.into(),
@@ -251,8 +281,12 @@ impl Incarnation {
             proxied_concurrency: self.rates.proxied_concurrency.into(),
             requests: self.rates.requests.into(),
             from_gateway,
+            has_traffic: last.in_flight > proxied || (unproxied && !self.has_ended),
+            has_proxied: proxied > 0 || (!from_gateway && self.rates.has_proxied() && !self.has_ended),
             is_live: self.is_live(now_ns),
             is_expected: is_expected(seen_ns, self.period_ns, now_ns),
+            live_until_ns: seen_ns.saturating_add(self.period_ns.saturating_mul(SILENT_PERIODS)),
+            shown_until_ns: seen_ns.saturating_add(is_shown_longer),
             seen_ns,
         }
     }
@@ -273,8 +307,12 @@ impl Streamed {
             proxied_concurrency: proxied_concurrency.into(),
             requests: requests.into(),
             from_gateway,
+            has_traffic: concurrency > 0.0,
+            has_proxied: proxied_concurrency > 0.0,
             is_live: self.is_live(now_ns),
             is_expected: is_expected(seen_ns, STAT_PERIOD_NS, now_ns),
+            live_until_ns: seen_ns.saturating_add(STAT_PERIOD_NS * SILENT_PERIODS),
+            shown_until_ns: seen_ns,
             seen_ns,
         }
     }
@@ -385,8 +423,8 @@ pub(super) struct Live {
     pub(super) senders: u64,
     /// Whether anything is in flight, proxied or not.
     pub(super) is_busy: bool,
-    /// Whether the next report of any is not overdue.
-    pub(super) is_expected: bool,
+    /// Whether the report of any is overdue that had traffic by its last word.
+    pub(super) is_overdue: bool,
     /// Whether rates of any sender may be [held](Senders::held).
     pub(super) has_long_periods: bool,
 }
@@ -437,7 +475,7 @@ impl Senders {
             live.has_long_periods |= sender.incarnations.iter().any(Incarnation::has_long_period);
             for part in sender.parts(now_ns).filter(|part| part.is_live) {
                 live.in_flight += part.in_flight;
-                live.is_expected |= part.is_expected;
+                live.is_overdue |= part.has_traffic && !part.is_expected;
                 live.is_busy |= part.in_flight > 0.0 || part.proxied_in_flight > 0.0;
                 is_pod |= !part.from_gateway;
                 is_gateway |= part.from_gateway;
@@ -447,6 +485,34 @@ impl Senders {
             live.senders += u64::from(is_pod || is_gateway);
         }
         live
+    }
+
+    /// Returns when the senders fell silent whose traffic nobody reports any more; `None` if there are
+    /// none. The windows of the key have so many seconds, and the last report with traffic came at
+    /// `traffic_ns`.
+    ///
+    /// A sender that falls silent although it had traffic is taken to be gone, and its traffic to be
+    /// with the others, if any of them has traffic after that. (Pods crash.) A gateway is not, as long
+    /// as pods have traffic that a gateway counts, and no gateway reports it.
+    pub(super) fn vanished(&self, now_ns: u64, window_ns: u64, traffic_ns: u64) -> Option<u64> {
+        let parts = |sender| Sender::parts(sender, now_ns);
+        let is_heard = |part: &Part| part.is_heard(now_ns, window_ns);
+        let heard = || self.by_name.values().flat_map(parts).filter(is_heard);
+        let has_gateway = heard().any(|part| part.from_gateway);
+        // A gateway that reports vouches for what it passes on.
+        let has_traffic = |part: &Part| part.has_traffic || (part.has_proxied && !has_gateway);
+        let is_passed_on = !has_gateway && heard().any(|part| part.has_proxied);
+        let is_going_on = heard().any(|part| has_traffic(&part));
+        let silent = self.by_name.values().filter(|sender| !parts(sender).any(|part| is_heard(&part)));
+        let last_words = silent.flat_map(|sender| {
+            let latest_ns = parts(sender).map(|part| part.seen_ns).max().unwrap_or(0);
+            parts(sender).filter(move |part| part.live_until_ns >= latest_ns)
+        });
+        let vanished = last_words.filter(|part| match part.from_gateway && is_passed_on {
+            true => part.has_traffic,
+            false => has_traffic(part) && !is_going_on && traffic_ns <= part.live_until_ns,
+        });
+        vanished.map(|part| part.seen_ns).max()
     }
 
     /// Returns how many senders have reported at a time or since.

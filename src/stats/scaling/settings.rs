@@ -77,8 +77,9 @@ pub const METRIC: Setting<Metric> = Setting {
 /// `target`
 pub const TARGET: Setting<f64> = Setting {
     name: "target",
-    fits: |n| n >= 0.01,
-    expected: "a number of at least 0.01",
+    // KEDA multiplies it by 1000 in 64 bits.
+    fits: |n| (0.01..=1e9).contains(&n),
+    expected: "a number from 0.01 to 1000000000",
     help: "Concurrency that one pod can handle; with the metric rps, requests per second",
 };
 /// `target_utilization_percentage`

@@ -94,8 +94,8 @@ pub struct Flags {
     #[arg(long, value_name = "URL", value_parser = websocket_url)]
     pub forward: Option<String>,
 
-    /// How long a key keeps its decision, and autoscalers their pods, when its pods and gateways all
-    /// fall silent with requests in flight.
+    /// How long a key keeps its decision, and autoscalers their pods, when its pods and gateways fall
+    /// silent in the midst of traffic.
     #[arg(long, value_name = "DURATION", default_value = in_minutes(STALE_AFTER), value_parser = stale_after)]
     pub stale_after: Duration,
 

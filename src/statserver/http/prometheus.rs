@@ -43,7 +43,7 @@ const KEY_GAUGES: [KeyGauge; 7] = [
     ("in_flight", "Requests in flight", |view| known(view, view.figures.in_flight as f64)),
     ("pods", "Pods that report", |view| Some(view.figures.pods as f64)),
     ("desired_pods", "Pods that the key wants", |view| known(view, view.desired_pods?.into())),
-    ("stale", "Whether its pods and gateways fell silent with requests in flight (1) or not (0)", |view| {
+    ("stale", "Whether pods or gateways of it fell silent in the midst of traffic (1) or not (0)", |view| {
         Some(view.stale_since_ns.is_some().into())
     }),
 ];

@@ -368,7 +368,7 @@ async fn a_key_is_told_its_settings_and_told_otherwise() {
     assert_eq!((&history["seconds_between"], &history["points"][0]["desired_pods"]), (&2.into(), &2.into()));
 
     for (json, reason) in [
-        (r#"{"target": 0}"#, "`target` is 0; expected a number of at least 0.01"),
+        (r#"{"target": 0}"#, "`target` is 0; expected a number from 0.01 to 1000000000"),
         (r#"{"tarjet": 1}"#, "unknown key `tarjet`; did you mean `target`?"),
         ("{", "not JSON"),
         (&format!("[{}]", "1,".repeat(20_000)), "expected at most 16384 bytes (--max-settings-bytes)"),

@@ -10,10 +10,9 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper::{Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
 use rustls::crypto::ring;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::pki_types::ServerName;
 use serde::Deserialize;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -21,7 +20,7 @@ use tracing::{info, warn};
 
 use crate::net::front_proxy::AllowedNames;
 use crate::net::shutdown::DrainWatcher;
-use crate::net::tls::Tls;
+use crate::net::tls::{self, Tls};
 use crate::os::files;
 
 const CONFIG_MAP: &str = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication";
@@ -65,6 +64,15 @@ impl RequestHeader {
         let allowed_names =
             serde_json::from_str(names).map_err(|error| format!("requestheader-allowed-names: {error}"))?;
         Ok(Self { client_ca: data.requestheader_client_ca_file.into_bytes(), allowed_names })
+    }
+
+    /// Checks the CA. It comes into force together with the names, or neither does: a certificate of
+    /// the CA before must not be allowed by the names after.
+    fn checked(self) -> Result<Self, String> {
+        if !self.client_ca.is_empty() {
+            tls::roots("requestheader-client-ca-file", &self.client_ca)?;
+        }
+        Ok(self)
     }
 }
 
@@ -156,7 +164,7 @@ impl ServiceAccount {
             let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
             let body = body.map_err(|error| error.to_string())?.to_bytes();
             match status {
-                StatusCode::OK => RequestHeader::parse(&body),
+                StatusCode::OK => RequestHeader::parse(&body)?.checked(),
                 _ => Err(format!("the answer is {status}; expected 200")),
             }
         };
@@ -171,11 +179,7 @@ impl ServiceAccount {
 }
 
 fn client_config(ca: &[u8]) -> Result<ClientConfig, String> {
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(ca) {
-        let certificate = certificate.map_err(|_| "ca.crt: expected a certificate in PEM")?;
-        roots.add(certificate).map_err(|error| format!("ca.crt: {error}"))?;
-    }
+    let roots = tls::roots("ca.crt", ca)?;
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?;

@@ -213,15 +213,22 @@ fn verifier(
     pem: &[u8],
     provider: Arc<CryptoProvider>,
 ) -> Result<Arc<dyn ClientCertVerifier>, String> {
-    let invalid = |error: String| format!("{name}: {error}");
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(name, pem)? {
-        roots.add(certificate).map_err(|error| invalid(error.to_string()))?;
-    }
-    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+    WebPkiClientVerifier::builder_with_provider(Arc::new(roots(name, pem)?), provider)
         .allow_unauthenticated()
         .build()
-        .map_err(|error| invalid(error.to_string()))
+        .map_err(|error| format!("{name}: {error}"))
+}
+
+/// Reads the certificates of a CA.
+///
+/// # Errors
+/// What is wrong with them; `name` says where they are from.
+pub fn roots(name: &str, pem: &[u8]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(name, pem)? {
+        roots.add(certificate).map_err(|error| format!("{name}: {error}"))?;
+    }
+    Ok(roots)
 }
 
 fn certificates(name: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {

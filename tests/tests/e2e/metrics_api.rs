@@ -208,8 +208,8 @@ async fn every_request_of_an_hpa_is_answered_field_by_field() {
         server.key("tg", "web").await.map(drop).ok_or("no key")
     })
     .await;
-    let message =
-        "key tg/web: the stats server has just started, and pods or gateways may not have reported it yet";
+    let message = "key tg/web: it was first reported less than a stable window ago, and pods or gateways may not have \
+         reported it yet";
     assert_eq!(get(&client, to, &concurrency).await, status(404, "NotFound", message));
     until_answered(&client, to, &concurrency).await;
 
@@ -401,7 +401,9 @@ async fn every_request_of_an_hpa_is_answered_field_by_field() {
                 Ok(())
             }
             None => {
-                assert_eq!(json["items"][0]["value"], "35", "not less in between");
+                // A pod may have reported a second before the other.
+                let value = json["items"][0]["value"].as_str().and_then(|value| value.parse::<f64>().ok());
+                assert!(value.is_some_and(|value| value > 30.0), "not less in between: {json}");
                 Err(json)
             }
         }

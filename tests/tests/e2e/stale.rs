@@ -21,11 +21,11 @@ use crate::autoscalers::proto::{GetMetricsRequest, ScaledObjectRef};
 const SETTLED: Duration = Duration::from_secs(30);
 const SECOND: u64 = 1_000_000_000;
 const PODS: u32 = 5;
-const CONCURRENCY: u32 = 65;
+const CONCURRENCY: u32 = 60;
 /// Windows are shortened. The silence is many times as long.
 const FLAGS: [&str; 4] = ["--stable-window", "10s", "--drain-delay", "0s"];
 
-/// Five pods with 65 requests in flight each, whose reports say since when, as the filter's do.
+/// Five pods with 60 requests in flight each, whose reports say since when, as the filter's do.
 struct Pods {
     began: Instant,
     acknowledged: Vec<Snapshot>,
@@ -107,7 +107,7 @@ fn assert_not_less(said: &Said) {
     // One pod takes 70: with more than 280 there are five of them.
     assert!(kept(&said.value, 280.1) && kept(&said.desired, 5.0), "{said:?}");
     assert!(matches!(said.active, Ok(true) | Err(Code::Unavailable)), "{said:?}");
-    assert!(said.key.is_null() || said.key["desired_pods"].as_u64().is_none_or(|pods| pods == 5), "{said:?}");
+    assert!(said.key.is_null() || said.key["desired_pods"].as_u64().is_none_or(|pods| pods >= 5), "{said:?}");
 }
 
 /// Ticks in the middle of each of the server's seconds, so that none is left out.
@@ -125,7 +125,7 @@ async fn settle(server: &StatServer, pods: &mut Pods) {
         pods.report(server.address, 0..PODS as usize).await;
         let now = said(server).await;
         assert_not_less(&now);
-        if now.value.is_ok_and(|value| (value - 325.0).abs() < 10.0) && now.desired == Ok(5.0) {
+        if now.value.is_ok_and(|value| (value - 300.0).abs() < 10.0) && now.desired == Ok(5.0) {
             assert_eq!((&now.key["stale"], &now.key["missing"]), (&json!(false), &Value::Null));
             return;
         }
@@ -172,7 +172,7 @@ async fn reports_that_stop_under_load_scale_nothing_down_and_come_back_as_if_not
         assert_not_less(&now);
         assert_eq!((&now.key["stale"], &now.key["desired_pods"]), (&json!(false), &json!(5)), "{now:?}");
         if second > 5 {
-            assert!(now.value.is_ok_and(|value| (value - 325.0).abs() < 40.0), "{now:?}");
+            assert!(now.value.is_ok_and(|value| (value - 300.0).abs() < 40.0), "{now:?}");
         }
     }
     let more = tokio::time::timeout(Duration::from_millis(100), pushed.next()).await;

@@ -94,7 +94,10 @@ async fn only_front_proxy(
 async fn only_get(request: Request, next: Next) -> Response {
     let query = request.uri().query().unwrap_or_default();
     let is_watch = form_urlencoded::parse(query.as_bytes())
-        .any(|(name, value)| name == "watch" && !matches!(&*value, "false" | "0"));
+        // As Go parses it (strconv.ParseBool).
+        .any(|(name, value)| {
+            name == "watch" && !matches!(&*value, "0" | "f" | "F" | "false" | "False" | "FALSE")
+        });
     if *request.method() != Method::GET || is_watch {
         return Failure::method_not_allowed().into_response();
     }
