@@ -62,6 +62,8 @@ pub enum Missing {
     },
     /// Its senders had fallen silent, and not all of them are back.
     Returning,
+    /// A report is overdue from a sender that had traffic, and the others want fewer pods.
+    Overdue,
     /// Its figures are no numbers.
     Implausible,
 }
@@ -79,6 +81,7 @@ impl fmt::Display for Missing {
                 write!(f, "its pods and gateways fell silent {for_seconds} s ago, in the midst of traffic")
             }
             Self::Implausible => f.write_str("its figures are out of all proportion"),
+            Self::Overdue => f.write_str("the report of a pod or gateway that had traffic is overdue"),
             Self::Returning => f.write_str("its pods and gateways fell silent, and not all are back"),
         }
     }
@@ -111,6 +114,9 @@ impl Key {
         }
         if self.is_recovering(now_ns) && wanted <= u64::from(self.decision().desired_pods) {
             return Some(Missing::Returning);
+        }
+        if self.is_overdue(now_ns) && wanted < u64::from(self.decision().desired_pods) {
+            return Some(Missing::Overdue);
         }
         None
     }
@@ -371,6 +377,10 @@ mod tests {
                 let now = NOW + second * S;
                 assert_eq!(key.desired_pods(now), Some(5), "{stable_window}, {second}");
                 assert!(second <= 111 || is_stale(&key, second), "{stable_window}, {second}");
+                let said = concurrency(&key, second);
+                // A report is overdue when it is a second late.
+                let is_less = said.is_ok_and(|value| value < 280.0);
+                assert!(second <= 102 || !is_less, "{second}: {said:?}");
             }
             // The first one back has the traffic; they are waited for.
             load.senders = 1;
@@ -446,7 +456,8 @@ mod tests {
         load.senders = 3;
         for second in 61..100 {
             load.run(&mut key, second..second + 1);
-            assert!(key.missing(NOW + second * S).is_none(), "{second}");
+            let missing = key.missing(NOW + second * S);
+            assert!(missing.is_none() || (second < 72 && missing == Some(Missing::Overdue)), "{second}");
         }
         assert_eq!((concurrency(&key, 99), key.desired_pods(NOW + 99 * S)), (Ok(210.0), Some(3)));
     }

@@ -552,6 +552,11 @@ impl Key {
         self.has_traffic(now_ns) && self.is_one_enough(now_ns)
     }
 
+    /// Returns whether a report is overdue from a sender that had traffic: nothing less is known.
+    pub fn is_overdue(&self, now_ns: u64) -> bool {
+        self.senders.live(now_ns).is_overdue
+    }
+
     /// Returns whether any sender reports less often than each second.
     pub fn has_long_periods(&self, now_ns: u64) -> bool {
         self.senders.live(now_ns).has_long_periods
