@@ -68,7 +68,7 @@ mod tests {
             if step % 200 == 0 {
                 let settings = json!({
                     "metric": (["concurrency", "rps"][roll(2) as usize]),
-                    "target": ([0.01, 1.0, 70.0, 1e300][roll(4) as usize]),
+                    "target": ([0.01, 1.0, 70.0, 1e9][roll(4) as usize]),
                     "stable_window": (["6s", "60s"][roll(2) as usize]),
                     "max_scale_up_rate": ([1.1, 1000.0, 1e300][roll(3) as usize]),
                     "max_scale_down_rate": ([1.1, 2.0, 1e300][roll(3) as usize]),
