@@ -54,10 +54,17 @@ impl StatServer {
         let folder = tempfile::tempdir().expect("a folder");
         let listen = address.map_or("127.0.0.1:0".into(), |a| a.to_string());
         command.args(["--listen", &listen, "--grpc-listen", "127.0.0.1:0"]).args(flags);
-        let mut process = Process::start(&mut command, &folder.path().join("log"));
+        let log_file = folder.path().join("log");
+        let mut process = Process::start(&mut command, &log_file);
         let [address, grpc] = wait::until("the stats server listens", Duration::from_secs(30), || {
-            assert!(process.ended().is_none(), "the stats server ended at its start:\n{}", process.log());
-            let log = process.log();
+            let mut log = process.log();
+            if process.ended().is_some() {
+                // While a server was away, its port may have been lent to a client of another test.
+                let is_lent = address.is_some() && log.contains("Address already in use");
+                assert!(is_lent, "the stats server ended at its start:\n{log}");
+                process = Process::start(&mut command, &log_file);
+                log = String::new();
+            }
             async move {
                 let listens = |what| {
                     let address = log.split(what).nth(1).and_then(|rest| rest.split_whitespace().next());
