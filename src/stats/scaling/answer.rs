@@ -108,14 +108,20 @@ impl Key {
             let is_from_zero = self.has_traffic_for_one(now_ns) && !self.has_long_periods(now_ns);
             return (!is_from_zero).then_some(Missing::Starting);
         }
-        let wanted = self.wanted_pods(now_ns);
-        if self.is_young(now_ns) && wanted < self.figures(now_ns).pods.max(1) {
+        let (is_young, is_recovering) = (self.is_young(now_ns), self.is_recovering(now_ns));
+        let is_overdue = self.is_overdue(now_ns);
+        if !is_young && !is_recovering && !is_overdue {
+            return None;
+        }
+        let (figures, decided) = (self.figures(now_ns), u64::from(self.decision().desired_pods));
+        let wanted = self.wanted_pods(&figures);
+        if is_young && wanted < figures.pods.max(1) {
             return Some(Missing::Starting);
         }
-        if self.is_recovering(now_ns) && wanted <= u64::from(self.decision().desired_pods) {
+        if is_recovering && wanted <= decided {
             return Some(Missing::Returning);
         }
-        if self.is_overdue(now_ns) && wanted < u64::from(self.decision().desired_pods) {
+        if is_overdue && wanted < decided {
             return Some(Missing::Overdue);
         }
         None
@@ -129,15 +135,16 @@ impl Key {
         if let Some(missing) = self.missing(now_ns) {
             return Err(missing);
         }
+        let figures = || self.figures(now_ns);
         let value = match quantity {
-            Quantity::Concurrency => self.metric(Metric::Concurrency, now_ns),
-            Quantity::RequestsPerSecond => self.metric(Metric::Rps, now_ns),
+            Quantity::Concurrency => {
+                let figures = figures();
+                figures.or_in_flight(self.metric(Metric::Concurrency, &figures))
+            }
+            Quantity::RequestsPerSecond => self.metric(Metric::Rps, &figures()),
             Quantity::DesiredPods => self.desired_pods(now_ns).ok_or(Missing::Starting)?.into(),
-            Quantity::InFlight => self.figures(now_ns).in_flight as f64,
+            Quantity::InFlight => figures().in_flight as f64,
         };
-        // The first request of a key is in flight before it is in any window.
-        let is_first = quantity == Quantity::Concurrency && value == 0.0;
-        let value = if is_first && self.figures(now_ns).in_flight > 0 { 1.0 } else { value };
         match value.is_nan() {
             true => Err(Missing::Implausible),
             // A negative zero becomes zero.

@@ -76,7 +76,7 @@ pub struct Figures {
 impl Figures {
     /// Returns what an average counts as. Of a key's first report nothing is in the windows yet. It
     /// counts as what Knative's activator says at once: one request.
-    fn or_in_flight(&self, average: f64) -> f64 {
+    pub(super) fn or_in_flight(&self, average: f64) -> f64 {
         if average == 0.0 && self.in_flight > 0 { 1.0 } else { average }
     }
 }
@@ -562,10 +562,9 @@ impl Key {
         self.senders.live(now_ns).has_long_periods
     }
 
-    /// Returns how many pods the metric wants at the moment, whatever was decided before.
-    pub fn wanted_pods(&self, now_ns: u64) -> u64 {
-        let figures = self.figures(now_ns);
-        let value = figures.or_in_flight(self.metric(self.settings.metric, now_ns));
+    /// Returns how many pods the metric wants by these figures, whatever was decided before.
+    pub fn wanted_pods(&self, figures: &Figures) -> u64 {
+        let value = figures.or_in_flight(self.metric(self.settings.metric, figures));
         (value / self.settings.target_per_pod()).ceil() as u64
     }
 
@@ -624,8 +623,8 @@ impl Key {
 
     /// Returns the metric to scale by, all pods together: the stable average, or in panic the panic
     /// average where that is larger.
-    pub fn metric(&self, metric: Metric, now_ns: u64) -> f64 {
-        let Figures { stable, panic, .. } = self.figures(now_ns);
+    pub fn metric(&self, metric: Metric, figures: &Figures) -> f64 {
+        let Figures { stable, panic, .. } = figures;
         let (stable, panic) = (stable.value(metric), panic.value(metric));
         if self.decision().panic_mode { stable.max(panic) } else { stable }
     }
@@ -1513,7 +1512,10 @@ mod tests {
             Averages { concurrency: 4.0, requests_per_second: 300.0 }
         );
         key.decide(NOW + 9 * S);
-        assert_eq!((key.decision().desired_pods, key.metric(Metric::Rps, NOW + 9 * S)), (3, 300.0));
+        assert_eq!(
+            (key.decision().desired_pods, key.metric(Metric::Rps, &key.figures(NOW + 9 * S))),
+            (3, 300.0)
+        );
         assert!(key.is_active(NOW + 9000 * S), "it never goes below min_scale");
     }
 }

@@ -186,14 +186,56 @@ impl Early {
     }
 }
 
+/// When a sender was heard last, and how often it reports.
+#[derive(Clone, Copy, Debug)]
+struct LastSeen {
+    at_ns: u64,
+    period_ns: u64,
+}
+
+impl LastSeen {
+    /// Returns up to when the sender counts.
+    fn live_until_ns(self) -> u64 {
+        self.at_ns.saturating_add(self.period_ns.saturating_mul(SILENT_PERIODS))
+    }
+
+    fn is_live(self, now_ns: u64) -> bool {
+        now_ns <= self.live_until_ns()
+    }
+
+    /// Returns whether the next report is not overdue, by up to a second.
+    fn is_expected(self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.at_ns) <= self.period_ns.saturating_add(SECOND_NS)
+    }
+
+    /// Returns whether reports are further apart than the seconds of the windows.
+    fn has_long_period(self) -> bool {
+        self.period_ns > LONG_PERIOD_NS
+    }
+
+    /// Returns whether the sender is taken to be there: it reports in time, or the windows still show
+    /// something of it.
+    fn is_heard(self, now_ns: u64, window_ns: u64) -> bool {
+        // The rates of a long period are held until its end.
+        let held_ns = if self.has_long_period() { self.period_ns } else { 0 };
+        let shown_until_ns = self.at_ns.saturating_add(held_ns);
+        let lacking = (now_ns / SECOND_NS).saturating_sub(shown_until_ns / SECOND_NS);
+        self.is_live(now_ns) && (self.is_expected(now_ns) || lacking < window_ns / SECOND_NS)
+    }
+}
+
 impl Incarnation {
+    fn last_seen(&self) -> LastSeen {
+        LastSeen { at_ns: self.seen_ns, period_ns: self.period_ns }
+    }
+
     pub(super) fn is_live(&self, now_ns: u64) -> bool {
-        now_ns.saturating_sub(self.seen_ns) <= self.period_ns.saturating_mul(SILENT_PERIODS)
+        self.last_seen().is_live(now_ns)
     }
 
     /// Returns whether its reports are further apart than the seconds of the windows.
     pub(super) fn has_long_period(&self) -> bool {
-        self.period_ns > LONG_PERIOD_NS
+        self.last_seen().has_long_period()
     }
 
     /// Returns the rates that count until its next report is due, a second late at most. A sender
@@ -222,8 +264,8 @@ pub(super) struct Streamed {
 }
 
 impl Streamed {
-    fn is_live(&self, now_ns: u64) -> bool {
-        now_ns.saturating_sub(self.seen_ns) <= STAT_PERIOD_NS * SILENT_PERIODS
+    fn last_seen(&self) -> LastSeen {
+        LastSeen { at_ns: self.seen_ns, period_ns: STAT_PERIOD_NS }
     }
 }
 
@@ -249,31 +291,15 @@ struct Part {
     has_traffic: bool,
     /// Whether there was traffic that a gateway counts.
     has_proxied: bool,
-    is_live: bool,
-    is_expected: bool,
-    /// Up to when it is live.
-    live_until_ns: u64,
-    /// Up to when the windows show it: from then on they lack its next report.
-    shown_until_ns: u64,
-    seen_ns: u64,
-}
-
-impl Part {
-    /// Returns whether the sender is taken to be there: it reports in time, or the windows still show
-    /// something of it.
-    fn is_heard(&self, now_ns: u64, window_ns: u64) -> bool {
-        let lacking = (now_ns / SECOND_NS).saturating_sub(self.shown_until_ns / SECOND_NS);
-        self.is_live && (self.is_expected || lacking < window_ns / SECOND_NS)
-    }
+    seen: LastSeen,
 }
 
 impl Incarnation {
-    fn part(&self, now_ns: u64) -> Part {
-        let Self { last, from_gateway, seen_ns, .. } = *self;
+    fn part(&self) -> Part {
+        let Self { last, from_gateway, .. } = *self;
         // A gateway is in front of all: what it passed on is not proxied to it.
         let proxied = if from_gateway { 0 } else { last.proxied_in_flight };
         let unproxied = self.rates.unproxied().into_iter().any(|rate| rate > 0.0);
-        let is_shown_longer = if self.has_long_period() { self.period_ns } else { 0 };
         Part {
             in_flight: last.in_flight.saturating_sub(proxied).into(),
             proxied_in_flight: proxied.into(),
@@ -283,23 +309,14 @@ impl Incarnation {
             from_gateway,
             has_traffic: last.in_flight > proxied || (unproxied && !self.has_ended),
             has_proxied: proxied > 0 || (!from_gateway && self.rates.has_proxied() && !self.has_ended),
-            is_live: self.is_live(now_ns),
-            is_expected: is_expected(seen_ns, self.period_ns, now_ns),
-            live_until_ns: seen_ns.saturating_add(self.period_ns.saturating_mul(SILENT_PERIODS)),
-            shown_until_ns: seen_ns.saturating_add(is_shown_longer),
-            seen_ns,
+            seen: self.last_seen(),
         }
     }
 }
 
-/// Returns whether a sender's next report is not overdue, by up to a second.
-fn is_expected(seen_ns: u64, period_ns: u64, now_ns: u64) -> bool {
-    now_ns.saturating_sub(seen_ns) <= period_ns.saturating_add(SECOND_NS)
-}
-
 impl Streamed {
-    fn part(&self, now_ns: u64) -> Part {
-        let Self { concurrency, proxied_concurrency, requests, seen_ns, from_gateway } = *self;
+    fn part(&self) -> Part {
+        let Self { concurrency, proxied_concurrency, requests, from_gateway, .. } = *self;
         Part {
             in_flight: concurrency,
             proxied_in_flight: proxied_concurrency.into(),
@@ -309,24 +326,24 @@ impl Streamed {
             from_gateway,
             has_traffic: concurrency > 0.0,
             has_proxied: proxied_concurrency > 0.0,
-            is_live: self.is_live(now_ns),
-            is_expected: is_expected(seen_ns, STAT_PERIOD_NS, now_ns),
-            live_until_ns: seen_ns.saturating_add(STAT_PERIOD_NS * SILENT_PERIODS),
-            shown_until_ns: seen_ns,
-            seen_ns,
+            seen: self.last_seen(),
         }
     }
 }
 
 impl Sender {
-    fn parts(&self, now_ns: u64) -> impl Iterator<Item = Part> {
-        let reported = self.incarnations.iter().map(move |incarnation| incarnation.part(now_ns));
-        reported.chain(self.streamed.iter().map(move |streamed| streamed.part(now_ns)))
+    fn parts(&self) -> impl Iterator<Item = Part> {
+        self.incarnations.iter().map(Incarnation::part).chain(self.streamed.iter().map(Streamed::part))
+    }
+
+    /// Returns when the sender was heard last, as unix time in nanoseconds.
+    fn latest_ns(&self) -> u64 {
+        self.parts().map(|part| part.seen.at_ns).max().unwrap_or(0)
     }
 
     /// Returns the sum of what is live.
     fn live(&self, now_ns: u64) -> Option<Part> {
-        self.parts(now_ns).filter(|part| part.is_live).reduce(|sum, part| Part {
+        self.parts().filter(|part| part.seen.is_live(now_ns)).reduce(|sum, part| Part {
             in_flight: sum.in_flight + part.in_flight,
             proxied_in_flight: sum.proxied_in_flight + part.proxied_in_flight,
             concurrency: sum.concurrency + part.concurrency,
@@ -340,17 +357,17 @@ impl Sender {
     /// Returns what the sender shows: the sum of what is live, or, if it is silent, what it showed
     /// last.
     fn figures(&self, name: &str, now_ns: u64) -> Option<SenderFigures> {
-        let latest = self.parts(now_ns).max_by_key(|part| part.seen_ns)?;
-        let Part { in_flight, proxied_in_flight, concurrency, is_live, .. } =
-            self.live(now_ns).unwrap_or(latest);
+        let latest = self.parts().max_by_key(|part| part.seen.at_ns)?;
+        let live = self.live(now_ns);
+        let Part { in_flight, proxied_in_flight, concurrency, .. } = live.unwrap_or(latest);
         Some(SenderFigures {
             name: name.to_owned(),
             role: if latest.from_gateway { Role::Gateway } else { Role::Pod },
-            is_live,
+            is_live: live.is_some(),
             in_flight: rounded(in_flight),
             proxied_in_flight: rounded(proxied_in_flight),
             average_concurrency: concurrency.max(0.0),
-            last_report_age_ms: now_ns.saturating_sub(latest.seen_ns) / 1_000_000,
+            last_report_age_ms: now_ns.saturating_sub(latest.seen.at_ns) / 1_000_000,
         })
     }
 }
@@ -473,9 +490,9 @@ impl Senders {
         for sender in self.by_name.values() {
             let (mut is_pod, mut is_gateway) = (false, false);
             live.has_long_periods |= sender.incarnations.iter().any(Incarnation::has_long_period);
-            for part in sender.parts(now_ns).filter(|part| part.is_live) {
+            for part in sender.parts().filter(|part| part.seen.is_live(now_ns)) {
                 live.in_flight += part.in_flight;
-                live.is_overdue |= part.has_traffic && !part.is_expected;
+                live.is_overdue |= part.has_traffic && !part.seen.is_expected(now_ns);
                 live.is_busy |= part.in_flight > 0.0 || part.proxied_in_flight > 0.0;
                 is_pod |= !part.from_gateway;
                 is_gateway |= part.from_gateway;
@@ -495,30 +512,38 @@ impl Senders {
     /// with the others, if any of them has traffic after that. (Pods crash.) A gateway is not, as long
     /// as pods have traffic that a gateway counts, and no gateway reports it.
     pub(super) fn vanished(&self, now_ns: u64, window_ns: u64, traffic_ns: u64) -> Option<u64> {
-        let parts = |sender| Sender::parts(sender, now_ns);
-        let is_heard = |part: &Part| part.is_heard(now_ns, window_ns);
-        let heard = || self.by_name.values().flat_map(parts).filter(is_heard);
-        let has_gateway = heard().any(|part| part.from_gateway);
+        let (mut has_gateway, mut is_going_on, mut is_passed_on) = (false, false, false);
+        // When those fell silent whose last word had traffic, proxied traffic, or who were gateways.
+        let (mut busy, mut proxied, mut gateway) = (None, None, None);
+        for sender in self.by_name.values() {
+            let heard = || sender.parts().filter(|part| part.seen.is_heard(now_ns, window_ns));
+            if heard().next().is_some() {
+                has_gateway |= heard().any(|part| part.from_gateway);
+                is_going_on |= heard().any(|part| part.has_traffic);
+                is_passed_on |= heard().any(|part| part.has_proxied);
+                continue;
+            }
+            let latest_ns = sender.latest_ns();
+            for part in sender.parts().filter(|part| part.seen.is_live(latest_ns)) {
+                let since_ns = Some(part.seen.at_ns);
+                let was_last = part.seen.is_live(traffic_ns);
+                busy = busy.max(since_ns.filter(|_| part.has_traffic && was_last));
+                proxied = proxied.max(since_ns.filter(|_| part.has_proxied && was_last));
+                gateway = gateway.max(since_ns.filter(|_| part.has_traffic && part.from_gateway));
+            }
+        }
         // A gateway that reports vouches for what it passes on.
-        let has_traffic = |part: &Part| part.has_traffic || (part.has_proxied && !has_gateway);
-        let is_passed_on = !has_gateway && heard().any(|part| part.has_proxied);
-        let is_going_on = heard().any(|part| has_traffic(&part));
-        let silent = self.by_name.values().filter(|sender| !parts(sender).any(|part| is_heard(&part)));
-        let last_words = silent.flat_map(|sender| {
-            let latest_ns = parts(sender).map(|part| part.seen_ns).max().unwrap_or(0);
-            parts(sender).filter(move |part| part.live_until_ns >= latest_ns)
-        });
-        let vanished = last_words.filter(|part| match part.from_gateway && is_passed_on {
-            true => part.has_traffic,
-            false => has_traffic(part) && !is_going_on && traffic_ns <= part.live_until_ns,
-        });
-        vanished.map(|part| part.seen_ns).max()
+        match (has_gateway, is_passed_on) {
+            (false, true) => gateway,
+            _ if is_going_on => None,
+            (true, _) => busy,
+            (false, false) => busy.max(proxied),
+        }
     }
 
     /// Returns how many senders have reported at a time or since.
     pub(super) fn heard_since(&self, since_ns: u64) -> u64 {
-        let is_heard = |sender: &&Sender| sender.parts(since_ns).any(|part| part.seen_ns >= since_ns);
-        self.by_name.values().filter(is_heard).count() as u64
+        self.by_name.values().filter(|sender| sender.latest_ns() >= since_ns).count() as u64
     }
 
     /// Returns the rates that count until the next reports of their senders are due.
@@ -616,7 +641,7 @@ impl Senders {
         self.by_name.retain(|name, sender| {
             sender.incarnations.retain(|known| now_ns.saturating_sub(known.seen_ns) < RETENTION_NS);
             sender.incarnations.shrink_to_fit();
-            sender.streamed = sender.streamed.filter(|streamed| streamed.is_live(now_ns));
+            sender.streamed = sender.streamed.filter(|streamed| streamed.last_seen().is_live(now_ns));
             let is_kept = !sender.incarnations.is_empty() || sender.streamed.is_some();
             if is_kept {
                 bytes += Self::sender_bytes(name) + sender.incarnations.len() * Self::INCARNATION_BYTES;

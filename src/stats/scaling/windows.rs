@@ -108,7 +108,7 @@ impl<const N: usize> Window<N> {
 
     /// Returns for how many seconds nothing was recorded or held as of a unix second; `None` if that
     /// is a whole window.
-    pub fn silence(&self, second: u64, held: impl Iterator<Item = Held<N>>) -> Option<u64> {
+    fn silence(&self, second: u64, held: impl Iterator<Item = Held<N>>) -> Option<u64> {
         self.first_second?;
         let second = second.max(self.last_second);
         let until = held.map(|held| held.until.min(second)).max().unwrap_or(0);

@@ -272,12 +272,20 @@ impl KeyTable {
         self.known(name, |entry| read(&entry.key))
     }
 
+    /// Returns what is known of a key.
+    ///
+    /// # Errors
+    /// [`Missing`]; also for a key that nobody has reported.
+    pub fn ask<T>(&self, name: &KeyName, ask: impl FnOnce(&Key) -> Result<T, Missing>) -> Result<T, Missing> {
+        self.read(name, ask).unwrap_or(Err(Missing::NeverReported))
+    }
+
     /// Returns what autoscalers are told of a key.
     ///
     /// # Errors
     /// [`Missing`].
     pub fn answer(&self, name: &KeyName, quantity: Quantity, now_ns: u64) -> Result<f64, Missing> {
-        self.read(name, |key| key.answer(quantity, now_ns)).unwrap_or(Err(Missing::NeverReported))
+        self.ask(name, |key| key.answer(quantity, now_ns))
     }
 
     /// Returns whether a key should have any pod.
@@ -285,7 +293,7 @@ impl KeyTable {
     /// # Errors
     /// [`Missing`].
     pub fn activity(&self, name: &KeyName, now_ns: u64) -> Result<bool, Missing> {
-        self.read(name, |key| key.activity(now_ns)).unwrap_or(Err(Missing::NeverReported))
+        self.ask(name, |key| key.activity(now_ns))
     }
 
     /// Returns a key's last ten minutes, the oldest first; empty if too many keys have a history.

@@ -178,12 +178,11 @@ struct Sampled {
 
 fn sample(state: &ServerState, key: &KeyName, asked: Quantity) -> Result<Sampled, Failure> {
     let now_ns = now_ns();
-    let read = state.keys.read(key, |key| {
+    let known = state.keys.ask(key, |key| {
         let window = key.settings().windows().stable_seconds as u64;
         key.answer(asked, now_ns).map(|value| (value, window))
     });
-    let (value, window) =
-        read.unwrap_or(Err(Missing::NeverReported)).map_err(|reason| missing(state, key, reason))?;
+    let (value, window) = known.map_err(|reason| missing(state, key, reason))?;
     let window_seconds = match asked {
         Quantity::Concurrency | Quantity::RequestsPerSecond => window,
         Quantity::DesiredPods | Quantity::InFlight => 0,
@@ -240,6 +239,32 @@ async fn custom(
     of_object(&state, &namespace, &metric_name, Some(&name), object, query.as_deref())
 }
 
+/// What is asked of an object: a metric of one key.
+struct Asked {
+    metric_name: &'static str,
+    asked: Quantity,
+    key: KeyName,
+    /// The metric, as the answer repeats it.
+    metric: serde_json::Value,
+}
+
+/// Reads a custom metric and its selector, which means a key of the namespace, or the one of that name if
+/// it names none.
+fn of_one_key(
+    query: Option<&str>,
+    namespace: &str,
+    name: Option<&str>,
+    metric_name: &str,
+) -> Result<Asked, Failure> {
+    let (metric_name, asked) = metric(metric_name)?;
+    let selector = selector(query, "metricLabelSelector")?;
+    // An object has one value.
+    let [key] = <[KeyName; 1]>::try_from(keys(&selector, namespace, name)?)
+        .map_err(|_| Failure::bad_request("the metric's selector names more than one key"))?;
+    let metric = json!({"name": metric_name, "selector": selector.to_json()});
+    Ok(Asked { metric_name, asked, key, metric })
+}
+
 fn of_object(
     state: &ServerState,
     namespace: &str,
@@ -248,15 +273,8 @@ fn of_object(
     described_object: DescribedObject,
     query: Option<&str>,
 ) -> Result<Response, Failure> {
-    let (metric_name, asked) = metric(metric_name)?;
-    let selector = selector(query, "metricLabelSelector")?;
-    let keys = keys(&selector, namespace, name)?;
-    // An object has one value.
-    let [key] = &keys[..] else {
-        return Err(Failure::bad_request("the metric's selector names more than one key"));
-    };
-    let Sampled { value, window_seconds, timestamp } = sample(state, key, asked)?;
-    let metric = json!({"name": metric_name, "selector": selector.to_json()});
+    let Asked { asked, key, metric, .. } = of_one_key(query, namespace, name, metric_name)?;
+    let Sampled { value, window_seconds, timestamp } = sample(state, &key, asked)?;
     let item = CustomValue { described_object, metric, timestamp, window_seconds, value };
     Ok(Json(custom_list(vec![item])).into_response())
 }
@@ -270,20 +288,11 @@ async fn of_pods(
     metric_name: &str,
     query: Option<&str>,
 ) -> Result<Response, Failure> {
-    let (metric_name, asked) = metric(metric_name)?;
-    let selector = selector(query, "metricLabelSelector")?;
-    let keys = keys(&selector, namespace, None)?;
-    let [key] = &keys[..] else {
-        return Err(Failure::bad_request("the metric's selector names more than one key"));
-    };
+    let Asked { metric_name, asked, key, metric } = of_one_key(query, namespace, None, metric_name)?;
     let _one_at_a_time = state.listing.lock().await;
     let now_ns = now_ns();
-    let read = state.keys.read(key, |key| match key.missing(now_ns) {
-        Some(missing) => Err(missing),
-        None => Ok(key.pods(now_ns)),
-    });
-    let mut pods =
-        read.unwrap_or(Err(Missing::NeverReported)).map_err(|reason| missing(state, key, reason))?;
+    let known = state.keys.ask(&key, |key| key.missing(now_ns).map_or_else(|| Ok(key.pods(now_ns)), Err));
+    let mut pods = known.map_err(|reason| missing(state, &key, reason))?;
     if name != "*" {
         pods.retain(|pod| pod.name == name);
     }
@@ -293,7 +302,7 @@ async fn of_pods(
     if pods.is_empty() {
         return Err(Failure::not_found(format!("key {key}: no such pod reports it")));
     }
-    let (timestamp, metric) = (timestamp(), json!({"name": metric_name, "selector": selector.to_json()}));
+    let timestamp = timestamp();
     let items = pods.into_iter().map(|pod| {
         let value = match asked {
             Quantity::Concurrency => pod.concurrency,
