@@ -10,6 +10,7 @@
 //! | [`load`] | a load of mixed requests, reproducible from its seed |
 //! | [`process`] | child processes that cannot outlive us |
 //! | [`prometheus`] | a reader of the Prometheus text format; a real Prometheus |
+//! | [`reports`] | reports of pods and gateways that are not there |
 //! | [`statserver`] | a running `inflight-statserver` |
 //! | [`streams`] | a load of long-lived and multiplexed requests |
 //! | [`tap`] | a tap between Envoy and the stats server: it records reports and loses answers |
@@ -27,6 +28,7 @@ mod layers;
 pub mod load;
 pub mod process;
 pub mod prometheus;
+pub mod reports;
 pub mod statserver;
 pub mod streams;
 pub mod tap;

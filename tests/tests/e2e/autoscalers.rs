@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use http_body_util::Full;
 use hyper::{Method, Request};
+use inflight_e2e::reports::{Sender, send};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, prometheus, root, wait};
 use inflight_stats::{KeyReport, Report, Snapshot};
@@ -39,13 +40,7 @@ async fn report(server: SocketAddr, name: &str, incarnation: u64, concurrency: u
         ..Snapshot::default()
     };
     let message = KeyReport { namespace: "ns".into(), name: name.into(), from_gateway: false, since, until };
-    send(server, Report { version: 1, pod: "pod".into(), incarnation, messages: vec![message] }).await;
-}
-
-async fn send(server: SocketAddr, report: Report) {
-    let body = report.encode().expect("a report").into();
-    let answer = http::post(server, "/v1/reports", "application/x-bincode", body).await.expect("an answer");
-    assert_eq!(answer.0, 202, "{}", answer.1);
+    send(server, &Report { version: 1, pod: "pod".into(), incarnation, messages: vec![message] }).await;
 }
 
 /// Reports that the pod of [`report`] had nothing in the second after.
@@ -54,7 +49,7 @@ async fn report_idle(server: SocketAddr, name: &str) {
         Snapshot { as_of_ns: 2 * SECOND, requests: 1, request_ns: u128::from(SECOND), ..Snapshot::default() };
     let until = Snapshot { as_of_ns: 3 * SECOND, ..since };
     let message = KeyReport { namespace: "ns".into(), name: name.into(), from_gateway: false, since, until };
-    send(server, Report { version: 1, pod: "pod".into(), incarnation: 1, messages: vec![message] }).await;
+    send(server, &Report { version: 1, pod: "pod".into(), incarnation: 1, messages: vec![message] }).await;
 }
 
 /// Reports what a gateway reports at once of a key's first request: in flight, and no time passed.
@@ -62,7 +57,8 @@ async fn report_first_request(server: SocketAddr, name: &str) {
     let since = Snapshot::starting_at(5 * SECOND);
     let until = Snapshot { in_flight: 1, ..since };
     let message = KeyReport { namespace: "ns".into(), name: name.into(), from_gateway: true, since, until };
-    send(server, Report { version: 1, pod: "gateway".into(), incarnation: 1, messages: vec![message] }).await;
+    send(server, &Report { version: 1, pod: "gateway".into(), incarnation: 1, messages: vec![message] })
+        .await;
 }
 
 fn object(name: &str, metadata: &[(&str, &str)]) -> ScaledObjectRef {
@@ -105,7 +101,7 @@ async fn keda_gets_what_a_key_has_and_what_a_pod_should_have() {
     let log = server.process.log();
     assert_eq!(log.matches("asks for a key that no pod or gateway has reported").count(), 1, "{log}");
 
-    report(server.address, "rev", 1, 30).await;
+    let _reports = Sender::pod("pod", "ns", "rev").report_every(5, server.address, 30);
     assert_eq!(value(&mut client, object("rev", &[])).await, 30.0);
     // The key's name may differ from the ScaledObject's.
     let elsewhere =
@@ -172,9 +168,7 @@ async fn keda_follows_the_decision_if_it_is_told_to() {
         let (namespace, name) = ("ns".into(), "rev".into());
         let messages = vec![KeyReport { namespace, name, from_gateway: true, since, until }];
         let report = Report { version: 1, pod: "gateway".into(), incarnation: 1, messages };
-        let body = report.encode().expect("a report").into();
-        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
-        assert_eq!(answer.expect("an answer").0, 202);
+        send(server.address, &report).await;
         let asked =
             GetMetricsRequest { scaled_object_ref: Some(desired_pods.clone()), metric_name: String::new() };
         let shown = server.key("ns", "rev").await.expect("the key")["desired_pods"].clone();
@@ -275,9 +269,7 @@ async fn a_key_whose_requests_are_all_proxied_is_active_while_they_last() {
         let message =
             KeyReport { namespace: "ns".into(), name: "rev".into(), from_gateway: false, since, until };
         let report = Report { version: 1, pod: "pod".into(), incarnation: 1, messages: vec![message] };
-        let body = report.encode().expect("a report").into();
-        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
-        assert_eq!(answer.expect("an answer").0, 202);
+        send(server.address, &report).await;
         let is_active = client.is_active(object("rev", &[])).await.map(|answer| answer.into_inner().result);
         match second {
             1 => assert!(active.next().await.expect("a change").expect("a change").result),
@@ -354,9 +346,7 @@ async fn after_a_start_traffic_is_told_at_once_and_less_when_all_can_have_report
         let (namespace, name) = ("ns".into(), "rev".into());
         let messages = vec![KeyReport { namespace, name, from_gateway: false, since, until }];
         let report = Report { version: 1, pod: format!("pod-{pod}"), incarnation: 1, messages };
-        let body = report.encode().expect("a report").into();
-        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
-        assert_eq!(answer.expect("an answer").0, 202);
+        send(server.address, &report).await;
         let active = client.is_active(object("rev", &[])).await.expect("an answer").into_inner();
         assert!(active.result, "with the first report");
         said.push(server.key("ns", "rev").await.expect("the key")["desired_pods"].clone());
@@ -368,40 +358,6 @@ async fn after_a_start_traffic_is_told_at_once_and_less_when_all_can_have_report
     .await;
     assert!(said.iter().all(|desired| desired.is_null()) && desired == 10, "{said:?}, then {desired}");
     assert!(value(&mut client, object("rev", &[])).await > 0.0);
-}
-
-/// A sender that reports a key once in each second.
-struct Sender {
-    pod: String,
-    key: &'static str,
-    from_gateway: bool,
-    until: Snapshot,
-}
-
-impl Sender {
-    fn new(pod: String, key: &'static str, from_gateway: bool) -> Self {
-        Self { pod, key, from_gateway, until: Snapshot::starting_at(SECOND) }
-    }
-
-    /// Reports a second with so many requests in flight throughout.
-    async fn report(&mut self, server: SocketAddr, in_flight: u32) {
-        let since = self.until;
-        let requests = u64::from(in_flight);
-        self.until = Snapshot {
-            as_of_ns: since.as_of_ns + SECOND,
-            requests: since.requests + requests,
-            request_ns: since.request_ns + u128::from(requests * SECOND),
-            in_flight,
-            ..since
-        };
-        let (namespace, name) = ("ns".into(), self.key.into());
-        let message =
-            KeyReport { namespace, name, from_gateway: self.from_gateway, since, until: self.until };
-        let report = Report { version: 1, pod: self.pod.clone(), incarnation: 1, messages: vec![message] };
-        let body = report.encode().expect("a report").into();
-        let answer = http::post(server, "/v1/reports", "application/x-bincode", body).await;
-        assert_eq!(answer.expect("an answer").0, 202);
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -424,11 +380,11 @@ async fn a_key_that_only_gateways_report_comes_down_as_one_that_pods_report() {
     for name in ["gateway", "told"] {
         let load = Arc::clone(&load);
         reports.spawn(async move {
-            let mut sender = Sender::new(format!("gateway-of-{name}"), name, true);
+            let mut sender = Sender::gateway(&format!("gateway-of-{name}"), "ns", name);
             let mut seconds = tokio::time::interval(Duration::from_secs(1));
             loop {
                 seconds.tick().await;
-                sender.report(address, load.load(Ordering::SeqCst)).await;
+                sender.report(address, load.load(Ordering::SeqCst), 1).await;
             }
         });
     }
@@ -438,13 +394,13 @@ async fn a_key_that_only_gateways_report_comes_down_as_one_that_pods_report() {
     let pods = Arc::clone(&wanted);
     reports.spawn(async move {
         let mut senders: Vec<Sender> =
-            (0..10).map(|number| Sender::new(format!("pod-{number}"), "pods", false)).collect();
+            (0..10).map(|number| Sender::pod(&format!("pod-{number}"), "ns", "pods")).collect();
         let mut seconds = tokio::time::interval(Duration::from_secs(1));
         loop {
             seconds.tick().await;
             let pods = pods.load(Ordering::SeqCst);
             for sender in senders.iter_mut().take(pods as usize) {
-                sender.report(address, of_pods.load(Ordering::SeqCst) / pods).await;
+                sender.report(address, of_pods.load(Ordering::SeqCst) / pods, 1).await;
             }
         }
     });
@@ -491,9 +447,9 @@ fn printed(command: &mut Command) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pythons_grpcio_drives_all_five_methods() {
     let server = StatServer::start(None).await;
-    report(server.address, "rev", 1, 30).await;
-    assert_eq!(value(&mut keda(&server).await, object("rev", &[])).await, 30.0, "no longer starting");
     let python = printed(&mut Command::new("tools/python.sh"));
+    let _reports = Sender::pod("pod", "ns", "rev").report_every(5, server.address, 30);
+    assert_eq!(value(&mut keda(&server).await, object("rev", &[])).await, 30.0, "no longer starting");
     let proto = "src/statserver/proto/externalscaler.proto";
     let answers = printed(Command::new(python).args(["tests/keda.py", &server.grpc.to_string(), proto]));
     let answers: Value = serde_json::from_str(&answers).unwrap_or_else(|e| panic!("{e}: {answers}"));
@@ -535,7 +491,7 @@ async fn the_shipped_scaled_object_and_adapter_rule_say_what_the_server_understa
     let text = std::fs::read_to_string(root().join("envoy/kubernetes/hpa.yaml")).expect("the file");
     let query = text.lines().find_map(|line| line.trim().strip_prefix("metricsQuery: ")).expect("a query");
     let query = query.replace("<<.LabelMatchers>>", r#"namespace="ns",name="hello-00001""#);
-    report(server.address, "hello-00001", 1, 30).await;
+    let _reports = Sender::pod("pod", "ns", "hello-00001").report_every(5, server.address, 30);
     let prometheus = prometheus::Prometheus::start(&[("statserver", server.address, "/metrics")]).await;
     wait::until_equal("Prometheus' answer", SETTLED, 30.0, || prometheus.query(&query)).await;
 }

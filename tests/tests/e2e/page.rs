@@ -1,14 +1,12 @@
 //! The live page, in a headless Chromium.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use inflight_e2e::browser::Browser;
-use inflight_e2e::http;
+use inflight_e2e::reports::{Sender, send};
 use inflight_e2e::statserver::StatServer;
 use inflight_stats::{KeyReport, Report, Snapshot};
 use serde_json::json;
-use tokio::task::JoinSet;
 
 /// Reports `concurrency` requests at once, throughout one second.
 async fn report(address: SocketAddr, name: &str, concurrency: u64) {
@@ -28,23 +26,7 @@ async fn report_in(address: SocketAddr, namespace: &str, name: &str, concurrency
     let message =
         KeyReport { namespace: namespace.into(), name: name.into(), from_gateway: false, since, until };
     let report = Report { version: 1, pod: name.into(), incarnation: concurrency, messages: vec![message] };
-    let body = report.encode().expect("a report").into();
-    let answer = http::post(address, "/v1/reports", "application/x-bincode", body).await;
-    assert_eq!(answer.expect("an answer").0, 202);
-}
-
-/// Reports once in each second, until the set is dropped: a machine may take long to start a
-/// browser.
-fn report_each_second(address: SocketAddr, name: &'static str, concurrency: u64) -> JoinSet<()> {
-    let mut reports = JoinSet::new();
-    reports.spawn(async move {
-        let mut seconds = tokio::time::interval(Duration::from_secs(1));
-        for second in 1.. {
-            seconds.tick().await;
-            report_in(address, "ns", name, concurrency, second).await;
-        }
-    });
-    reports
+    send(address, &report).await;
 }
 
 /// Returns the text of a key's row, column by column.
@@ -63,7 +45,7 @@ async fn the_page_shows_what_the_server_knows_each_second() {
     browser.open(&url).await;
     browser.until("document.getElementById('state').textContent.split(',')[0]", json!("0 keys")).await;
 
-    let reports = report_each_second(server.address, "b", 30);
+    let reports = Sender::pod("b", "ns", "b").report_every(1, server.address, 30);
     report(server.address, "<img src=x onerror=alert(1)>", 1).await;
     // Stable, panic, in flight, requests per second, pods, desired: the server's figures, computed
     // by hand.

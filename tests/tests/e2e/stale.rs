@@ -7,6 +7,7 @@ use futures_util::StreamExt;
 use inflight_e2e::app::App;
 use inflight_e2e::bootstrap::Bootstrap;
 use inflight_e2e::envoy::{Envoy, Version};
+use inflight_e2e::reports::send;
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, wait};
 use inflight_stats::{KeyReport, Report, Snapshot};
@@ -51,9 +52,7 @@ impl Pods {
             let (namespace, name) = ("ns".into(), "rev".into());
             let messages = vec![KeyReport { namespace, name, from_gateway: false, since, until }];
             let report = Report { version: 1, pod: format!("pod-{pod}"), incarnation: 1, messages };
-            let body = report.encode().expect("a report").into();
-            let answer = http::post(server, "/v1/reports", "application/x-bincode", body).await;
-            assert_eq!(answer.expect("an answer").0, 202);
+            send(server, &report).await;
             self.acknowledged[pod] = until;
         }
     }
@@ -226,9 +225,7 @@ async fn zero_is_said_after_a_start_when_a_gateway_says_so_and_not_at_once() {
     };
     let began = Instant::now();
     for second in 1.. {
-        let body = idle(second).encode().expect("a report").into();
-        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
-        assert_eq!(answer.expect("an answer").0, 202);
+        send(server.address, &idle(second)).await;
         let Said { value, desired, active, .. } = said(&server).await;
         if value.is_ok() {
             assert_eq!((value, desired, active), (Ok(0.0), Ok(0.0), Ok(false)));

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::Full;
 use hyper::Request;
+use inflight_e2e::reports::send;
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::{http, root, wait};
 use prost::Message as _;
@@ -252,9 +253,7 @@ async fn the_first_request_of_a_key_reaches_an_autoscaler_with_an_average_above_
             until,
         };
         let report = Report { version: 1, pod: "gateway".into(), incarnation: 1, messages: vec![message] };
-        let body = report.encode().expect("a report").into();
-        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
-        assert_eq!(answer.expect("an answer").0, 202);
+        send(server.address, &report).await;
         let frame = tokio::time::timeout(SETTLED, autoscaler.next()).await.expect("a frame in time");
         let frame = frame.expect("a frame").expect("a frame").into_data();
         let messages = WireStatMessages::decode(frame).expect("protobuf").messages;
@@ -297,9 +296,7 @@ async fn every_stat_goes_on_to_an_autoscaler_also_when_that_was_away() {
             KeyReport { namespace: "ns".into(), name: "reported".into(), from_gateway: false, since, until };
         let report =
             Report { version: 1, pod: "pod".into(), incarnation: connection, messages: vec![message] };
-        let body = report.encode().expect("a report").into();
-        let answer = http::post(server.address, "/v1/reports", "application/x-bincode", body).await;
-        assert_eq!(answer.expect("an answer").0, 202);
+        send(server.address, &report).await;
         let mut reported = None;
         while received < sent || reported.is_none() {
             let frame = tokio::time::timeout(SETTLED, autoscaler.next()).await.expect("a frame in time");
