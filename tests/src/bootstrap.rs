@@ -43,6 +43,30 @@ fn patch(document: &Value, apply_to: &str) -> Value {
     patch["patch"]["value"].clone()
 }
 
+/// Returns the stats configuration in the bootstrap of an Istio proxy (istio/istio,
+/// `tools/packaging/common/envoy_bootstrap.json` and `pkg/bootstrap/config.go`) whose pod has these
+/// annotations.
+fn istio_stats_config(annotations: &Value) -> Value {
+    let annotation = |name| annotations[name].as_str().expect("a string");
+    let mut tags = vec![
+        json!({"tag_name": "cluster_name", "regex": r"^cluster\.((.+?(\..+?\.svc\.cluster\.local)?)\.)"}),
+        json!({"tag_name": "response_code", "regex": r"_rq(_(\d{3}))$"}),
+        json!({"tag_name": "response_code_class", "regex": r"_rq(_(\dxx))$"}),
+    ];
+    for name in annotation("sidecar.istio.io/extraStatTags").split(',') {
+        tags.push(json!({"tag_name": name, "regex": format!(r"({name}=\.=(.*?);\.;)")}));
+    }
+    for name in ["cache", "component", "wasm_filter"] {
+        tags.push(json!({"tag_name": name, "regex": format!(r"({name}\.(.+?)\.)")}));
+    }
+    let buckets: Value =
+        serde_json::from_str(annotation("sidecar.istio.io/statsHistogramBuckets")).expect("JSON");
+    let buckets = buckets.as_object().expect("an object").iter();
+    let buckets: Vec<Value> =
+        buckets.map(|(prefix, buckets)| json!({"match": {"prefix": prefix}, "buckets": buckets})).collect();
+    json!({"use_all_default_tags": false, "stats_tags": tags, "histogram_bucket_settings": buckets})
+}
+
 /// Merges a value into another, as an EnvoyFilter's `MERGE` does.
 fn merge(into: &mut Value, from: &Value) {
     match (into, from) {
@@ -133,8 +157,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// Returns [`Bootstrap::sidecar`] with the filter, the cluster and the stats tags of an
-    /// EnvoyFilter instead of those of `envoy/envoy.yaml`.
+    /// Returns [`Bootstrap::sidecar`] with the filter, the cluster of an EnvoyFilter and Istio's stats tags
+    /// instead of those of `envoy/envoy.yaml`.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -217,8 +241,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// Returns [`Bootstrap::gateway`] with the filter, the cluster and the stats tags of the
-    /// EnvoyFilters for an Istio ingress gateway.
+    /// Returns [`Bootstrap::gateway`] with the filter, the cluster of the EnvoyFilter for an Istio
+    /// ingress gateway, and Istio's stats tags.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -270,7 +294,7 @@ impl Bootstrap {
         routes.as_array_mut().expect("routes").insert(0, route);
     }
 
-    /// Replaces the filter, the cluster and the stats tags by those of an EnvoyFilter.
+    /// Replaces the filter and the cluster by those of an EnvoyFilter, and the stats tags by Istio's.
     fn patch_in(&mut self, envoy_filter: &str, statserver: SocketAddr) {
         let document = shipped(envoy_filter);
         let module = at(self.filter(), "/typed_config/config/vm_config/code/local/filename").clone();
@@ -283,8 +307,8 @@ impl Bootstrap {
         let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
         clusters.retain(|c| c["name"] != cluster["name"]);
         clusters.push(cluster);
-        let tags = patch(&shipped("istio/stats-tags.yaml"), "BOOTSTRAP");
-        *at(&mut self.0, "/stats_config") = tags["stats_config"].clone();
+        let annotations = &shipped("istio/labels.yaml")["spec"]["template"]["metadata"]["annotations"];
+        *at(&mut self.0, "/stats_config") = istio_stats_config(annotations);
     }
 
     /// Returns `envoy/knative/envoy.yaml`, on free ports, with the built module.

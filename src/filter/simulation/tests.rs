@@ -400,7 +400,7 @@ fn without_faults_every_stat_says_what_happened() {
     let (requests, _) = world.truth.borrow()[&("ns".into(), "rev".into())];
     let turned_away = i64::try_from(world.refused.get() + world.timed_out.get()).unwrap();
     let requests = i64::try_from(requests).unwrap();
-    let metrics = |name: &str, code: u16| world.stat(&format!("{name}.response_code.{code}"));
+    let metrics = |name: &str, code: u16| world.stat(&format!("{name}.response_code=.={code};"));
     assert_eq!(world.stat("revision_request_count"), requests);
     assert_eq!(world.stat("revision_request_latencies"), requests);
     assert_eq!(metrics("revision_app_request_count", 200), metrics("revision_request_count", 200));

@@ -1,9 +1,8 @@
 //! Stats by response code, defined as the codes occur.
 
-use inflight_stats::counting::request::code_suffix;
-
 use crate::host::Host;
 use crate::host::metric::{Counter, Histogram};
+use crate::vm::labels;
 
 /// The counters and latency histograms of one point at which requests are observed, by response
 /// code.
@@ -51,11 +50,11 @@ impl CodeStats {
 
     #[cold]
     fn define(&mut self, host: impl Host, position: usize, code: u16, labels: &str) {
-        let (point, suffix) = (self.point, code_suffix(code));
+        let (point, code_labels) = (self.point, labels::of_code(code));
         let metrics = CodeMetrics {
             code,
-            count: Counter::define(host, &format!("{point}_count{labels}{suffix}")),
-            latencies: Histogram::define(host, &format!("{point}_latencies{labels}{suffix}")),
+            count: Counter::define(host, &format!("{point}_count.{labels}{code_labels}")),
+            latencies: Histogram::define(host, &format!("{point}_latencies.{labels}{code_labels}")),
             pending: 0,
         };
         self.by_code.insert(position.min(self.by_code.len()), metrics);

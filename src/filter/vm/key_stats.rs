@@ -8,6 +8,7 @@ use inflight_stats::gateway::key_name::KeyName;
 use crate::host::Host;
 use crate::host::metric::{Counter, Gauge, Histogram};
 use crate::vm::code_stats::CodeStats;
+use crate::vm::labels;
 use crate::vm::local_hold::HoldNews;
 
 /// The stats of all keys that have any, and of the requests that were counted under no key.
@@ -71,7 +72,7 @@ impl KeyStats {
     /// Counts the end of a request of a key.
     pub fn request_done(&mut self, host: impl Host, key: &KeyName, code: u16, latency_ns: u64) {
         if let Some(metrics) = self.by_key.get_mut(key) {
-            metrics.by_code.request_done(host, code, latency_ns, || labels(key));
+            metrics.by_code.request_done(host, code, latency_ns, || labels::of_key(key));
         }
     }
 
@@ -79,7 +80,7 @@ impl KeyStats {
     pub fn show_average(&mut self, host: impl Host, key: &KeyName, milli: u64) {
         let Some(metrics) = self.by_key.get_mut(key) else { return };
         let gauge = metrics.concurrency.get_or_insert_with(|| {
-            Gauge::define(host, &format!("activator_request_concurrency_milli{}", labels(key)))
+            Gauge::define(host, &format!("activator_request_concurrency_milli.{}", labels::of_key(key)))
         });
         if metrics.shown.replace(milli) != Some(milli) {
             gauge.set(host, milli);
@@ -104,8 +105,8 @@ impl KeyStats {
     fn hold_metrics(&mut self, host: impl Host, key: &KeyName) -> Option<HoldMetrics> {
         let metrics = self.by_key.get_mut(key)?;
         Some(*metrics.hold.get_or_insert_with(|| HoldMetrics {
-            held: Gauge::define(host, &format!("activator_held_requests{}", labels(key))),
-            held_ms: Histogram::define(host, &format!("activator_hold_milliseconds{}", labels(key))),
+            held: Gauge::define(host, &format!("activator_held_requests.{}", labels::of_key(key))),
+            held_ms: Histogram::define(host, &format!("activator_hold_milliseconds.{}", labels::of_key(key))),
         }))
     }
 
@@ -120,8 +121,4 @@ impl KeyStats {
         self.without_key.add(host, std::mem::take(&mut self.pending_without_key));
         self.by_key.values_mut().for_each(|metrics| metrics.by_code.flush(host));
     }
-}
-
-fn labels(key: &KeyName) -> String {
-    format!(".namespace_name.{}.revision_name.{}", key.namespace, key.name)
 }

@@ -5,6 +5,7 @@ pub mod code_stats;
 pub mod config_stack;
 pub mod key_stats;
 pub mod keyed_worker;
+pub mod labels;
 pub mod local_breaker;
 pub mod local_hold;
 pub mod pod_stats;

@@ -49,13 +49,6 @@ pub fn is_routing_probe(network_probe: &[u8], has_hash: bool) -> bool {
     network_probe == b"probe" && has_hash
 }
 
-/// Returns the suffix of a stat's name for a response code. `envoy/` ships the `stats_tags` that
-/// turn it into the labels `response_code` and `response_code_class`. Code 0 means that the stream
-/// ended before any response.
-pub fn code_suffix(code: u16) -> String {
-    format!(".response_code.{code}.response_code_class.{}xx", code / 100)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,11 +82,5 @@ mod tests {
         assert!(!is_routing_probe(b"queue", true));
         assert!(!is_routing_probe(b"Probe", true));
         assert!(!is_routing_probe(b"", true));
-    }
-
-    #[test]
-    fn classes_are_the_hundreds_digit() {
-        assert_eq!(code_suffix(503), ".response_code.503.response_code_class.5xx");
-        assert_eq!(code_suffix(0), ".response_code.0.response_code_class.0xx");
     }
 }
