@@ -1,7 +1,12 @@
-"""Validates envoy/kubernetes against the schemas of Kubernetes, and a ScaledObject against KEDA's fields."""
+"""Renders each folder of deploy/ with kubectl, and validates what is shipped for Kubernetes: against its own
+schemas, and custom resources against those of their fields that are used here. kubernetes.py KUBECTL"""
 
 import pathlib
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 
 import jsonschema
 import kubernetes_validate
@@ -82,19 +87,209 @@ CERT_MANAGER = {
     ),
 }
 
+# extensions.istio.io/v1alpha1, Istio 1.30: TrafficExtension; a WasmPlugin has the fields of `wasm` one level up.
+TARGETS = {
+    "type": "array",
+    "minItems": 1,
+    "items": fields(["group", "kind", "name"], group={"const": "gateway.networking.k8s.io"}, kind={"const": "Gateway"}, name=TEXT),
+}
+SELECTION = dict(
+    selector=fields(["matchLabels"], matchLabels={"type": "object", "additionalProperties": TEXT}),
+    targetRefs=TARGETS,
+    match={"type": "array", "items": fields(["mode"], mode={"enum": ["CLIENT", "SERVER", "CLIENT_AND_SERVER"]})},
+)
+WASM = dict(
+    url={"type": "string", "pattern": "^(http|https|file|oci)://"},
+    sha256={"type": "string", "pattern": "^$|^[a-f0-9]{64}$"},
+    failStrategy={"enum": ["FAIL_CLOSE", "FAIL_OPEN", "FAIL_RELOAD"]},
+    vmConfig=fields(
+        ["env"], env={"type": "array", "items": fields(["name", "value"], name=TEXT, value={"type": "string", "maxLength": 2048})}
+    ),
+    pluginConfig={"type": "object"},
+)
+
+# networking.istio.io: EnvoyFilter (v1alpha3), DestinationRule (v1).
+SUB_FILTER = fields(
+    filterChain=fields(filter=fields(["name"], name=TEXT, subFilter=fields(["name"], name=TEXT)))
+)
+ENVOY_FILTER = fields(
+    ["configPatches"],
+    workloadSelector=fields(["labels"], labels={"type": "object", "additionalProperties": TEXT}),
+    targetRefs=TARGETS,
+    configPatches={
+        "type": "array",
+        "minItems": 1,
+        "items": fields(
+            ["applyTo", "match", "patch"],
+            applyTo={"enum": ["LISTENER", "NETWORK_FILTER", "HTTP_FILTER", "CLUSTER"]},
+            match=fields(
+                ["context"],
+                context={"enum": ["SIDECAR_INBOUND", "SIDECAR_OUTBOUND", "GATEWAY"]},
+                listener=SUB_FILTER,
+                cluster=fields(["service"], service=TEXT),
+            ),
+            patch=fields(
+                ["operation", "value"],
+                operation={"enum": ["MERGE", "ADD", "INSERT_BEFORE"]},
+                value={"type": "object"},
+            ),
+        ),
+    },
+)
+DESTINATION_RULE = fields(
+    ["host", "trafficPolicy"],
+    host=TEXT,
+    trafficPolicy=fields(
+        ["tls"],
+        tls=fields(
+            ["mode"],
+            mode={"enum": ["SIMPLE"]},
+            sni=TEXT,
+            subjectAltNames={"type": "array", "items": TEXT},
+            caCertificates=TEXT,
+        ),
+    ),
+)
+
+# gateway.envoyproxy.io/v1alpha1.
+EXTENSION_POLICY = fields(
+    ["targetRefs", "wasm"],
+    targetRefs=TARGETS,
+    wasm={
+        "type": "array",
+        "items": fields(
+            ["code"],
+            name=TEXT,
+            rootID=TEXT,
+            code={
+                "oneOf": [
+                    fields(["type", "http"], type={"const": "HTTP"}, http=fields(["url"], url=WASM["url"], sha256=TEXT)),
+                    fields(["type", "image"], type={"const": "Image"}, image=fields(["url"], url=TEXT, sha256=TEXT)),
+                ]
+            },
+            env=fields(["hostKeys"], hostKeys={"type": "array", "items": TEXT}),
+            config={"type": "object"},
+        ),
+    },
+)
+SECRET_KEY = fields(["name", "key"], name=TEXT, key=TEXT)
+ENVOY_PROXY = fields(
+    provider=fields(
+        ["type", "kubernetes"],
+        type={"const": "Kubernetes"},
+        kubernetes=fields(
+            envoyDeployment=fields(
+                container=fields(
+                    env={
+                        "type": "array",
+                        "items": fields(["name", "valueFrom"], name=TEXT, valueFrom=fields(secretKeyRef=SECRET_KEY)),
+                    }
+                )
+            )
+        ),
+    ),
+    bootstrap=fields(["type", "value"], type={"enum": ["Merge"]}, value=TEXT),
+)
+
+# monitoring.coreos.com/v1.
+DURATION = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))+$"}
+RELABELINGS = {
+    "type": "array",
+    "items": fields(
+        ["action"],
+        action={"enum": ["keep", "drop", "replace"]},
+        sourceLabels={"type": "array", "items": TEXT},
+        regex=TEXT,
+        targetLabel=TEXT,
+        replacement=TEXT,
+    ),
+}
+LABELS = fields(matchLabels={"type": "object", "additionalProperties": TEXT}, matchExpressions={"type": "array"})
+ENDPOINT = dict(
+    port=TEXT,
+    path=TEXT,
+    scheme={"enum": ["http", "https", "HTTP", "HTTPS"]},
+    interval=DURATION,
+    honorLabels={"type": "boolean"},
+    authorization=fields(["credentials"], type={"const": "Bearer"}, credentials=SECRET_KEY),
+    relabelings=RELABELINGS,
+    metricRelabelings=RELABELINGS,
+)
+NAMESPACES = fields(any={"type": "boolean"}, matchNames={"type": "array", "items": TEXT})
+SERVICE_MONITOR = fields(
+    ["selector", "endpoints"],
+    selector=LABELS,
+    namespaceSelector=NAMESPACES,
+    endpoints={"type": "array", "minItems": 1, "items": fields(["port"], **ENDPOINT)},
+)
+POD_MONITOR = fields(
+    ["selector", "podMetricsEndpoints"],
+    selector=LABELS,
+    namespaceSelector=NAMESPACES,
+    podMetricsEndpoints={"type": "array", "minItems": 1, "items": fields(**ENDPOINT)},
+)
+PROMETHEUS_RULE = fields(
+    ["groups"],
+    groups={
+        "type": "array",
+        "items": fields(
+            ["name", "rules"],
+            name=TEXT,
+            rules={
+                "type": "array",
+                "items": fields(
+                    ["alert", "expr"],
+                    alert=TEXT,
+                    expr=TEXT,
+                    **{"for": DURATION},
+                    labels={"type": "object", "additionalProperties": TEXT},
+                    annotations={"type": "object", "additionalProperties": TEXT},
+                ),
+            },
+        ),
+    },
+)
+
+# The `spec` of each custom resource.
+SPECS = {
+    ("extensions.istio.io/v1alpha1", "TrafficExtension"): fields(
+        ["wasm"], **SELECTION, wasm=fields(["url"], **WASM)
+    ),
+    ("extensions.istio.io/v1alpha1", "WasmPlugin"): fields(["url"], **SELECTION, **WASM),
+    ("networking.istio.io/v1alpha3", "EnvoyFilter"): ENVOY_FILTER,
+    ("networking.istio.io/v1", "DestinationRule"): DESTINATION_RULE,
+    ("gateway.envoyproxy.io/v1alpha1", "EnvoyExtensionPolicy"): EXTENSION_POLICY,
+    ("gateway.envoyproxy.io/v1alpha1", "EnvoyProxy"): ENVOY_PROXY,
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): SERVICE_MONITOR,
+    ("monitoring.coreos.com/v1", "PodMonitor"): POD_MONITOR,
+    ("monitoring.coreos.com/v1", "PrometheusRule"): PROMETHEUS_RULE,
+    **{("cert-manager.io/v1", kind): spec for kind, spec in CERT_MANAGER.items()},
+}
+OBJECT = fields(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion=TEXT,
+    kind=TEXT,
+    metadata=fields(["name", "namespace"], name=TEXT, namespace=TEXT, labels={"type": "object"}, annotations={"type": "object"}),
+    spec={"type": "object"},
+)
+
 VERSIONS = ["1.30", "1.35", "1.37"]
 root = pathlib.Path(__file__).parent.parent
+kubectl = sys.argv[1]
 checked = 0
 
 
 def check(document, source):
     global checked
+    kind = document["apiVersion"], document["kind"]
     if document["kind"] == "ScaledObject":
         jsonschema.validate(document, SCALED_OBJECT)
     elif document["kind"] == "ClusterTriggerAuthentication":
         jsonschema.validate(document, AUTHENTICATION)
-    elif document["apiVersion"] == "cert-manager.io/v1":
-        jsonschema.validate(document["spec"], CERT_MANAGER[document["kind"]])
+    elif kind in SPECS:
+        jsonschema.validate(document, OBJECT)
+        jsonschema.validate(document["spec"], SPECS[kind])
+        assert not {"selector", "targetRefs"} <= set(document["spec"]), document
     else:
         # `tolerance` came with 1.33.
         has_tolerance = "tolerance" in yaml.safe_dump(document)
@@ -104,54 +299,93 @@ def check(document, source):
     print(f"{source}: {document['kind']} {document['metadata']['name']}")
 
 
-def patched(document, operations):
-    """Applies a JSON patch of what is used here: add and replace."""
-    for operation in operations:
-        *way, last = operation["path"].strip("/").split("/")
-        place = document
-        for step in way:
-            place = place[int(step) if isinstance(place, list) else step]
-        if isinstance(place, list):
-            assert (operation["op"], last) == ("add", "-"), operation
-            place.append(operation["value"])
-        else:
-            assert (last in place) == (operation["op"] == "replace"), operation
-            place[last] = operation["value"]
+def for_old_kubectl(folder):
+    """Rewrites the kustomizations for the kustomize 2.0.3 in kubectl before 1.21, such as Debian 12's. It reads a
+    folder as one of `bases`, and names patches otherwise."""
+    for path in folder.glob("*/kustomization.yaml"):
+        kustomization = yaml.safe_load(path.read_text())
+        resources = kustomization.pop("resources")
+        kustomization["bases"] = [r for r in resources if (path.parent / r).is_dir()]
+        kustomization["resources"] = [r for r in resources if not (path.parent / r).is_dir()]
+        for patch in kustomization.pop("patches", []):
+            if isinstance(yaml.safe_load((path.parent / patch["path"]).read_text()), list):
+                kustomization.setdefault("patchesJson6902", []).append(patch)
+            else:
+                kustomization.setdefault("patchesStrategicMerge", []).append(patch["path"])
+        path.write_text(yaml.safe_dump(kustomization))
 
 
-def built(folder):
-    """Returns what `kustomize build` makes of a folder."""
-    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    assert set(kustomization) <= {"apiVersion", "kind", "resources", "patches"}, kustomization
-    documents = []
-    for resource in kustomization["resources"]:
-        path = (folder / resource).resolve()
-        assert path not in folder.resolve().parents, f"{folder}: a cycle, to kustomize"
-        documents += built(path) if path.is_dir() else list(yaml.safe_load_all(path.read_text()))
-    for patch in kustomization.get("patches", []):
-        target = patch["target"]
-        meant = [d for d in documents if (d["kind"], d["metadata"]["name"]) == (target["kind"], target["name"])]
-        assert len(meant) == 1, patch
-        change = yaml.safe_load((folder / patch["path"]).read_text())
-        if isinstance(change, list):
-            patched(meant[0], change)
-        else:
-            assert change["$patch"] == "delete" and change["metadata"] == meant[0]["metadata"], patch
-            documents.remove(meant[0])
-    return documents
+def rendered():
+    """Returns what kubectl makes of each folder of deploy/ that is a kustomization."""
+    said = subprocess.run([kubectl, "version", "--client"], capture_output=True, text=True, check=True).stdout
+    minor = int(re.search(r'(?:v1\.|Minor:")([0-9]+)', said).group(1))
+    with tempfile.TemporaryDirectory() as copy:
+        deploy = pathlib.Path(copy) / "deploy"
+        shutil.copytree(root / "deploy", deploy)
+        if minor < 21:
+            for_old_kubectl(deploy)
+        documents = {}
+        for path in sorted(deploy.glob("*/kustomization.yaml")):
+            done = subprocess.run([kubectl, "kustomize", str(path.parent)], capture_output=True, text=True)
+            assert done.returncode == 0, f"{path.parent.name}: {done.stderr}"
+            assert minor < 21 or not done.stderr, f"{path.parent.name}: {done.stderr}"
+            # The old one leaves an order to delete in the object, where it does not know its type.
+            every = yaml.safe_load_all(done.stdout)
+            documents[path.parent.name] = [d for d in every if minor >= 21 or d.get("$patch") != "delete"]
+        print(f"rendered by kubectl 1.{minor}: {' '.join(documents)}")
+        return documents
 
 
-for path in sorted((root / "envoy" / "kubernetes").glob("*.yaml")):
-    for document in yaml.safe_load_all(path.read_text()):
-        if document["kind"] != "Kustomization":
-            check(document, path.name)
-for folder in ["hpa", "hpa-cert-manager", "hpa-object"]:
-    documents = built(root / "deploy" / folder)
+folders = rendered()
+for name, documents in folders.items():
     for document in documents:
-        check(document, folder)
-    named = {(d["kind"], d["metadata"]["name"]): d for d in documents}
+        check(document, name)
+# Files that no kustomization includes: what one puts in another's place, or writes for each workload.
+included = {
+    (path.parent / resource).resolve()
+    for path in (root / "deploy").glob("*/kustomization.yaml")
+    for resource in yaml.safe_load(path.read_text())["resources"]
+}
+for path in sorted([*(root / "deploy").glob("*/*.yaml"), *(root / "envoy" / "istio").glob("*.yaml")]):
+    if path.resolve() not in included and path.name != "kustomization.yaml":
+        for document in yaml.safe_load_all(path.read_text()):
+            # Patches have no kind.
+            if isinstance(document, dict) and "kind" in document and "$patch" not in document:
+                check(document, f"{path.parent.name}/{path.name}")
+
+
+def statserver(name):
+    """Checks what refers to another thing in a stats server's folder. Returns the objects, by kind and name."""
+    named = {(d["kind"], d["metadata"]["name"]): d for d in folders[name]}
     pod = named["Deployment", "inflight-statserver"]["spec"]["template"]["spec"]
     container = pod["containers"][0]
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert not any("subPath" in mount for mount in container["volumeMounts"])
+    ports = {port["name"] for port in container["ports"]}
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    for flag, value in (argument.split("=", 1) for argument in container["args"]):
+        if value.startswith("/etc/"):
+            assert any(value.startswith(mount + "/") for mount in mounts), f"{flag}: nothing is mounted at {value}"
+    assert "--insecure" not in container["args"], container["args"]
+    for (kind, _), document in named.items():
+        if kind == "Service":
+            assert {port["targetPort"] for port in document["spec"]["ports"]} <= ports, document
+        if kind == "NetworkPolicy":
+            assert {p["port"] for rule in document["spec"]["ingress"] for p in rule["ports"]} <= ports, document
+    admitted = [d["spec"]["ingress"] for d in named.values() if d["kind"] == "NetworkPolicy"]
+    admitted = {p["port"] for rules in admitted for rule in rules for p in rule["ports"]}
+    assert admitted == ports, f"{name}: the NetworkPolicies admit {admitted} of {ports}"
+    maps = [volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume]
+    assert all(("ConfigMap", map) in named for map in maps), maps
+    return named, pod, container
+
+
+_, pod, _ = statserver("base")
+assert pod["automountServiceAccountToken"] is False
+_, _, container = statserver("keda")
+assert all(container[probe]["httpGet"]["scheme"] == "HTTPS" for probe in ["readinessProbe", "livenessProbe"])
+for folder in sorted(name for name in folders if name.startswith("hpa")):
+    named, pod, container = statserver(folder)
     # What names another thing names one that is there.
     account = named["ServiceAccount", pod["serviceAccountName"]]
     assert pod["automountServiceAccountToken"] and account["metadata"]["namespace"] == "inflight"
@@ -163,7 +397,7 @@ for folder in ["hpa", "hpa-cert-manager", "hpa-object"]:
     apis = ["v1beta2.custom.metrics.k8s.io"]
     if folder != "hpa-object":
         apis.append("v1beta1.external.metrics.k8s.io")
-    assert sorted(apis) == sorted(d["metadata"]["name"] for d in documents if d["kind"] == "APIService")
+    assert sorted(apis) == sorted(d["metadata"]["name"] for d in folders[folder] if d["kind"] == "APIService")
     for name in apis:
         spec = named["APIService", name]["spec"]
         assert name == f"{spec['version']}.{spec['group']}" and spec["service"]["name"] == "inflight-metrics"
@@ -175,4 +409,6 @@ for folder in ["hpa", "hpa-cert-manager", "hpa-object"]:
         secrets = [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume]
         assert certificate["secretName"] in secrets and "inflight-metrics.inflight.svc" in certificate["dnsNames"]
     print(f"{folder} args: " + " ".join(a for a in container["args"] if a.startswith("--metrics-")))
-sys.exit(0 if checked == 51 else f"{checked} documents, expected 51")
+expected = {"base", "envoy-gateway", "hpa", "hpa-cert-manager", "hpa-object", "istio-gateway", "istio-sidecar", "keda", "monitoring"}
+assert set(folders) == expected, sorted(folders)
+print(f"{checked} documents")

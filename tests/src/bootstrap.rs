@@ -3,13 +3,22 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use crate::{built, root, truth};
 
 /// The cluster of the one service behind the shipped gateways.
 pub const CLUSTER: &str = "outbound|80||hello-00001.default.svc.cluster.local";
+
+/// The cluster that Istio makes for the stats server's Service.
+const ISTIO_STATSERVER: &str = "outbound|8080||inflight-statserver.inflight.svc.cluster.local";
+
+/// The cluster that Envoy Gateway makes for the HTTPRoute `hello` in the namespace `default`.
+const HTTP_ROUTE: &str = "httproute/default/hello/rule/0";
+
+/// The token that stands in the shipped files, to be replaced.
+pub const TOKEN: &str = "the-token-of-the-envoys";
 
 /// Nobody listens here.
 pub const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
@@ -26,6 +35,20 @@ pub fn shipped(name: &str) -> Value {
     let path = root().join("envoy").join(name);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_norway::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Returns the first document of a kind in a file below `deploy/`.
+///
+/// # Panics
+/// If there is none.
+pub fn deployed(file: &str, kind: &str) -> Value {
+    let path = root().join("deploy").join(file);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let documents = text.split("\n---\n").map(|document| {
+        serde_norway::from_str(document).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    });
+    let mut documents = documents.filter(|document: &Value| document["kind"] == kind);
+    documents.next().unwrap_or_else(|| panic!("{} has no {kind}", path.display()))
 }
 
 /// Returns the value at a JSON pointer.
@@ -157,8 +180,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// Returns [`Bootstrap::sidecar`] with the filter, the cluster of an EnvoyFilter and Istio's stats tags
-    /// instead of those of `envoy/envoy.yaml`.
+    /// Returns [`Bootstrap::sidecar`] with the filter of an EnvoyFilter, Istio's cluster of the stats
+    /// server and Istio's stats tags.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -241,8 +264,8 @@ impl Bootstrap {
         bootstrap
     }
 
-    /// Returns [`Bootstrap::gateway`] with the filter, the cluster of the EnvoyFilter for an Istio
-    /// ingress gateway, and Istio's stats tags.
+    /// Returns [`Bootstrap::gateway`] with the filter of the EnvoyFilter for an Istio ingress gateway,
+    /// Istio's cluster of the stats server and Istio's stats tags.
     ///
     /// # Panics
     /// If the EnvoyFilters do not have them.
@@ -294,21 +317,119 @@ impl Bootstrap {
         routes.as_array_mut().expect("routes").insert(0, route);
     }
 
-    /// Replaces the filter and the cluster by those of an EnvoyFilter, and the stats tags by Istio's.
+    /// Replaces the filter by that of an EnvoyFilter, with the module from the disk.
     fn patch_in(&mut self, envoy_filter: &str, statserver: SocketAddr) {
-        let document = shipped(envoy_filter);
-        let module = at(self.filter(), "/typed_config/config/vm_config/code/local/filename").clone();
-        *self.filter() = patch(&document, "HTTP_FILTER");
+        let module = self.code()["local"]["filename"].clone();
+        *self.filter() = patch(&shipped(envoy_filter), "HTTP_FILTER");
         self.module(Path::new(module.as_str().expect("a path")));
-        let mut cluster = patch(&document, "CLUSTER");
+        self.in_istio(statserver);
+    }
+
+    /// Replaces the filter by what Istio makes of a TrafficExtension or a WasmPlugin below `deploy/`
+    /// (istio/istio, `pilot/pkg/model/extensions.go`) once its agent has fetched the module.
+    pub fn extend(&mut self, file: &str, kind: &str, statserver: SocketAddr) {
+        let code = self.code().clone();
+        let document = deployed(file, kind);
+        let spec = &document["spec"];
+        let wasm = if kind == "WasmPlugin" { spec } else { &spec["wasm"] };
+        let variables = wasm["vmConfig"]["env"].as_array().expect("variables").iter();
+        let variables: Map<String, Value> = variables
+            .map(|variable| {
+                (variable["name"].as_str().expect("a name").to_owned(), variable["value"].clone())
+            })
+            .collect();
+        *self.filter() = json!({"name": "default.inflight", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm",
+            "config": {
+                "name": "default.inflight",
+                "root_id": wasm.get("pluginName").cloned().unwrap_or_default(),
+                "configuration": {
+                    "@type": "type.googleapis.com/google.protobuf.StringValue",
+                    "value": wasm["pluginConfig"].to_string(),
+                },
+                "failure_policy": wasm["failStrategy"],
+                "vm_config": {
+                    "runtime": "envoy.wasm.runtime.v8",
+                    "code": code,
+                    "environment_variables": {"key_values": variables},
+                },
+            },
+        }});
+        self.in_istio(statserver);
+    }
+
+    /// Adds Istio's cluster of the stats server instead of the shipped one, and Istio's stats tags.
+    fn in_istio(&mut self, statserver: SocketAddr) {
+        let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
+        clusters.retain(|cluster| cluster["name"] != "inflight-statserver");
+        self.cluster(ISTIO_STATSERVER, Some(statserver));
+        let annotations = &shipped("istio/labels.yaml")["spec"]["template"]["metadata"]["annotations"];
+        *at(&mut self.0, "/stats_config") = istio_stats_config(annotations);
+    }
+
+    /// Returns [`Bootstrap::istio_gateway`] as a waypoint, with the extension for it: the cluster of its
+    /// one service has a waypoint's name.
+    ///
+    /// # Panics
+    /// If the extension does not have what it is to have.
+    pub fn waypoint(upstream: SocketAddr, statserver: SocketAddr) -> Self {
+        const CLUSTER: &str = "inbound-vip|80|http|hello-00001.default.svc.cluster.local";
+        let mut bootstrap = Self::istio_gateway(upstream, statserver);
+        bootstrap.extend("istio-gateway/waypoint.yaml", "TrafficExtension", statserver);
+        bootstrap.cluster(CLUSTER, Some(upstream));
+        bootstrap.route(json!({"match": {"prefix": "/"}, "route": {"cluster": CLUSTER, "timeout": "0s"}}));
+        bootstrap
+    }
+
+    /// Returns [`Bootstrap::gateway`] as Envoy Gateway makes it of an EnvoyExtensionPolicy and the
+    /// EnvoyProxy below `deploy/envoy-gateway` (envoyproxy/gateway, `internal/xds/translator/wasm.go`),
+    /// with an HTTPRoute `default/hello`. The filter is off but on the routes that enable it.
+    ///
+    /// # Panics
+    /// If they do not have what they are to have.
+    pub fn envoy_gateway(policy: &str, upstream: SocketAddr, statserver: SocketAddr) -> Self {
+        const NAME: &str = "envoy.filters.http.wasm/envoyextensionpolicy/default/inflight/wasm/0";
+        let mut bootstrap = Self::gateway(upstream, statserver);
+        let code = bootstrap.code().clone();
+        let document = deployed(policy, "EnvoyExtensionPolicy");
+        let wasm = &document["spec"]["wasm"][0];
+        *bootstrap.filter() = json!({"name": NAME, "disabled": true, "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm",
+            "config": {
+                "name": wasm["name"],
+                "root_id": wasm["rootID"],
+                "configuration": {
+                    "@type": "type.googleapis.com/google.protobuf.StringValue",
+                    "value": wasm["config"].to_string(),
+                },
+                "vm_config": {
+                    "vm_id": "envoyextensionpolicy/default/inflight/wasm/0",
+                    "runtime": "envoy.wasm.runtime.v8",
+                    "code": code,
+                    "environment_variables": {"host_env_keys": wasm["env"]["hostKeys"]},
+                },
+            },
+        }});
+        bootstrap.cluster(HTTP_ROUTE, Some(upstream));
+        let enabled =
+            json!({NAME: {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "config": {}}});
+        let target = json!({"cluster": HTTP_ROUTE, "timeout": "0s"});
+        bootstrap
+            .route(json!({"match": {"prefix": "/"}, "route": target, "typed_per_filter_config": enabled}));
+        bootstrap.local_route();
+
+        let proxy = deployed("envoy-gateway/envoy-proxy.yaml", "EnvoyProxy");
+        let text = proxy["spec"]["bootstrap"]["value"].as_str().expect("a bootstrap");
+        let mut merged: Value = serde_norway::from_str(text).expect("YAML");
+        bootstrap.0["stats_config"] = merged["stats_config"].take();
+        let mut cluster = at(&mut merged, "/static_resources/clusters/0").take();
         let address = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address/socket_address";
         *at(&mut cluster, address) =
             json!({"address": statserver.ip().to_string(), "port_value": statserver.port()});
-        let clusters = at(&mut self.0, "/static_resources/clusters").as_array_mut().expect("clusters");
-        clusters.retain(|c| c["name"] != cluster["name"]);
+        let clusters = at(&mut bootstrap.0, "/static_resources/clusters").as_array_mut().expect("clusters");
+        clusters.retain(|other| other["name"] != cluster["name"]);
         clusters.push(cluster);
-        let annotations = &shipped("istio/labels.yaml")["spec"]["template"]["metadata"]["annotations"];
-        *at(&mut self.0, "/stats_config") = istio_stats_config(annotations);
+        bootstrap
     }
 
     /// Returns `envoy/knative/envoy.yaml`, on free ports, with the built module.
@@ -420,12 +541,17 @@ impl Bootstrap {
         at(&mut self.0, &format!("{MANAGER}/http_filters/0"))
     }
 
+    /// Returns where the first HTTP filter's module comes from.
+    fn code(&mut self) -> &mut Value {
+        at(self.filter(), "/typed_config/config/vm_config/code")
+    }
+
     /// Uses another module, in all listeners.
     pub fn module(&mut self, path: &Path) {
         let filter = "/filter_chains/0/filters/0/typed_config/http_filters/0";
-        let code = "/typed_config/config/vm_config/code/local/filename";
+        let code = "/typed_config/config/vm_config/code";
         for listener in at(&mut self.0, "/static_resources/listeners").as_array_mut().expect("listeners") {
-            *at(listener, &format!("{filter}{code}")) = json!(path);
+            *at(listener, &format!("{filter}{code}")) = json!({"local": {"filename": path}});
         }
     }
 

@@ -474,12 +474,10 @@ async fn pythons_grpcio_drives_all_five_methods() {
 
 #[tokio::test]
 async fn the_shipped_scaled_object_and_adapter_rule_say_what_the_server_understands() {
-    let python = printed(&mut Command::new("tools/python.sh"));
-    println!("{}", printed(Command::new(python).arg("tests/kubernetes.py")));
     let server = StatServer::start(None).await;
     let mut client = keda(&server).await;
     for (file, target) in [("keda.yaml", 70.0), ("keda-desired-pods.yaml", 1.0)] {
-        let text = std::fs::read_to_string(root().join("envoy/kubernetes").join(file)).expect("the file");
+        let text = std::fs::read_to_string(root().join("deploy/examples").join(file)).expect("the file");
         let shipped: Value = serde_norway::from_str(&text).expect("YAML");
         let metadata = shipped["spec"]["triggers"][0]["metadata"].as_object().expect("metadata");
         let metadata: Vec<(&str, &str)> =
@@ -488,7 +486,7 @@ async fn the_shipped_scaled_object_and_adapter_rule_say_what_the_server_understa
         assert_eq!(spec.metric_specs[0].target_size_float, target, "{file}");
     }
 
-    let text = std::fs::read_to_string(root().join("envoy/kubernetes/hpa.yaml")).expect("the file");
+    let text = std::fs::read_to_string(root().join("deploy/examples/hpa.yaml")).expect("the file");
     let query = text.lines().find_map(|line| line.trim().strip_prefix("metricsQuery: ")).expect("a query");
     let query = query.replace("<<.LabelMatchers>>", r#"namespace="ns",name="hello-00001""#);
     let _reports = Sender::pod("pod", "ns", "hello-00001").report_every(5, server.address, 30);

@@ -76,11 +76,17 @@ const ELSEWHERE: &[(&str, Elsewhere)] = &[
         OneTestOf("budget"),
     ),
     (concat!("cargo test ", tested!(), " --test e2e -- --nocapture install::"), OneTestOf("e2e")),
+    (
+        "curl -s localhost:8080/module/sha256",
+        Nowhere(
+            "it asks a cluster, by the port of the command before; the server's own tests ask the server",
+        ),
+    ),
 ];
 
 /// Documents with a session of their own. All documents below `docs/` share one session.
 const README: &str = "README.md";
-const KUBERNETES: &str = "envoy/kubernetes/README.md";
+const KUBERNETES: &str = "deploy/README.md";
 
 /// The possible first words of a block's fence.
 const LANGUAGES: [&str; 4] = ["sh", "text", "yaml", "promql"];
@@ -266,7 +272,9 @@ impl Session {
         symlink(statserver_program(), release(here).join("inflight-statserver")).expect("a link");
         symlink(built(module), here.join("target").join(module)).expect("a link");
         symlink(root().join("tools"), here.join("tools")).expect("a link");
-        for file in files().iter().filter(|file| file.starts_with("envoy/")) {
+        for file in
+            files().iter().filter(|file| ["envoy/", "deploy/"].iter().any(|folder| file.starts_with(folder)))
+        {
             let path = here.join(file);
             fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
             let text = session.with_ports(&source(file)).replace("address: 0.0.0.0", "address: 127.0.0.1");
@@ -436,17 +444,20 @@ fn what_the_kubernetes_page_makes_lets_keda_and_a_token_in() {
         "#!/usr/bin/env bash\n\
          echo \"$*\" >>kubectl.log\n\
          for argument; do\n\
-           case $argument in\n\
-           --from-file=*) test -s \"${argument##*=}\" ;;\n\
+           case $before$argument in\n\
+           *--from-file=*) test -s \"${argument##*=}\" ;;\n\
+           -k*) test -s \"$argument/kustomization.yaml\" ;;\n\
            *.yaml) test -s \"$argument\" ;;\n\
+           *--from-literal=*) test -n \"${argument##*=}\" ;;\n\
            esac || { echo \"there is no ${argument##*=}\" >&2; exit 1; }\n\
+           before=$argument\n\
          done\n",
     );
     let mut blocks = document(KUBERNETES).commands();
     let name = "inflight-statserver.inflight";
     blocks.push(Commands {
         text: format!(
-            "../../target/release/inflight-statserver --token-file tokens --tls-cert statserver.crt --tls-key statserver.key \
+            "../target/release/inflight-statserver --token-file tokens --tls-cert statserver.crt --tls-key statserver.key \
              --tls-client-ca ca.crt &\n\
              ask() {{ curl -s --retry 5 --retry-connrefused --cacert ca.crt --resolve {name}:8080:127.0.0.1 \"$@\" \
              https://{name}:8080/v1/keys; echo; }}\n\
@@ -456,14 +467,14 @@ fn what_the_kubernetes_page_makes_lets_keda_and_a_token_in() {
         ),
         prints: None,
     });
-    let printed = session.run("envoy/kubernetes", &blocks).pop().expect("what was asked");
+    let printed = session.run("deploy", &blocks).pop().expect("what was asked");
     let (answers, asked): (Vec<&str>, Vec<&str>) = printed.lines().partition(|line| line.starts_with('{'));
     assert_eq!(answers, [r#"{"keys":[],"found":0}"#; 2], "{printed}");
-    let manifests = ["statserver.yaml", "keda-authentication.yaml"]
-        .map(|name| source(&format!("envoy/kubernetes/{name}")));
+    let manifests = files().into_iter().filter(|file| file.starts_with("deploy/") && file.ends_with(".yaml"));
+    let manifests: Vec<String> = manifests.map(|file| source(&file)).collect();
     let secrets = asked.iter().filter_map(|line| line.split_once("create secret generic "));
     let secrets: Vec<&str> = secrets.filter_map(|(_, rest)| rest.split(' ').next()).collect();
-    assert_eq!(secrets.len(), 3, "{printed}");
+    assert_eq!(secrets.len(), 4, "{printed}");
     for secret in secrets {
         assert!(
             manifests.iter().any(|text| text.contains(&format!("ame: {secret}\n"))),
@@ -550,7 +561,7 @@ fn every_path_target_and_test_that_the_documents_name_is_there() {
         !text.is_empty() && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
     };
     let is_there = |document: &Document, code: &str| {
-        let top = ["src", "tests", "benches", "fuzz", "envoy", "docs", "tools", ".ci"];
+        let top = ["src", "tests", "benches", "fuzz", "envoy", "deploy", "docs", "tools", ".ci"];
         if let Some(words) = code.strip_prefix("make ") {
             let target = words.split(' ').next().unwrap_or_default();
             return makefile.contains(&format!("\n{target}:"));

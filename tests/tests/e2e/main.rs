@@ -8,6 +8,7 @@ mod changes;
 mod clock;
 mod count;
 mod demo;
+mod deploy;
 mod disk;
 mod documents;
 mod exporter;

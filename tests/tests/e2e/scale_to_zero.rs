@@ -170,7 +170,7 @@ fn the_shipped_trust_is_shorter_than_kedas_cooldown() {
         parse_duration(config["gateway"]["hold"]["trust"].as_str().expect("a trust")).expect("a duration")
     });
     for file in ["keda.yaml", "scale-to-zero.yaml"] {
-        let path = root().join("envoy/kubernetes").join(file);
+        let path = root().join("deploy/examples").join(file);
         let text = std::fs::read_to_string(path).expect("a file");
         let cooldown = text.lines().find_map(|line| line.trim().strip_prefix("cooldownPeriod: "));
         let cooldown = Duration::from_secs(cooldown.and_then(|n| n.parse().ok()).expect("seconds"));
