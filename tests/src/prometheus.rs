@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -86,6 +86,21 @@ pub fn promtool_check(text: &str) -> Result<(), String> {
     }
 }
 
+/// Runs `promtool test rules` on a file in a folder, with these rules beside it as `rules.yaml`.
+///
+/// # Panics
+/// If it fails, or promtool is not available.
+pub fn promtool_test(file: &Path, rules: &Value) {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("rules.yaml"), rules.to_string()).expect("a file");
+    std::fs::copy(file, folder.path().join("tests.yaml")).expect("a file");
+    let mut promtool = Command::new(tool("promtool"));
+    let output = promtool.args(["test", "rules", "tests.yaml"]).current_dir(folder.path()).output();
+    let output = output.expect("promtool");
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{}{}", said(&output.stdout), said(&output.stderr));
+}
+
 fn tool(name: &str) -> PathBuf {
     let output = Command::new(root().join("tools/prometheus.sh")).arg(name).output().expect("a shell");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -141,13 +156,24 @@ impl Prometheus {
     /// # Panics
     /// If Prometheus does not answer, or has several results.
     pub async fn query(&self, query: &str) -> f64 {
+        let values = self.values(query).await;
+        assert!(values.len() <= 1, "{query} has several results: {values:?}");
+        values.first().copied().unwrap_or(0.0)
+    }
+
+    /// Returns the values of all results of a query.
+    ///
+    /// # Panics
+    /// If Prometheus does not answer, or does not take the query.
+    pub async fn values(&self, query: &str) -> Vec<f64> {
         let encoded: String = query.bytes().map(|b| format!("%{b:02x}")).collect();
-        let answer =
-            http::get(self.address, &format!("/api/v1/query?query={encoded}")).await.expect("an answer");
+        let answer = http::get(self.address, &format!("/api/v1/query?query={encoded}"))
+            .await
+            .unwrap_or_else(|error| panic!("{query}: {error}"));
         let answer: Value = serde_json::from_str(&answer).expect("JSON");
-        let results = answer["data"]["result"].as_array().expect("results");
-        assert!(results.len() <= 1, "{query} has several results: {answer}");
-        let value = results.first().and_then(|result| result["value"][1].as_str());
-        value.map_or(0.0, |value| value.parse().expect("a number"))
+        let results = answer["data"]["result"].as_array().expect("results").iter();
+        results
+            .map(|result| result["value"][1].as_str().expect("a value").parse().expect("a number"))
+            .collect()
     }
 }
