@@ -200,6 +200,26 @@ impl Bootstrap {
         bootstrap
     }
 
+    /// Returns [`Bootstrap::istio`] with the module from where the EnvoyFilters fetch it: the stats
+    /// server, which must have one of this digest.
+    ///
+    /// # Panics
+    /// If the EnvoyFilters fetch it from different places.
+    pub fn istio_fetching(app: SocketAddr, statserver: SocketAddr, sha256: &str) -> Self {
+        let mut bootstrap = Self::istio(app, statserver);
+        let code = "/typed_config/config/vm_config/code";
+        let filter = "/filter_chains/0/filters/0/typed_config/http_filters/0";
+        let mut fetched = at(&mut patch(&shipped("istio/sidecar.yaml"), "HTTP_FILTER"), code).take();
+        let mut exporter = patch(&shipped("istio/exporter.yaml"), "LISTENER");
+        assert_eq!(fetched, *at(&mut exporter, &format!("{filter}{code}")), "one VM has one module");
+        *at(&mut fetched, "/remote/sha256") = json!(sha256);
+        for listener in at(&mut bootstrap.0, "/static_resources/listeners").as_array_mut().expect("listeners")
+        {
+            *at(listener, &format!("{filter}{code}")) = fetched.clone();
+        }
+        bootstrap
+    }
+
     /// Gives a cluster one endpoint or none. Adds the cluster if the configuration does not have
     /// it.
     pub fn cluster(&mut self, name: &str, endpoint: Option<SocketAddr>) {

@@ -5,12 +5,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::{Bootstrap, TOKEN};
+use inflight_e2e::bootstrap::{Bootstrap, TOKEN, deployed};
 use inflight_e2e::envoy::{Envoy, How, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
-use inflight_e2e::{debian, root, wait};
+use inflight_e2e::{built, debian, http, root, wait};
 
 const SETTLED: Duration = Duration::from_secs(20);
 
@@ -27,6 +27,42 @@ fn kubectl_renders_every_folder_and_the_schemas_accept_what_comes_out() {
     let python = printed(&mut Command::new("tools/python.sh"));
     let kubectl = debian("kubectl", &["kubernetes-client"]);
     println!("{}", printed(Command::new(python).arg("tests/kubernetes.py").arg(kubectl)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_server_starts_with_the_flags_and_the_files_of_the_base() {
+    let deployment = deployed("base/statserver.yaml", "Deployment");
+    let container = &deployment["spec"]["template"]["spec"]["containers"][0];
+    let settings = deployed("base/settings.yaml", "ConfigMap");
+    let folder = tempfile::tempdir().expect("a folder");
+    let files = [
+        ("tokens", format!("{TOKEN} *\n")),
+        ("settings.json", settings["data"]["settings.json"].as_str().expect("settings").to_owned()),
+    ];
+    for (name, text) in files {
+        std::fs::write(folder.path().join(name), text).expect("a file");
+    }
+    let module = built("wasm32-wasip1/release/inflight_filter.wasm");
+    std::fs::copy(&module, folder.path().join("inflight_filter.wasm")).expect("a file");
+    let mut flags = Vec::new();
+    for argument in container["args"].as_array().expect("arguments") {
+        let (flag, value) = argument.as_str().and_then(|text| text.split_once('=')).expect("a flag");
+        // The addresses are the test's own.
+        if flag != "--listen" {
+            let file = value.starts_with('/').then(|| value.rsplit_once('/').expect("a path").1);
+            let value = file.map_or(value.to_owned(), |file| folder.path().join(file).display().to_string());
+            flags.push(format!("{flag}={value}"));
+        }
+    }
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let server = StatServer::with(None, &flags).await;
+    let probes =
+        ["readinessProbe", "livenessProbe"].map(|probe| container[probe]["httpGet"]["path"].as_str());
+    for path in probes.into_iter().flatten().chain(["/module/sha256"]) {
+        http::get(server.address, path).await.unwrap_or_else(|error| panic!("{path}: {error}"));
+    }
+    let refused = http::get(server.address, "/v1/keys").await;
+    assert!(refused.as_ref().is_err_and(|error| error.contains("401")), "{refused:?}");
 }
 
 /// Runs an Envoy whose reports pass a tap, sends it requests, and waits until the stats server has
@@ -120,5 +156,25 @@ async fn what_envoy_gateway_makes_of_a_policy_counts_its_routes_in_a_real_envoy(
                 [("namespace_name", "default"), ("revision_name", "hello"), ("response_code", "200")];
             assert_eq!(envoy.stat("activator_request_count", &labels).await, 300.0, "{policy}");
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_envoyfilters_module_comes_from_the_stats_server_that_it_reports_to() {
+    let module = built("wasm32-wasip1/release/inflight_filter.wasm");
+    for version in [Version::Oldest, Version::Newest] {
+        let app = App::start().await;
+        let server = StatServer::with(None, &["--module", module.to_str().expect("UTF-8")]).await;
+        let sha256 = http::get(server.address, "/module/sha256").await.expect("a digest");
+        let bootstrap = Bootstrap::istio_fetching(app.address, server.address, sha256.trim());
+        let envoy = Envoy::start(version, &bootstrap, 2).await;
+        let plan = Plan { requests: 300, connections: 10, average_ms: 3.0, seed: 7, ..Plan::default() };
+        let sent = Load::start(plan, envoy.address, &app.counts).finish().await;
+        wait::until_equal("the server's count", SETTLED, sent, || {
+            server.number("shop", "cart-v2", "requests_total")
+        })
+        .await;
+        let scraped = http::get(envoy.exporter, "/metrics").await.expect("the exporter");
+        assert!(scraped.contains("destination_pod=\"cart-v2-7d9f-x2x4p\""), "{scraped}");
     }
 }
