@@ -87,7 +87,7 @@ impl<H: Host> Root<H> {
     fn configure(&self) -> Result<ActiveRole<H>, String> {
         let host = self.host;
         let node = Identity::from_istio(|path| self.node_metadata(path));
-        let config = Config::parse(&host.plugin_configuration(), &node);
+        let config = Config::parse(&host.plugin_configuration(), &node, |name| host.environment(name));
         let config = config.map_err(|error| error.to_string())?;
         if config.role == config::Role::Exporter {
             let pod = PodStore::new(&config.domain());

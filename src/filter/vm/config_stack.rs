@@ -50,7 +50,7 @@ mod tests {
     fn config(period: &str) -> Config {
         let json =
             format!(r#"{{"namespace": "n", "revision": "r", "pod": "p", "reporting_period": "{period}"}}"#);
-        Config::parse(json.as_bytes(), &Identity::default()).unwrap()
+        Config::parse(json.as_bytes(), &Identity::default(), |_| None).unwrap()
     }
 
     #[test]

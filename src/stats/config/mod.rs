@@ -6,6 +6,7 @@ pub mod identity;
 pub mod options;
 pub mod suggestion;
 
+use std::borrow::Cow;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use crate::config::fields::Fields;
 pub use crate::config::fields::{ConfigError, parse_duration};
 use crate::config::identity::Identity;
 use crate::hold::settings::HoldSettings;
+use crate::protocol::report::is_name;
 
 /// What a filter does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,12 +131,16 @@ const QUEUE_DEPTH_FACTOR: u32 = 10;
 
 impl Config {
     /// Reads and checks a configuration; none at all is an empty one. What it leaves out of the
-    /// identity is taken from `node`.
+    /// identity is taken from `node`. `environment` returns a variable of the VM's environment.
     ///
     /// # Errors
     /// [`ConfigError`], for the first mistake. Unknown keys are reported before missing ones: a key
     /// is often missing because it is misspelt.
-    pub fn parse(json: &[u8], node: &Identity) -> Result<Self, ConfigError> {
+    pub fn parse(
+        json: &[u8],
+        node: &Identity,
+        environment: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigError> {
         const DOCUMENT: &str = "configuration";
         let parsed = match json.is_empty() {
             true => Ok(Value::Object(Map::new())),
@@ -155,6 +161,16 @@ impl Config {
         let service = if needs_service { Fields::name } else { Fields::label };
         // A gateway stands for no revision; its namespace only completes clusters that name none.
         let name = if role == Role::Gateway { Fields::label } else { Fields::name };
+        let pod = match variable(&mut fields, options::POD_ENV)? {
+            None => Cow::Borrowed(&node.pod),
+            Some(name) => match environment(&name).filter(|pod| is_name(pod)) {
+                Some(pod) => Cow::Owned(pod),
+                None => {
+                    let key = options::POD_ENV;
+                    return Err(fields.error(key.name, format!("{name:?}"), key.expected));
+                }
+            },
+        };
         Ok(Self {
             role,
             identity: Identity {
@@ -162,7 +178,7 @@ impl Config {
                 service: service(&mut fields, options::SERVICE.name, &node.service)?,
                 configuration: fields.label(options::CONFIGURATION.name, &node.configuration)?,
                 revision: name(&mut fields, options::REVISION.name, &node.revision)?,
-                pod: fields.name(options::POD.name, &node.pod)?,
+                pod: fields.name(options::POD.name, &pod)?,
             },
             name_from,
             gateway,
@@ -299,6 +315,12 @@ fn duration(
     fields.duration(key.name, key.expected, |given| allowed.contains(&given))
 }
 
+/// Takes the name of a variable of the VM's environment, if there is one.
+fn variable(fields: &mut Fields, key: options::ConfigKey) -> Result<Option<String>, ConfigError> {
+    let is_letter = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    fields.string(key.name, key.expected, |name| !name.is_empty() && name.bytes().all(is_letter))
+}
+
 fn limits(fields: &mut Fields) -> Result<Option<BreakerLimits>, ConfigError> {
     let key = options::CONTAINER_CONCURRENCY;
     let concurrency = fields.integer(key.name, key.expected, |n| n <= MAX_CONCURRENCY)?.unwrap_or(0);
@@ -317,11 +339,7 @@ impl StatServerConfig {
             path: fields.url_path(options::STATSERVER_PATH.name)?.unwrap_or_else(|| "/v1/reports".into()),
             timeout: duration(&mut fields, options::STATSERVER_TIMEOUT, Duration::from_millis(10)..=MINUTE)?
                 .unwrap_or(Duration::from_secs(1)),
-            token_env: fields.string(
-                options::STATSERVER_TOKEN_ENV.name,
-                options::STATSERVER_TOKEN_ENV.expected,
-                |name| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'),
-            )?,
+            token_env: variable(&mut fields, options::STATSERVER_TOKEN_ENV)?,
             cluster,
         })
     }
@@ -334,12 +352,29 @@ mod tests {
     const MINIMAL: &str = r#"{"namespace": "ns", "revision": "rev", "pod": "pod"}"#;
 
     fn parse(json: &str) -> Result<Config, ConfigError> {
-        Config::parse(json.as_bytes(), &Identity::default())
+        Config::parse(json.as_bytes(), &Identity::default(), |_| None)
     }
 
     fn refused(change: &str) -> String {
         let json = format!(r#"{{"namespace": "ns", "revision": "rev", "pod": "pod", {change}}}"#);
         parse(&json).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_pod_may_be_named_by_the_environment() {
+        let environment = |name: &str| (name == "POD_NAME").then(|| "pod-7".to_owned());
+        let parse = |keys: &str| {
+            let json = format!(r#"{{"namespace": "ns", "revision": "rev", {keys}}}"#);
+            let parsed = Config::parse(json.as_bytes(), &Identity::default(), environment);
+            parsed.map(|config| config.identity.pod).map_err(|error| error.to_string())
+        };
+        assert_eq!(parse(r#""pod_env": "POD_NAME""#).as_deref(), Ok("pod-7"));
+        assert_eq!(parse(r#""pod_env": "POD_NAME", "pod": "mine""#).as_deref(), Ok("mine"));
+        let error = parse(r#""pod_env": "NONE""#).unwrap_err();
+        assert!(
+            error.starts_with(r#"invalid configuration: `pod_env` is "NONE"; expected the name of a"#),
+            "{error}"
+        );
     }
 
     #[test]
@@ -428,9 +463,9 @@ mod tests {
             pod: "pod-1".into(),
             ..Identity::default()
         };
-        let config = Config::parse(br#"{"revision": "v2"}"#, &node).unwrap();
+        let config = Config::parse(br#"{"revision": "v2"}"#, &node, |_| None).unwrap();
         assert_eq!(config.domain(), "mesh/v2/pod-1");
-        assert_eq!(Config::parse(b"", &node).unwrap().domain(), "mesh/v1/pod-1");
+        assert_eq!(Config::parse(b"", &node, |_| None).unwrap().domain(), "mesh/v1/pod-1");
     }
 
     #[test]

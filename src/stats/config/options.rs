@@ -23,6 +23,7 @@ pub(super) const AN_OBJECT: &str = "a JSON object";
 pub(super) const A_BOOLEAN: &str = "true or false";
 pub(super) const A_TIMEOUT: &str = r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#;
 pub(super) const A_LIMIT: &str = "a whole number from 1 to 100000";
+pub(super) const A_VARIABLE: &str = "the name of a variable that vm_config.environment_variables sets";
 pub(super) const A_HEADER: &str = "the name of an HTTP header";
 
 pub(super) const ROLE: ConfigKey = ConfigKey {
@@ -76,6 +77,14 @@ pub(super) const POD: ConfigKey = ConfigKey {
     default: "Istio's node metadata",
     expected: A_NAME,
     help: "Name of the pod that reports. Required",
+};
+pub(super) const POD_ENV: ConfigKey = ConfigKey {
+    object: "",
+    name: "pod_env",
+    default: "none",
+    expected: A_VARIABLE,
+    help: "Variable of the VM's environment (`vm_config.environment_variables`) that holds `pod`, where \
+           `pod` itself is not given",
 };
 pub(super) const REPORTING_PERIOD: ConfigKey = ConfigKey {
     object: "",
@@ -186,7 +195,7 @@ pub(super) const STATSERVER_TOKEN_ENV: ConfigKey = ConfigKey {
     object: "statserver.",
     name: "token_env",
     default: "none",
-    expected: "the name of a variable",
+    expected: A_VARIABLE,
     help: "Variable of the VM's environment (`vm_config.environment_variables`) that holds the bearer \
            token, which is sent as `authorization: Bearer`",
 };
@@ -303,7 +312,7 @@ pub(super) const HOLD_RELEASE: ConfigKey = ConfigKey {
 };
 
 /// All keys, in the order of the reference page.
-pub const CONFIG_KEYS: [ConfigKey; 36] = [
+pub const CONFIG_KEYS: [ConfigKey; 37] = [
     ROLE,
     NAMESPACE,
     SERVICE,
@@ -311,6 +320,7 @@ pub const CONFIG_KEYS: [ConfigKey; 36] = [
     REVISION,
     NAME_FROM,
     POD,
+    POD_ENV,
     REPORTING_PERIOD,
     PROXIED_HEADER,
     CONTAINER_CONCURRENCY,
@@ -343,7 +353,7 @@ pub const CONFIG_KEYS: [ConfigKey; 36] = [
 ];
 
 /// The names of the document's own keys.
-pub(super) const DOCUMENT_KEYS: [&str; 18] = names_in("");
+pub(super) const DOCUMENT_KEYS: [&str; 19] = names_in("");
 /// Those of `statserver`.
 pub(super) const STATSERVER_KEYS: [&str; 5] = names_in("statserver.");
 /// Those of `gateway`.
