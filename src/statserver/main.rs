@@ -11,9 +11,9 @@
 //! | `net` | connections: accepting them, TLS, who may do what, their limits, the shutdown |
 //! | `keys` | every key's figures, history and settings, and the settings file |
 //! | `forward` | every stat on to a Knative autoscaler |
-//! | `app` | the state that requests share, and the tasks that keep it current |
+//! | `app` | the state that requests share, the module, and the tasks that keep all current |
 //! | `protocols` | Knative's stat stream, KEDA's external scaler, Kubernetes' metrics APIs |
-//! | `http` | the routes: reports, keys, settings, health, metrics, the live page |
+//! | `http` | the routes: reports, keys, settings, health, metrics, the module, the live page |
 //! | `serve` | the running server: HTTP/1.1 and gRPC over connections, from start to end |
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 

@@ -575,6 +575,25 @@ impl Bootstrap {
         }
     }
 
+    /// Makes all listeners fetch the module from the stats server, by this SHA-256, and again as often
+    /// as `retries` says; `None` is Envoy's default, once.
+    pub fn fetched_module(&mut self, sha256: &str, retries: Option<u32>) {
+        let uri = "http://inflight-statserver/module/inflight_filter.wasm";
+        let mut remote = json!({
+            "http_uri": {"uri": uri, "cluster": "inflight-statserver", "timeout": "5s"},
+            "sha256": sha256,
+        });
+        if let Some(retries) = retries {
+            let back_off = json!({"base_interval": "0.2s", "max_interval": "1s"});
+            remote["retry_policy"] = json!({"num_retries": retries, "retry_back_off": back_off});
+        }
+        let filter = "/filter_chains/0/filters/0/typed_config/http_filters/0";
+        let code = "/typed_config/config/vm_config/code";
+        for listener in at(&mut self.0, "/static_resources/listeners").as_array_mut().expect("listeners") {
+            *at(listener, &format!("{filter}{code}")) = json!({"remote": remote.clone()});
+        }
+    }
+
     /// Sets a key of the plugin's configuration.
     ///
     /// # Panics

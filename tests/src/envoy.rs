@@ -80,6 +80,8 @@ pub struct How {
     pub dynamic: bool,
     /// Whether to do without an access log, which itself has a cost.
     pub quiet: bool,
+    /// Whether not to wait until Envoy is ready. Its listeners may not accept connections yet.
+    pub early: bool,
     /// The base id and the epoch of an Envoy that takes part in hot restarts.
     pub epoch: Option<(u32, u32)>,
 }
@@ -160,9 +162,10 @@ impl Envoy {
             }
         })
         .await;
-        let address = wait::until("Envoy listens", limit, || listener(admin, 0)).await;
+        let ready = !how.early;
+        let address = wait::until("Envoy listens", limit, || listener(admin, 0, ready)).await;
         let exporter = match listeners {
-            2.. => wait::until("the exporter listens", limit, || listener(admin, 1)).await,
+            2.. => wait::until("the exporter listens", limit, || listener(admin, 1, ready)).await,
             _ => address,
         };
         Self { address, exporter, admin, process, folder }
@@ -251,13 +254,14 @@ impl Envoy {
     }
 }
 
-async fn listener(admin: SocketAddr, number: usize) -> Result<SocketAddr, String> {
+/// Returns the address of a listener, if Envoy is as ready as it has to be.
+async fn listener(admin: SocketAddr, number: usize, ready: bool) -> Result<SocketAddr, String> {
     let text = http::get(admin, "/listeners?format=json").await?;
     let value: Value = serde_json::from_str(&text).map_err(|e| e.to_string())?;
     let address = &value["listener_statuses"][number]["local_address"]["socket_address"];
     let (ip, port) = (address["address"].as_str(), address["port_value"].as_u64());
     match (ip, port) {
-        (Some(ip), Some(port)) if http::get(admin, "/ready").await.is_ok() => {
+        (Some(ip), Some(port)) if !ready || http::get(admin, "/ready").await.is_ok() => {
             format!("{ip}:{port}").parse().map_err(|_| text)
         }
         _ => Err(text),

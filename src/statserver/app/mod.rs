@@ -1,4 +1,5 @@
-//! What all requests share, and the tasks that keep it current.
+//! What all requests share, the module that is handed out, and the tasks that keep it current.
 
 pub mod background;
+pub mod filter_module;
 pub mod state;

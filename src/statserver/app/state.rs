@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
+use crate::app::filter_module::FilterModule;
 use crate::cli::limits::Limits;
 use crate::forward::forwarder::Forwarder;
 use crate::keys::key_table::KeyTable;
@@ -24,6 +25,8 @@ pub struct ServerState {
     pub access: Access,
     /// The settings of single keys.
     pub settings: SettingsStore,
+    /// The module that Envoys can fetch.
+    pub module: Option<FilterModule>,
     /// How much is accepted.
     pub limits: Limits,
     /// Bytes that are being received.

@@ -89,6 +89,10 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     pub settings: Option<PathBuf>,
 
+    /// The filter's module, which Envoys can fetch from /module/inflight_filter.wasm.
+    #[arg(long, value_name = "FILE")]
+    pub module: Option<PathBuf>,
+
     /// Forwards every stat to this Knative autoscaler, for example
     /// ws://autoscaler.knative-serving:8080.
     #[arg(long, value_name = "URL", value_parser = websocket_url)]

@@ -102,6 +102,10 @@ impl AsRef<[u8]> for ReservedBytes {
     }
 }
 
+/// Marks a response whose bytes other responses have, too: it needs no memory of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedBody;
+
 /// Has responses that are not small reserve their bytes until they are written: clients may be slow
 /// to read.
 pub async fn reserve_response(
@@ -110,7 +114,8 @@ pub async fn reserve_response(
     next: Next,
 ) -> Response {
     let (parts, body) = next.run(request).await.into_parts();
-    if body.size_hint().exact().is_none_or(|bytes| bytes <= FREE_BYTES as u64) {
+    let is_small = body.size_hint().exact().is_none_or(|bytes| bytes <= FREE_BYTES as u64);
+    if is_small || parts.extensions.get::<SharedBody>().is_some() {
         return Response::from_parts(parts, body);
     }
     // It is complete already, so this does not wait.

@@ -1,10 +1,11 @@
-//! The HTTP server: reports, keys, settings, health, metrics, the live page.
+//! The HTTP server: reports, keys, settings, health, metrics, the module, the live page.
 
 pub mod body;
 pub mod extract;
 pub mod health;
 pub mod keys;
 pub mod middleware;
+pub mod module;
 pub mod page;
 pub mod prometheus;
 pub mod reports;

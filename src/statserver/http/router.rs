@@ -8,7 +8,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 
 use crate::app::state::ServerState;
-use crate::http::{body, health, keys, middleware, page, prometheus, reports, settings};
+use crate::http::{body, health, keys, middleware, module, page, prometheus, reports, settings};
 
 /// Returns all routes.
 pub fn router(state: Arc<ServerState>) -> Router {
@@ -31,6 +31,8 @@ pub fn router(state: Arc<ServerState>) -> Router {
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(prometheus::scrape))
+        .route("/module/inflight_filter.wasm", get(module::module))
+        .route("/module/sha256", get(module::sha256))
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_method)
         .layer(from_fn(middleware::only_known_parameters))
@@ -42,8 +44,8 @@ pub fn router(state: Arc<ServerState>) -> Router {
 }
 
 async fn unknown_path() -> (StatusCode, &'static str) {
-    let reason = "unknown path; expected /, /healthz, /readyz, /metrics, /v1/reports, /v1/keys, \
-                  /v1/keys/NAMESPACE/NAME and below it /history, /senders and /settings, or \
+    let reason = "unknown path; expected /, /healthz, /readyz, /metrics, /module/inflight_filter.wasm, \
+                  /module/sha256, /v1/reports, /v1/keys, /v1/keys/NAMESPACE/NAME and below it /history, /senders and /settings, or \
                   /v1/key?namespace=NAMESPACE&name=NAME likewise\n";
     (StatusCode::NOT_FOUND, reason)
 }

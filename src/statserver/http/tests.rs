@@ -4,6 +4,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::StatusCode;
+use axum::response::Response;
 use clap::Parser;
 use http_body_util::BodyExt;
 use inflight_stats::protocol::key_name::KeyName;
@@ -13,6 +14,7 @@ use inflight_stats::{KeyReport, Report, Snapshot};
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
+use crate::app::filter_module::FilterModule;
 use crate::app::state::ServerState;
 use crate::cli::flags::{AnonymousAccess, Flags};
 use crate::http::router::router;
@@ -31,6 +33,10 @@ fn state() -> Arc<ServerState> {
 }
 
 fn state_with(access: Access) -> (DrainTrigger, Arc<ServerState>) {
+    state_of(access, None)
+}
+
+fn state_of(access: Access, module: Option<FilterModule>) -> (DrainTrigger, Arc<ServerState>) {
     let capacity = Capacity { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
     let keys = KeyTable::new(Arc::default(), capacity, 0);
     let (trigger, drain) = new_drain();
@@ -38,6 +44,7 @@ fn state_with(access: Access) -> (DrainTrigger, Arc<ServerState>) {
         settings: SettingsStore::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
         keys,
         access,
+        module,
         limits: Flags::parse_from(["inflight-statserver"]).limits,
         budget: Budget::new(1 << 20),
         response_budget: Budget::new(1 << 20),
@@ -455,6 +462,8 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
         (reporter, "GET", "/", &vec![], 200),
         ("", "GET", "/healthz", &vec![], 200),
         ("", "GET", "/readyz", &vec![], 200),
+        ("", "GET", "/module/sha256", &vec![], 404),
+        ("", "GET", "/module/inflight_filter.wasm", &vec![], 404),
     ] {
         let (status, text) = ask_as(token, method, path, body.clone()).await;
         assert_eq!(status.as_u16(), code, "{token} {method} {path}: {text}");
@@ -548,6 +557,64 @@ async fn a_page_of_another_site_changes_nothing() {
         200,
         "a browser shows it to nobody"
     );
+}
+
+#[tokio::test]
+async fn the_module_is_handed_out_to_everybody_as_it_was_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("module.wasm");
+    let bytes = [&b"\0asm\x01\0\0\0"[..], &vec![7; 2 << 20]].concat();
+    std::fs::write(&file, &bytes).unwrap();
+    let module = FilterModule::load(&file).unwrap();
+    let sha256 = module.sha256.clone();
+    let tokens = folder.path().join("tokens");
+    std::fs::write(&tokens, "reporter-of-ns-0123 ns").unwrap();
+    let access = Access::load(Some(&tokens), false, AnonymousAccess::Denied).unwrap();
+    let (_, state) = state_of(access, Some(module));
+    let ask = async |method: &str, known: Option<String>| {
+        let mut request = Request::builder().method(method).uri("/module/inflight_filter.wasm");
+        if let Some(known) = known {
+            request = request.header("if-none-match", known);
+        }
+        let request = request.header("accept-encoding", "gzip, br").body(Body::empty()).unwrap();
+        router(Arc::clone(&state)).oneshot(request).await.unwrap()
+    };
+    let header = |answer: &Response, name: &str| answer.headers()[name].to_str().unwrap().to_owned();
+    let tag = format!("\"{sha256}\"");
+    for method in ["GET", "HEAD"] {
+        let answer = ask(method, Some("\"another\"".into())).await;
+        assert_eq!(answer.status(), 200);
+        assert_eq!(header(&answer, "content-type"), "application/wasm");
+        assert_eq!(header(&answer, "content-length"), bytes.len().to_string());
+        assert_eq!(header(&answer, "etag"), tag);
+        assert!(!answer.headers().contains_key("content-encoding"));
+        let body = answer.into_body().collect().await.unwrap().to_bytes();
+        assert!(if method == "GET" { body == bytes } else { body.is_empty() });
+    }
+    for known in [tag.clone(), format!("\"x\", W/{tag}"), "*".into()] {
+        let answer = ask("GET", Some(known)).await;
+        assert_eq!((answer.status(), header(&answer, "etag")), (StatusCode::NOT_MODIFIED, tag.clone()));
+        assert!(answer.into_body().collect().await.unwrap().to_bytes().is_empty());
+    }
+    assert_eq!(read(&state, "/module/sha256").await, (StatusCode::OK, format!("{sha256}\n")));
+    assert_eq!(ask("POST", None).await.status(), 405);
+    // Many at once take no more memory than one, and nothing of what other answers may take.
+    let mut unread = Vec::new();
+    for _ in 0..100 {
+        unread.push(ask("GET", None).await);
+        assert_eq!(unread.last().unwrap().status(), 200);
+    }
+    assert_eq!(state.response_budget.available(), 1 << 20);
+}
+
+#[tokio::test]
+async fn without_a_module_the_answer_says_what_is_missing() {
+    let state = state();
+    for path in ["/module/inflight_filter.wasm", "/module/sha256"] {
+        let (status, text) = read(&state, path).await;
+        let reason = "this server has no module to hand out: it was started without --module\n";
+        assert_eq!((status, text.as_str()), (StatusCode::NOT_FOUND, reason));
+    }
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::app::background;
+use crate::app::filter_module::FilterModule;
 use crate::app::state::ServerState;
 use crate::cli::flags::Flags;
 use crate::forward::forwarder::Forwarder;
@@ -49,6 +50,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let keys = KeyTable::new(Arc::new(flags.key_settings()), Capacity::from(&flags.limits), now_ns())
         .with_stale_after(flags.stale_after);
     let settings = SettingsStore::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
+    let module = flags.module.as_deref().map(FilterModule::load).transpose().map_err(io::Error::other)?;
     let tls = tls_files(flags).map(Tls::load).transpose().map_err(io::Error::other)?.map(Arc::new);
     let shared = shared(flags, &access, tls.clone());
     let metrics_api = match flags.metrics_listen {
@@ -58,9 +60,12 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let http = bind("--listen", flags.listen, Protocol::Http, &shared).await?;
     let grpc = bind("--grpc-listen", flags.grpc_listen, Protocol::Grpc, &shared).await?;
     info!(address = %http.address()?, grpc = %grpc.address()?, tls = tls.is_some(), "listening");
+    if let Some(FilterModule { bytes, sha256 }) = &module {
+        info!(bytes = bytes.len(), sha256, "handing out the module");
+    }
 
     let (trigger, drain) = new_drain();
-    let state = Arc::new(state(flags, access, keys, settings, shared, drain));
+    let state = Arc::new(state(flags, access, keys, (settings, module), shared, drain));
     let of_metrics_api = metrics_api.as_ref().map(MetricsApi::tls);
     let mut background = background::start(&state, tls.into_iter().chain(of_metrics_api).collect());
     let mut listeners = JoinSet::new();
@@ -118,7 +123,7 @@ fn state(
     flags: &Flags,
     access: Access,
     keys: KeyTable,
-    settings: SettingsStore,
+    (settings, module): (SettingsStore, Option<FilterModule>),
     shared: Shared,
     drain: DrainWatcher,
 ) -> ServerState {
@@ -128,6 +133,7 @@ fn state(
         keys,
         access,
         settings,
+        module,
         limits,
         budget,
         response_budget: Budget::new(limits.max_answer_bytes),

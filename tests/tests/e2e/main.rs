@@ -21,6 +21,7 @@ mod install;
 mod keys;
 mod limits;
 mod metrics_api;
+mod module;
 mod monitoring;
 mod network_probe;
 mod page;
