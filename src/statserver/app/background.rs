@@ -64,6 +64,7 @@ async fn reload(state: Arc<ServerState>, tls: Vec<Arc<Tls>>) {
         let (state, tls) = (Arc::clone(&state), tls.clone());
         let read = move || {
             state.access.reload();
+            state.settings.reload(&state.keys);
             tls.iter().for_each(|tls| tls.reload());
         };
         // A file system may hang.

@@ -85,7 +85,8 @@ pub struct Flags {
     #[arg(long)]
     pub insecure: bool,
 
-    /// File in which per-key settings are persisted; without it, a restart forgets them.
+    /// File in which per-key settings are persisted; without it, a restart forgets them. One that is
+    /// there and cannot be replaced is read again when it changes, and nothing else sets settings.
     #[arg(long, value_name = "FILE")]
     pub settings: Option<PathBuf>,
 

@@ -90,6 +90,7 @@ fn depth(json: &Value) -> usize {
 
 fn refuse(state: &ServerState, error: &SetError) -> Response {
     let code = match error {
+        SetError::ReadOnly(_) => StatusCode::CONFLICT,
         SetError::Invalid(_) => StatusCode::BAD_REQUEST,
         SetError::TooMany => StatusCode::INSUFFICIENT_STORAGE,
         SetError::CapacityExceeded(exceeded) => {

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::protocol::report::check_name;
 use inflight_stats::scaling::settings::KeySettings;
+use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize, Serializer as _};
 use serde_json::Value;
 use tokio::sync::Mutex;
-use tracing::warn;
+use tracing::{error, info, warn};
 
 use crate::keys::capacity::CapacityExceeded;
 use crate::keys::key_table::KeyTable;
@@ -46,11 +47,33 @@ pub struct SettingsStore {
     file: Option<PathBuf>,
     rps_target: f64,
     by_key: Arc<Mutex<BTreeMap<KeyName, Value>>>,
+    /// What was seen of a file that others write; `None` where it is ours.
+    read_only: Option<Mutex<FileSeen>>,
+}
+
+/// Who writes the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// We do.
+    Own,
+    /// Others do.
+    ReadOnly,
+}
+
+/// What was last seen of a file that others write.
+#[derive(Debug)]
+struct FileSeen {
+    /// The digest of what is in force.
+    digest: [u8; 32],
+    /// Why the file as it is now is not in force.
+    refused: Option<String>,
 }
 
 /// Why settings were not stored; nothing was changed.
 #[derive(Debug)]
 pub enum SetError {
+    /// The file is read-only.
+    ReadOnly(PathBuf),
     /// The JSON is not valid settings.
     Invalid(String),
     /// [`MAX_KEYS`] keys have settings of their own.
@@ -64,6 +87,12 @@ pub enum SetError {
 impl fmt::Display for SetError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::ReadOnly(path) => write!(
+                f,
+                "settings not changed: the file {} is read-only; change it where it comes from, for \
+                 example in its ConfigMap, and the server reads it again",
+                path.display()
+            ),
             Self::Invalid(reason) => f.write_str(reason),
             Self::TooMany => {
                 write!(
@@ -84,38 +113,79 @@ impl std::error::Error for SetError {}
 
 impl SettingsStore {
     /// Reads the file, if there is one, and applies its settings to the keys. A file that does not
-    /// exist yet is an empty one, if it can be created.
+    /// exist yet is an empty one, if it can be created. One that exists and cannot be replaced, such
+    /// as that of a ConfigMap, is somebody else's: it is read again when it changes, and settings
+    /// cannot be set in any other way.
     ///
     /// # Errors
     /// In one line: the file can be neither read nor created, or what is wrong in it.
     pub fn load(file: Option<&Path>, rps_target: f64, keys: &KeyTable) -> io::Result<Self> {
+        let Some(path) = file else { return Ok(Self::new(None, rps_target)) };
+        let source = if is_read_only(path) { Source::ReadOnly } else { Source::Own };
+        Self::load_from(path, source, rps_target, keys)
+    }
+
+    fn new(file: Option<PathBuf>, rps_target: f64) -> Self {
+        Self { file, rps_target, by_key: Arc::default(), read_only: None }
+    }
+
+    fn load_from(path: &Path, source: Source, rps_target: f64, keys: &KeyTable) -> io::Result<Self> {
+        let invalid = |error: io::Error| {
+            let reason = format!("--settings {}: {error}", path.display());
+            io::Error::new(io::ErrorKind::InvalidData, reason)
+        };
+        let bytes = read(path).map_err(invalid)?;
+        let parsed = parse(&bytes, keys.defaults(), rps_target).map_err(invalid)?;
+        let mut store = Self::new(Some(path.to_owned()), rps_target);
+        if let Source::ReadOnly = source {
+            info!(file = %path.display(), "the settings file is read-only; it is read again when it changes");
+            store.read_only = Some(Mutex::new(FileSeen { digest: digest_of(&bytes), refused: None }));
+        }
         let mut by_key = BTreeMap::new();
-        let mut beyond_limit = 0;
-        if let Some(path) = file {
-            let invalid = |reason: String| {
-                let reason = format!("--settings {}: {reason}", path.display());
-                io::Error::new(io::ErrorKind::InvalidData, reason)
-            };
-            for record in read(path).map_err(|error| invalid(error.to_string()))? {
-                let Record { namespace, name, settings } = record;
-                for (what, value) in [("namespace", &namespace), ("name", &name)] {
-                    check_name(value).map_err(|error| invalid(format!("a key's `{what}` {error}")))?;
+        apply(keys, &mut by_key, parsed);
+        store.by_key = Arc::new(Mutex::new(by_key));
+        Ok(store)
+    }
+
+    /// Reads a read-only file again, if it has changed. What is not in it any more is scaled by the
+    /// defaults. A file that is wrong changes nothing. Must not be called in a task.
+    pub fn reload(&self, keys: &KeyTable) {
+        let (Some(path), Some(seen)) = (&self.file, &self.read_only) else { return };
+        let mut seen = seen.blocking_lock();
+        let read = files::read(path, MAX_FILE_BYTES).and_then(|bytes| {
+            let digest = digest_of(&bytes);
+            if seen.digest == digest {
+                return Ok(None);
+            }
+            parse(&bytes, keys.defaults(), self.rps_target).map(|parsed| Some((digest, parsed)))
+        });
+        match read {
+            Ok(None) => seen.refused = None,
+            Ok(Some((digest, parsed))) => {
+                info!(file = %path.display(), keys = parsed.len(), "loaded the changed settings");
+                *seen = FileSeen { digest, refused: None };
+                apply(keys, &mut self.by_key.blocking_lock(), parsed);
+            }
+            // Once for each mistake, and not each time that it is seen.
+            Err(error) => {
+                let reason = error.to_string();
+                if seen.refused.as_ref() != Some(&reason) {
+                    error!(
+                        file = %path.display(),
+                        reason,
+                        "cannot load the changed settings; keeping the old ones"
+                    );
+                    seen.refused = Some(reason);
                 }
-                let name = KeyName { namespace, name };
-                let (json, settings) = accept(keys.defaults(), settings, rps_target)
-                    .map_err(|error| invalid(format!("key {name}: {error}")))?;
-                beyond_limit += usize::from(keys.set_settings(&name, Some(Arc::new(settings))).is_err());
-                by_key.insert(name, json);
             }
         }
-        if beyond_limit > 0 {
-            warn!(
-                keys = beyond_limit,
-                "keys of the settings file exceed a limit; their settings take effect when capacity is \
-                 free"
-            );
+    }
+
+    fn check_own(&self) -> Result<(), SetError> {
+        match (&self.file, &self.read_only) {
+            (Some(path), Some(_)) => Err(SetError::ReadOnly(path.clone())),
+            _ => Ok(()),
         }
-        Ok(Self { file: file.map(Path::to_owned), rps_target, by_key: Arc::new(Mutex::new(by_key)) })
     }
 
     /// Sets a key's settings, which replace all that it had. The file is written first: what it
@@ -124,6 +194,7 @@ impl SettingsStore {
     /// # Errors
     /// [`SetError`].
     pub async fn set(&self, keys: &KeyTable, name: KeyName, json: Value) -> Result<(), SetError> {
+        self.check_own()?;
         let (json, settings) = accept(keys.defaults(), json, self.rps_target).map_err(SetError::Invalid)?;
         self.replace(keys, name, Some((json, Arc::new(settings)))).await
     }
@@ -133,6 +204,7 @@ impl SettingsStore {
     /// # Errors
     /// [`SetError`].
     pub async fn clear(&self, keys: &KeyTable, name: KeyName) -> Result<(), SetError> {
+        self.check_own()?;
         self.replace(keys, name, None).await
     }
 
@@ -208,16 +280,71 @@ fn accept(defaults: &KeySettings, json: Value, rps_target: f64) -> Result<(Value
     Ok((stored, settings))
 }
 
-fn read(path: &Path) -> io::Result<Vec<Record>> {
-    let bytes = match files::read(path, MAX_FILE_BYTES) {
+/// Returns what is in the file; a file that does not exist has no settings, if it can be created.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    match files::read(path, MAX_FILE_BYTES) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             // Now, and not when the first settings are put.
             create_beside(path)?;
-            return Ok(Vec::new());
+            Ok(b"[]".to_vec())
         }
-        bytes => bytes?,
-    };
-    serde_json::from_slice(&bytes).map_err(|error| io::Error::other(invalid_json(&error)))
+        bytes => bytes,
+    }
+}
+
+/// Returns whether a file exists that may not be replaced. A full disk does not make it so.
+fn is_read_only(path: &Path) -> bool {
+    let refused = [io::ErrorKind::PermissionDenied, io::ErrorKind::ReadOnlyFilesystem];
+    path.exists() && create_beside(path).is_err_and(|error| refused.contains(&error.kind()))
+}
+
+/// The settings of each key in a file: as they are stored, and what they make.
+type Parsed = BTreeMap<KeyName, (Value, KeySettings)>;
+
+fn parse(bytes: &[u8], defaults: &KeySettings, rps_target: f64) -> io::Result<Parsed> {
+    let records: Vec<Record> =
+        serde_json::from_slice(bytes).map_err(|error| io::Error::other(invalid_json(&error)))?;
+    let mut by_key = BTreeMap::new();
+    for Record { namespace, name, settings } in records {
+        for (what, value) in [("namespace", &namespace), ("name", &name)] {
+            let check = check_name(value);
+            check.map_err(|error| io::Error::other(format!("a key's `{what}` {error}")))?;
+        }
+        let name = KeyName { namespace, name };
+        let accepted = accept(defaults, settings, rps_target)
+            .map_err(|error| io::Error::other(format!("key {name}: {error}")))?;
+        by_key.insert(name, accepted);
+    }
+    Ok(by_key)
+}
+
+/// Has the keys scaled by what was parsed, and those of `by_key` that are not in it by the defaults.
+fn apply(keys: &KeyTable, by_key: &mut BTreeMap<KeyName, Value>, parsed: Parsed) {
+    for gone in by_key.keys().filter(|name| !parsed.contains_key(name)) {
+        // Less is needed without settings, so this cannot exceed a limit.
+        let _ = keys.set_settings(gone, None);
+    }
+    let mut beyond_limit = 0;
+    let mut applied = BTreeMap::new();
+    for (name, (json, settings)) in parsed {
+        if by_key.get(&name) != Some(&json) {
+            beyond_limit += usize::from(keys.set_settings(&name, Some(Arc::new(settings))).is_err());
+        }
+        applied.insert(name, json);
+    }
+    *by_key = applied;
+    if beyond_limit > 0 {
+        warn!(
+            keys = beyond_limit,
+            "keys of the settings file exceed a limit; their settings take effect when capacity is free"
+        );
+    }
+}
+
+fn digest_of(bytes: &[u8]) -> [u8; 32] {
+    let mut copy = [0; 32];
+    copy.copy_from_slice(digest(&SHA256, bytes).as_ref());
+    copy
 }
 
 fn invalid_json(error: &serde_json::Error) -> String {
@@ -338,6 +465,70 @@ mod tests {
         assert!(keys.view(&name(), 0).is_none());
         let error = store.set(&keys, name(), json!({"target": -7})).await;
         assert!(matches!(error, Err(SetError::Invalid(_))), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_read_only_file_is_read_again_and_nothing_else_sets_anything() {
+        let folder = tempfile::tempdir().unwrap();
+        // As Kubernetes mounts a ConfigMap.
+        let write = |version: &str, text: &str| {
+            std::fs::create_dir(folder.path().join(version)).unwrap();
+            std::fs::write(folder.path().join(version).join("settings.json"), text).unwrap();
+            let new = folder.path().join("..data_tmp");
+            std::os::unix::fs::symlink(version, &new).unwrap();
+            std::fs::rename(&new, folder.path().join("..data")).unwrap();
+        };
+        let file = folder.path().join("settings.json");
+        std::os::unix::fs::symlink("..data/settings.json", &file).unwrap();
+        let of = |name: &str, target: u32| json!({"namespace": "ns", "name": name, "settings": {"target": target}});
+        write("..1", &json!([of("rev", 7), of("other", 9)]).to_string());
+        let keys = Arc::new(no_keys());
+        let store = SettingsStore::load_from(&file, Source::ReadOnly, 200.0, &keys).unwrap();
+        let store = Arc::new(store);
+        let reload = async || {
+            let (keys, store) = (Arc::clone(&keys), Arc::clone(&store));
+            tokio::task::spawn_blocking(move || store.reload(&keys)).await.unwrap();
+        };
+        let other = KeyName::new("ns", "other");
+        let target_of = |name: &KeyName| keys.view(name, 0).unwrap().settings.target;
+        assert_eq!((target_of(&name()), target_of(&other)), (7.0, 9.0));
+
+        for error in [store.set(&keys, name(), json!({})).await, store.clear(&keys, name()).await] {
+            let error = error.unwrap_err();
+            assert!(matches!(error, SetError::ReadOnly(_)), "{error:?}");
+            let expected = format!("settings not changed: the file {} is read-only; ", file.display());
+            assert!(error.to_string().starts_with(&expected), "{error}");
+        }
+        assert_eq!(target_of(&name()), 7.0);
+
+        write("..2", &json!([of("rev", 8)]).to_string());
+        reload().await;
+        assert_eq!((target_of(&name()), target_of(&other)), (8.0, 100.0));
+        for (version, wrong) in [("..3", "[{"), ("..4", &json!([of("rev", 0)]).to_string())] {
+            write(version, wrong);
+            reload().await;
+            assert_eq!(target_of(&name()), 8.0);
+        }
+        std::fs::remove_file(folder.path().join("..data")).unwrap();
+        reload().await;
+        assert_eq!(target_of(&name()), 8.0);
+        write("..5", &json!([of("rev", 6)]).to_string());
+        reload().await;
+        assert_eq!(target_of(&name()), 6.0);
+    }
+
+    #[tokio::test]
+    async fn a_file_of_our_own_is_not_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.json");
+        std::fs::write(&file, "[]").unwrap();
+        let keys = Arc::new(no_keys());
+        let store = Arc::new(SettingsStore::load(Some(&file), 200.0, &keys).unwrap());
+        store.set(&keys, name(), json!({"target": 7})).await.unwrap();
+        std::fs::write(&file, "[]").unwrap();
+        let (of_task, task_keys) = (Arc::clone(&store), Arc::clone(&keys));
+        tokio::task::spawn_blocking(move || of_task.reload(&task_keys)).await.unwrap();
+        assert_eq!(target(&keys), 7.0);
     }
 
     #[tokio::test]
