@@ -6,6 +6,7 @@ use clap::Arg;
 use clap::builder::Resettable;
 use inflight_stats::config::options::CONFIG_KEYS;
 use inflight_stats::protocol::key_name::KeyName;
+use inflight_stats::scaling::decider::Decision;
 use inflight_stats::scaling::key::Figures;
 use inflight_stats::scaling::settings::{KeySettings, READY_PODS, SETTINGS};
 use serde_json::Value;
@@ -13,6 +14,7 @@ use serde_json::Value;
 use crate::cli::flags::Flags;
 use crate::http::prometheus;
 use crate::keys::key_table::KeyView;
+use crate::os::process;
 use crate::telemetry::metrics::{DropReason, Metrics};
 
 const END: &str = "<!-- end of reference -->";
@@ -109,12 +111,12 @@ fn server_metrics() -> String {
         name: KeyName::default(),
         figures: Figures::default(),
         desired_pods: Some(0),
-        decision: None,
+        decision: Some(Decision { desired_pods: 0, excess_burst_capacity: 0, panic_mode: false }),
         settings: Default::default(),
         missing: None,
         stale_since_ns: None,
     };
-    let text = prometheus::text(&metrics, vec![view], 1).unwrap();
+    let text = prometheus::text(&metrics, process::figures(), vec![view], 1).unwrap();
     let (mut help, mut kind) = ("", "");
     let mut rows: Vec<[String; 4]> = Vec::new();
     for line in text.lines().filter(|line| *line != "# EOF") {

@@ -1,4 +1,4 @@
-//! `GET /metrics`: the server's own metrics, and the figures of the keys.
+//! `GET /metrics`: the server's own metrics, those of its process, and the figures of the keys.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
@@ -17,20 +18,21 @@ use crate::app::state::ServerState;
 use crate::keys::key_table::KeyView;
 use crate::net::auth::Grant;
 use crate::os::clock::now_ns;
+use crate::os::process::{self, ProcessFigures};
 use crate::telemetry::metrics::{Metrics, PREFIX};
 
 /// Maximum number of keys that are shown.
 const MAX_KEYS: usize = 10_000;
 /// Maximum number of bytes that their lines take: each key has a line for each of its figures.
-const MAX_KEY_BYTES: usize = 8 << 20;
+const MAX_KEY_BYTES: usize = 10 << 20;
 /// What a line has beside its key's name, roughly.
-const LINE_BYTES: usize = 100;
+const LINE_BYTES: usize = 80;
 
 /// A figure of each key: its name, its help, and how to read it; a key of which it is not known has
 /// none.
 type KeyGauge = (&'static str, &'static str, fn(&KeyView) -> Option<f64>);
 
-const KEY_GAUGES: [KeyGauge; 7] = [
+const KEY_GAUGES: [KeyGauge; 9] = [
     ("stable_concurrency", "Average concurrency over the stable window", |view| {
         known(view, view.figures.stable.concurrency)
     }),
@@ -43,6 +45,12 @@ const KEY_GAUGES: [KeyGauge; 7] = [
     ("in_flight", "Requests in flight", |view| known(view, view.figures.in_flight as f64)),
     ("pods", "Pods that report", |view| Some(view.figures.pods as f64)),
     ("desired_pods", "Pods that the key wants", |view| known(view, view.desired_pods?.into())),
+    ("target", "Concurrency, or requests per second, that one pod can handle (the setting target)", |view| {
+        Some(view.settings.target)
+    }),
+    ("panic_mode", "Whether the decider is in panic mode (1) or not (0)", |view| {
+        known(view, view.decision?.panic_mode.into())
+    }),
     ("stale", "Whether pods or gateways of it fell silent in the midst of traffic (1) or not (0)", |view| {
         Some(view.stale_since_ns.is_some().into())
     }),
@@ -88,16 +96,49 @@ impl Collector for KeyCollector {
     }
 }
 
+/// What the process uses, under the names that Prometheus' own libraries give.
+#[derive(Debug)]
+struct ProcessCollector(ProcessFigures);
+
+impl Collector for ProcessCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let Self(figures) = self;
+        let (counter, gauge) = (MetricType::Counter, MetricType::Gauge);
+        let cpu =
+            encoder.encode_descriptor("process_cpu_seconds", "User and system CPU time", None, counter)?;
+        ConstCounter::new(figures.cpu_seconds).encode(cpu)?;
+        for (name, help, value) in [
+            ("process_resident_memory_bytes", "Resident memory", figures.resident_bytes as f64),
+            ("process_open_fds", "Open file descriptors", figures.open_files as f64),
+            ("process_max_fds", "File descriptors that may be open at once", figures.max_files as f64),
+            ("process_start_time_seconds", "Start of the process, as unix time", figures.started_at_seconds),
+        ] {
+            ConstGauge::new(value).encode(encoder.encode_descriptor(name, help, None, gauge)?)?;
+        }
+        Ok(())
+    }
+}
+
 /// Returns the metrics as text, with these keys, of which there are `found` in all.
 ///
 /// # Errors
 /// None that is known.
-pub fn text(metrics: &Metrics, views: Vec<KeyView>, found: usize) -> Result<String, fmt::Error> {
+pub fn text(
+    metrics: &Metrics,
+    process: Option<ProcessFigures>,
+    views: Vec<KeyView>,
+    found: usize,
+) -> Result<String, fmt::Error> {
     metrics.set_keys(found);
     let mut of_keys = Registry::with_prefix(format!("{PREFIX}_key"));
     of_keys.register_collector(Box::new(KeyCollector::new(views)));
     let mut text = String::new();
     metrics.write(&mut text)?;
+    if let Some(process) = process {
+        let mut of_process = Registry::default();
+        of_process.register_collector(Box::new(ProcessCollector(process)));
+        encode_registry(&mut text, &of_process)?;
+    }
     encode_registry(&mut text, &of_keys)?;
     encode_eof(&mut text)?;
     Ok(text)
@@ -107,7 +148,8 @@ pub fn text(metrics: &Metrics, views: Vec<KeyView>, found: usize) -> Result<Stri
 pub async fn scrape(State(state): State<Arc<ServerState>>, grant: Grant) -> Response {
     let _one_at_a_time = state.listing.lock().await;
     let (views, found) = state.keys.views(&grant, "", MAX_KEYS, now_ns());
-    match text(&state.metrics, views, found) {
+    let process = tokio::task::spawn_blocking(process::figures).await.ok().flatten();
+    match text(&state.metrics, process, views, found) {
         Ok(text) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, content_type)], text).into_response()

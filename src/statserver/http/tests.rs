@@ -355,6 +355,19 @@ async fn metrics_count_reports_by_their_answer() {
     assert!(text.contains("inflight_statserver_keys 1\n"), "{text}");
     let of_key = r#"inflight_statserver_key_stable_concurrency{namespace="ns",name="rev"} 3.0"#;
     assert!(text.contains(of_key), "{text}");
+    let build = format!("inflight_build_info{{version=\"{}\"", env!("CARGO_PKG_VERSION"));
+    assert!(text.contains(&build), "{text}");
+    assert!(text.contains("\nprocess_cpu_seconds_total ") && text.contains("\nprocess_open_fds "), "{text}");
+    assert!(!text.contains("key_panic_mode{"), "no decision yet: {text}");
+    put(&state, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
+    state.keys.decide(now_ns());
+    let (_, text) = read(&state, "/metrics").await;
+    for line in [
+        "key_panic_mode{namespace=\"ns\",name=\"rev\"} 1.0\n",
+        "key_target{namespace=\"ns\",name=\"rev\"} 1.0\n",
+    ] {
+        assert!(text.contains(line), "{line} {text}");
+    }
 }
 
 #[tokio::test]
@@ -470,7 +483,7 @@ async fn with_tokens_nobody_gets_beyond_theirs() {
     }
     assert!(ask_as(elsewhere, "GET", "/v1/keys", vec![]).await.1.contains(r#""found":0"#));
     assert!(ask_as(reporter, "GET", "/v1/keys", vec![]).await.1.contains(r#""found":1"#));
-    assert!(!ask_as(elsewhere, "GET", "/metrics", vec![]).await.1.contains("rev"));
+    assert!(!ask_as(elsewhere, "GET", "/metrics", vec![]).await.1.contains("name=\"rev\""));
     let (_, metrics) = ask_as(admin, "GET", "/metrics", vec![]).await;
     assert!(metrics.contains("inflight_statserver_unauthorized_total 12\n"), "{metrics}");
     assert!(!metrics.contains("0123"), "no secret");

@@ -8,6 +8,7 @@ use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::cli::limits::Limit;
@@ -43,10 +44,21 @@ struct FrameLabels {
     reason: DropReason,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BuildLabels {
+    version: &'static str,
+    /// The commit, if the build was told it by `INFLIGHT_REVISION`; else it shows as empty.
+    revision: Option<&'static str>,
+}
+
+const BUILD: BuildLabels =
+    BuildLabels { version: env!("CARGO_PKG_VERSION"), revision: option_env!("INFLIGHT_REVISION") };
+
 /// The server's metrics.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
+    build: Registry,
     reports: Family<ReportLabels, Counter>,
     report_bytes: Counter,
     keys: Gauge<u64, AtomicU64>,
@@ -74,6 +86,12 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
+        let mut build = Registry::default();
+        build.register(
+            "inflight_build",
+            "Version of the server, and the commit it was built from",
+            Info::new(BUILD),
+        );
         let mut registry = Registry::with_prefix(PREFIX);
         let (reports, report_bytes, keys) = (Family::default(), Counter::default(), Gauge::default());
         registry.register("reports", "Reports, by the status code of the response", Family::clone(&reports));
@@ -130,6 +148,7 @@ impl Default for Metrics {
         }
         Self {
             registry,
+            build,
             reports,
             report_bytes,
             keys,
@@ -177,6 +196,7 @@ impl Metrics {
     /// # Errors
     /// None that is known.
     pub fn write(&self, text: &mut String) -> fmt::Result {
+        encode_registry(text, &self.build)?;
         encode_registry(text, &self.registry)
     }
 }
