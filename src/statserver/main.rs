@@ -5,8 +5,9 @@
 //!
 //! | layer | contents |
 //! |---|---|
-//! | `cli` | flags, environment variables, limits |
+//! | `cli` | flags, commands, environment variables, limits |
 //! | `os` | what the system gives: time, files, memory, locks |
+//! | `client` | the commands for people, over HTTP or about a file |
 //! | `telemetry` | metrics, limited log lines |
 //! | `net` | connections: accepting them, TLS, who may do what, their limits, the shutdown |
 //! | `keys` | every key's figures, history and settings, and the settings file |
@@ -19,6 +20,7 @@
 
 mod app;
 mod cli;
+mod client;
 mod forward;
 mod http;
 mod keys;
@@ -34,8 +36,9 @@ use std::process::ExitCode;
 
 use tracing::{error, info, warn};
 
+use crate::cli::commands::CommandLine;
 use crate::cli::environment::unknown_variables;
-use crate::cli::flags::Flags;
+use crate::client::run::run_command;
 use crate::net::shutdown::terminated;
 use crate::os::memory;
 use crate::serve::run::run;
@@ -47,13 +50,16 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn start() -> ExitCode {
-    let flags = Flags::read();
+    let CommandLine { flags, command } = CommandLine::read();
+    if let Some(command) = command {
+        return run_command(&command).await;
+    }
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(flags.log_level.to_string()))
         .with_writer(std::io::stderr)
         .init();
     let variables = std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned());
-    for unknown in unknown_variables(variables, &Flags::variables()) {
+    for unknown in unknown_variables(variables, &CommandLine::variables()) {
         warn!("{unknown}");
     }
     // Each connection takes a descriptor, and 1,024 of them are a common default.

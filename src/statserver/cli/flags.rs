@@ -4,7 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Command, CommandFactory, FromArgMatches, Parser};
+use clap::{Command, CommandFactory, Parser};
 use inflight_stats::config::parse_duration;
 use inflight_stats::scaling::key::STALE_AFTER;
 use inflight_stats::scaling::settings::{
@@ -187,13 +187,6 @@ impl Flags {
             Some(variable) => arg.env(variable),
             None => arg,
         })
-    }
-
-    /// Reads the command line and the environment. Ends the process after `--help`, `--version` and
-    /// mistakes.
-    pub fn read() -> Self {
-        let matches = Self::command_line().get_matches();
-        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
     }
 
     /// Returns the variables of all flags.

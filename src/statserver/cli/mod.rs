@@ -1,5 +1,6 @@
-//! The command line and its environment variables.
+//! The command line, its commands, and its environment variables.
 
+pub mod commands;
 pub mod environment;
 pub mod flags;
 pub mod limits;

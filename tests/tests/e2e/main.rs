@@ -6,6 +6,7 @@ mod autoscalers;
 mod breaker;
 mod changes;
 mod clock;
+mod commands;
 mod count;
 mod demo;
 mod deploy;
