@@ -25,6 +25,7 @@ mod metrics_api;
 mod module;
 mod monitoring;
 mod network_probe;
+mod openapi;
 mod page;
 mod routes;
 mod scale_to_zero;
