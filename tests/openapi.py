@@ -10,6 +10,7 @@ import json
 import pathlib
 import struct
 import sys
+import time
 
 import jsonschema
 import yaml
@@ -117,6 +118,13 @@ check(401, WITH_TOKENS, "POST", "/v1/reports", body=REPORT, headers=BINCODE)
 check(403, WITH_TOKENS, "POST", "/v1/reports", body=REPORT, headers={**BINCODE, **token(ELSEWHERE)})
 check(202, WITH_TOKENS, "POST", "/v1/reports", body=REPORT, headers={**BINCODE, **token(TOKEN)})
 
+# Before the first decision and after it, when the history has a point.
+check(200, OPEN, "GET", "/v1/keys")
+deadline = time.monotonic() + 30
+while not json.loads(ask(OPEN, "GET", "/v1/keys/ns/rev/history")[2])["points"]:
+    assert time.monotonic() < deadline, "no decision within 30 s"
+    time.sleep(0.1)
+
 for template, item in DOCUMENT["paths"].items():
     for method in METHODS:
         if method.lower() not in item:
@@ -145,6 +153,12 @@ for template in KEYED:
         check(400, OPEN, method, template, path=unknown, body=body)
         if method == "GET":
             check(404, OPEN, method, template, path=names(template).replace("rev", "another"))
+
+for template, item in DOCUMENT["paths"].items():
+    for parameter in map(resolve, item.get("parameters", []) + item.get("get", {}).get("parameters", [])):
+        if parameter["in"] == "query" and parameter["name"] not in ["namespace", "name"]:
+            query = f"{parameter['name']}=1"
+            check(200, OPEN, "GET", template, path=names(template) + ("&" if "?" in names(template) else "?") + query)
 
 for template in SETTINGS:
     everything = json.loads(ask(OPEN, "GET", names(template))[2])
