@@ -23,11 +23,15 @@ const MAX_BYTES: u64 = 1 << 20;
 /// # Errors
 /// In one line, as the filter logs it.
 pub fn check_config(command: &CheckConfigCommand) -> Result<(), String> {
+    print(&format!("{:#}", checked(command)?))
+}
+
+fn checked(command: &CheckConfigCommand) -> Result<Value, String> {
     let CheckConfigCommand { file, istio } = command;
     let bytes = read(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let node = if *istio { istio_node() } else { Identity::default() };
     let config = Config::parse(&bytes, &node).map_err(|error| format!("{}: {error}", file.display()))?;
-    print(&format!("{:#}", effective(&config)))
+    Ok(effective(&config))
 }
 
 fn read(file: &Path) -> std::io::Result<Vec<u8>> {
@@ -186,11 +190,11 @@ mod tests {
         let file = folder.path().join("config.json");
         std::fs::write(&file, r#"{"rol": "gateway"}"#).unwrap();
         let command = |istio| CheckConfigCommand { file: file.clone(), istio };
-        let error = check_config(&command(false)).unwrap_err();
+        let error = checked(&command(false)).unwrap_err();
         let expected = "unknown key `rol`; did you mean `role`?";
         assert!(error.ends_with(expected) && error.starts_with(&file.display().to_string()), "{error}");
         std::fs::write(&file, "{}").unwrap();
-        assert!(check_config(&command(false)).unwrap_err().contains("`namespace`"));
-        assert_eq!(check_config(&command(true)), Ok(()), "the proxy has the names");
+        assert!(checked(&command(false)).unwrap_err().contains("`namespace`"));
+        assert!(checked(&command(true)).is_ok(), "the proxy has the names");
     }
 }

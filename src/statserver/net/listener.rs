@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{debug, warn};
 
@@ -32,6 +32,13 @@ pub const MAX_UNAUTHENTICATED_METRICS: usize = 64;
 const TOO_MANY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\n\
     content-length: 64\r\nconnection: close\r\n\r\n\
     more connections than --max-connections allows; try again later\n";
+
+/// What the kernel keeps of an answer that a client has yet to read; it allows itself twice as much.
+/// By default it would keep some megabytes, for everybody who fetches the module or a list and does
+/// not read it.
+const SEND_BUFFER_BYTES: u32 = 64 << 10;
+/// Connections that wait to be accepted, as in Rust's own library.
+const BACKLOG: u32 = 1024;
 
 /// What all listeners share.
 #[derive(Clone)]
@@ -71,9 +78,9 @@ impl Listener {
     /// # Errors
     /// The system's.
     pub async fn bind(address: SocketAddr, protocol: Protocol, shared: Shared) -> io::Result<Self> {
-        let socket = match TcpListener::bind(address).await {
+        let socket = match listen(address) {
             Err(_) if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && !has_ipv6().await => {
-                TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await?
+                listen((Ipv4Addr::UNSPECIFIED, address.port()).into())?
             }
             socket => socket?,
         };
@@ -224,6 +231,15 @@ impl Listener {
     }
 }
 
+/// Listens on an address. The sockets that it accepts have its send buffer.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// Returns whether the system has IPv6.
 async fn has_ipv6() -> bool {
     TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).await.is_ok()
@@ -232,6 +248,22 @@ async fn has_ipv6() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn the_kernel_keeps_little_for_a_client_that_does_not_read() {
+        let socket = listen((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let client = TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(4096).unwrap();
+        let client = client.connect(socket.local_addr().unwrap()).await.unwrap();
+        let (server, _) = socket.accept().await.unwrap();
+        let mut kept = 0;
+        // Until nothing more is taken for a while.
+        while tokio::time::timeout(Duration::from_millis(200), server.writable()).await.is_ok() {
+            kept += server.try_write(&[0; 4096]).unwrap_or(0);
+        }
+        assert!((16 << 10..256 << 10).contains(&kept), "{kept}");
+        drop(client);
+    }
 
     #[test]
     fn an_excess_connection_is_answered_in_whole() {

@@ -478,3 +478,44 @@ async fn a_token_that_is_taken_out_of_the_file_ends_what_was_opened_with_it() {
     let pong = timeout(SETTLED, stays.next()).await.expect("in time");
     assert!(matches!(pong, Some(Ok(Message::Pong(_)))), "{pong:?}");
 }
+
+/// Returns the most that the kernel keeps of what one connection of a server has yet to deliver.
+fn largest_send_queue(server: SocketAddr) -> u64 {
+    let port = format!(":{:04X}", server.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("the connections");
+    let queue = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let is_ours = fields.get(1).is_some_and(|local| local.ends_with(&port));
+        let sending = fields.get(4)?.split(':').next()?;
+        is_ours.then(|| u64::from_str_radix(sending, 16).ok()).flatten()
+    };
+    table.lines().skip(1).filter_map(queue).max().unwrap_or(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_module_that_nobody_reads_takes_no_more_than_its_connections() {
+    let (folder, tokens) = tokens();
+    let module = folder.path().join("module.wasm");
+    std::fs::write(&module, [&b"\0asm\x01\0\0\0"[..], &vec![0; 8 << 20]].concat()).expect("a file");
+    let flags = [&*tokens, "--write-timeout=3s", "--module", module.to_str().expect("a path")];
+    let server = StatServer::with(None, &flags).await;
+    let get = b"GET /module/inflight_filter.wasm HTTP/1.1\r\nhost: x\r\n\r\n".to_vec();
+    attack(&server, "400 modules of 8 MiB, none read, without a token", 16, async {
+        let open = connections(server.address, 400, get).await;
+        assert_eq!(open.len(), 400);
+        let kept = largest_send_queue(server.address);
+        assert!((1..=256 << 10).contains(&kept), "{kept} bytes");
+        let ended = async || {
+            let request = Request::get("/metrics").header("host", "x");
+            let request = request.header("authorization", format!("Bearer {TOKEN}"));
+            let request = request.body(Full::<Bytes>::default()).map_err(|e| e.to_string())?;
+            let (_, text) = http::ask(server.address, request).await?;
+            let text = String::from_utf8_lossy(&text).into_owned();
+            let line = "inflight_statserver_refused_total{limit=\"write-timeout\"} 400\n";
+            if text.contains(line) { Ok(()) } else { Err(text) }
+        };
+        wait::until("all of them are closed", SETTLED, ended).await;
+        open
+    })
+    .await;
+}
