@@ -30,7 +30,9 @@ fn checked(command: &CheckConfigCommand) -> Result<Value, String> {
     let CheckConfigCommand { file, istio } = command;
     let bytes = read(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let node = if *istio { istio_node() } else { Identity::default() };
-    let config = Config::parse(&bytes, &node).map_err(|error| format!("{}: {error}", file.display()))?;
+    // The variables of the VM's environment are not known here.
+    let config = Config::parse(&bytes, &node, |name| Some(format!("${name}")));
+    let config = config.map_err(|error| format!("{}: {error}", file.display()))?;
     Ok(effective(&config))
 }
 
@@ -177,7 +179,8 @@ mod tests {
             }}),
             json!({"role": "exporter", "namespace": "ns", "revision": "r", "pod": "p", "queue_depth": 3}),
         ] {
-            let parse = |json: &Value| Config::parse(json.to_string().as_bytes(), &Identity::default());
+            let parse =
+                |json: &Value| Config::parse(json.to_string().as_bytes(), &Identity::default(), |_| None);
             let config = parse(&given).unwrap();
             let printed = effective(&config);
             assert_eq!(parse(&printed).as_ref(), Ok(&config), "{printed}");
