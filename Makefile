@@ -11,7 +11,7 @@ WASM := $(WASM_BUILD) --package inflight-filter
 DURATION ?=
 CONCURRENCY ?= 2
 
-.PHONY: all module toolchain help build-tests envoys unit budget reproducible e2e test soak run bench build-bench fuzz screenshot reference lint deny clean
+.PHONY: all module static images dist toolchain help build-tests envoys unit budget reproducible e2e test soak run bench build-bench fuzz screenshot reference lint deny clean
 
 all: module ## The module and the stats server, in release builds
 	$(CARGO) build --locked --release --package inflight-statserver
@@ -24,6 +24,30 @@ toolchain:
 module: toolchain ## The module alone
 	$(WASM)
 	$(PYTHON) tools/exports.py $(or $(CARGO_TARGET_DIR),target)/wasm32-wasip1/release/inflight_filter.wasm
+
+# Static binaries: the C that is in them (ring) is compiled by Debian's compilers, and Rust's own linker
+# and libc do the rest.
+STATIC := x86_64-unknown-linux-musl aarch64-unknown-linux-musl
+static: toolchain
+	tools/toolchain.sh $(STATIC)
+	tools/debian.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu libc6-dev-arm64-cross >/dev/null
+	CC_x86_64_unknown_linux_musl=gcc CC_aarch64_unknown_linux_musl=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld \
+	INFLIGHT_REVISION=$(REVISION) \
+	RUSTFLAGS="$(RUSTFLAGS) --remap-path-prefix=$(CARGO_HOME)/registry/src=/crates --remap-path-prefix=$(CURDIR)=/inflight" \
+		$(CARGO) build --locked --release --package inflight-statserver $(STATIC:%=--target %)
+
+VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+images: module static ## The images of the server and of the module, as OCI archives in target/images
+	rm -rf target/images && mkdir -p target/images/context/amd64 target/images/context/arm64
+	cp LICENSE target/wasm32-wasip1/release/inflight_filter.wasm target/images/context
+	cp target/x86_64-unknown-linux-musl/release/inflight-statserver target/images/context/amd64
+	cp target/aarch64-unknown-linux-musl/release/inflight-statserver target/images/context/arm64
+	tools/images.sh target/images $(VERSION)
+
+dist: images ## All that a release has, in target/dist: make dist VERSION=x.y.z
+	tools/dist.sh $(VERSION)
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Adds to the Rust toolchain what it lacks: the module's target, and the components named
-# (toolchain.sh [rustfmt] [clippy]). rustup adds by itself what rust-toolchain.toml lists, unless
+# Adds to the Rust toolchain what it lacks: the module's target, and what is named, components and other
+# targets (toolchain.sh [rustfmt] [clippy] [TARGET...]). rustup adds by itself what rust-toolchain.toml lists, unless
 # RUSTUP_AUTO_INSTALL is 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,15 +13,18 @@ fail() {
 
 # Prints what is missing: nothing, "toolchain", or a line for each target and component.
 missing() {
-    local folder component
-    folder=$(rustc --print target-libdir --target "$target" 2>/dev/null) || { echo toolchain && return; }
-    [ -d "$folder" ] || echo "target $target"
-    for component in "$@"; do
-        case $component in
-        rustfmt) cargo fmt --version ;;
-        clippy) cargo clippy --version ;;
-        *) fail "toolchain.sh: unknown component $component, expected rustfmt or clippy" ;;
-        esac >/dev/null 2>&1 || echo "component $component"
+    local folder name
+    rustc --version >/dev/null 2>&1 || { echo toolchain && return; }
+    for name in "$target" "$@"; do
+        case $name in
+        rustfmt) cargo fmt --version >/dev/null 2>&1 || echo "component $name" ;;
+        clippy) cargo clippy --version >/dev/null 2>&1 || echo "component $name" ;;
+        *)
+            folder=$(rustc --print target-libdir --target "$name" 2>/dev/null) ||
+                fail "toolchain.sh: $name is neither rustfmt nor clippy nor a target of rustc"
+            [ -d "$folder" ] || echo "target $name"
+            ;;
+        esac
     done
 }
 

@@ -18,6 +18,7 @@ mod gateway;
 mod headers;
 mod hold;
 mod hold_bodies;
+mod images;
 mod install;
 mod keys;
 mod limits;
