@@ -68,6 +68,10 @@ const ELSEWHERE: &[(&str, Elsewhere)] = &[
     ("make reference", Nowhere("`make unit` runs the same tests, which compare where this one writes")),
     ("make e2e", Step("Makefile", "\ntest: unit budget reproducible e2e ")),
     ("make", Step("Makefile", "\nsoak: all ")),
+    (
+        "make images",
+        Nowhere("the images have a test of their own, which says so where no image can be built"),
+    ),
     ("make bench", Nowhere("it measures for many minutes, and fails on nothing that a test could mend")),
     ("make bench QUICK=1", Nowhere("it takes wrk and nghttp2-client, and minutes")),
     (concat!("cargo test ", tested!(), " --lib --bins window"), OneTestOf("unit")),
@@ -84,9 +88,40 @@ const ELSEWHERE: &[(&str, Elsewhere)] = &[
     ),
 ];
 
-/// Documents with a session of their own. All documents below `docs/` share one session.
+/// Documents with a session of their own. All other documents below `docs/` share one session.
 const README: &str = "README.md";
 const KUBERNETES: &str = "deploy/README.md";
+const INSTALL: &str = "docs/install.md";
+
+/// Stands for kubectl, because there is no cluster: the files named to it must exist, and what is
+/// applied must be filled in. `port-forward` is a stats server with the module and the session's
+/// tokens.
+const KUBECTL: &str = r#"#!/usr/bin/env bash
+echo "$*" >>kubectl.log
+for argument; do
+  case $before$argument in
+  *--from-file=*) test -s "${argument##*=}" ;;
+  -k*) test -s "$argument/kustomization.yaml" ;;
+  *.yaml) test -s "$argument" ;;
+  *--from-literal=*) test -n "${argument##*=}" ;;
+  esac || { echo "there is no ${argument##*=}" >&2; exit 1; }
+  before=$argument
+  files=$argument
+  if test -d "$argument"; then
+    files=$(sed -n "s,^  - \(.*[.]yaml\)$,$argument/\1,p" "$argument/kustomization.yaml")
+  fi
+  if [[ " $* " = *" apply "* ]] && grep -sHE 'the-token-of-the-envoys|: ""$|0{64}' $files >&2; then
+    echo "this is not filled in" >&2
+    exit 1
+  fi
+done
+if [[ " $* " = *" port-forward "* && -x target/release/inflight-statserver ]]; then
+  # The one before may not have ended yet.
+  while (exec 3<>"/dev/tcp/127.0.0.1/$argument") 2>/dev/null; do sleep 0.1; done
+  exec target/release/inflight-statserver --token-file tokens --drain-delay 0s \
+    --module target/wasm32-wasip1/release/inflight_filter.wasm
+fi
+"#;
 
 /// The possible first words of a block's fence.
 const LANGUAGES: [&str; 4] = ["sh", "text", "yaml", "promql"];
@@ -424,7 +459,8 @@ fn the_commands_of_the_readme_print_what_it_says() {
 #[test]
 fn the_commands_of_the_reference_run_beside_those_of_the_readme() {
     let mut all: Vec<(String, Commands)> = Vec::new();
-    let reference = documents().into_iter().filter(|document| document.path.starts_with("docs/"));
+    let shares = |path: &str| path.starts_with("docs/") && path != INSTALL;
+    let reference = documents().into_iter().filter(|document| shares(&document.path));
     for document in [document(README)].into_iter().chain(reference) {
         all.extend(document.commands().into_iter().map(|block| (document.path.clone(), block)));
     }
@@ -436,23 +472,19 @@ fn the_commands_of_the_reference_run_beside_those_of_the_readme() {
 }
 
 #[test]
+fn the_steps_of_the_install_page_run_as_far_as_they_can_without_a_cluster() {
+    let session = Session::new();
+    session.program("kubectl", KUBECTL);
+    let page = document(INSTALL);
+    let blocks = page.commands();
+    let printed = session.run("", &blocks);
+    blocks.iter().zip(&printed).for_each(|(block, printed)| assert_printed(&page.path, block, printed));
+}
+
+#[test]
 fn what_the_kubernetes_page_makes_lets_keda_and_a_token_in() {
     let session = Session::new();
-    // There is no cluster here. The files named to kubectl must exist.
-    session.program(
-        "kubectl",
-        "#!/usr/bin/env bash\n\
-         echo \"$*\" >>kubectl.log\n\
-         for argument; do\n\
-           case $before$argument in\n\
-           *--from-file=*) test -s \"${argument##*=}\" ;;\n\
-           -k*) test -s \"$argument/kustomization.yaml\" ;;\n\
-           *.yaml) test -s \"$argument\" ;;\n\
-           *--from-literal=*) test -n \"${argument##*=}\" ;;\n\
-           esac || { echo \"there is no ${argument##*=}\" >&2; exit 1; }\n\
-           before=$argument\n\
-         done\n",
-    );
+    session.program("kubectl", KUBECTL);
     let mut blocks = document(KUBERNETES).commands();
     let name = "inflight-statserver.inflight";
     blocks.push(Commands {
