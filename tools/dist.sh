@@ -37,13 +37,14 @@ for part in filter:wasm32-wasip1 statserver:x86_64-unknown-linux-musl; do
     SOURCE_DATE_EPOCH=0 cargo cyclonedx --quiet --format json --target "${part#*:}" --override-filename "$name.cdx" \
         --manifest-path "src/${part%%:*}/Cargo.toml"
     python3 - "src/${part%%:*}/$name.cdx.json" "$dist/$name-$version.cdx.json" <<'PYTHON'
-import json, sys
+import json, os, sys
 source, target = sys.argv[1:]
 with open(source) as file:
     sbom = json.load(file)
 sbom.pop("serialNumber", None)
 sbom.get("metadata", {}).pop("timestamp", None)
-text = json.dumps(sbom, indent=2, sort_keys=True)
+# Nor the folder that it was built in.
+text = json.dumps(sbom, indent=2, sort_keys=True).replace(os.getcwd(), "/inflight")
 with open(target, "w") as file:
     file.write(text + "\n")
 PYTHON
