@@ -157,7 +157,8 @@ for template in KEYED:
 for template, item in DOCUMENT["paths"].items():
     for parameter in map(resolve, item.get("parameters", []) + item.get("get", {}).get("parameters", [])):
         if parameter["in"] == "query" and parameter["name"] not in ["namespace", "name"]:
-            query = f"{parameter['name']}=1"
+            values = parameter["schema"].get("enum", ["1"])
+            query = f"{parameter['name']}={values[-1]}"
             check(200, OPEN, "GET", template, path=names(template) + ("&" if "?" in names(template) else "?") + query)
 
 for template in SETTINGS:
@@ -171,6 +172,10 @@ for template in SETTINGS:
     check(409, READ_ONLY, "DELETE", template)
 
 check(400, OPEN, "GET", "/v1/keys", path="/v1/keys?limit=many")
+for parameter in DOCUMENT["paths"]["/v1/keys"]["get"]["parameters"]:
+    for value in resolve(parameter)["schema"].get("enum", []):
+        check(200, OPEN, "GET", "/v1/keys", path=f"/v1/keys?{parameter['name']}={value}")
+        check(400, OPEN, "GET", "/v1/keys", path=f"/v1/keys?{parameter['name']}={value}x")
 lists = {name: json.loads(check(200, OPEN, "GET", "/v1/keys", path=f"/v1/keys?{query}"))["found"]
          for name, query in [("all", "search=ns%2Frev&limit=10"), ("none", "search=nobody")]}
 assert lists == {"all": 1, "none": 0}, lists

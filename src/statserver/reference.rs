@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::cli::flags::Flags;
 use crate::http::prometheus;
-use crate::keys::key_table::KeyView;
+use crate::keys::key_view::KeyView;
 use crate::os::process;
 use crate::telemetry::metrics::{DropReason, Metrics};
 
@@ -111,6 +111,7 @@ fn server_metrics() -> String {
         name: KeyName::default(),
         figures: Figures::default(),
         desired_pods: Some(0),
+        ready_pods: Some(0),
         decision: Some(Decision { desired_pods: 0, excess_burst_capacity: 0, panic_mode: false }),
         settings: Default::default(),
         missing: None,

@@ -12,7 +12,7 @@ use crate::counting::time::nanoseconds;
 use crate::protocol::report::KeyReport;
 use crate::protocol::report_delta::{CounterDecreased, addition};
 use crate::protocol::stat::Stat;
-use crate::scaling::decider::{Decider, Decision, Observation, delay_bytes};
+use crate::scaling::decider::{DECISION_PERIOD_NS, Decider, Decision, Observation, delay_bytes};
 use crate::scaling::memory::heap_bytes;
 use crate::scaling::mismatch::{Mismatch, MismatchDetector};
 use crate::scaling::sender::{
@@ -144,6 +144,8 @@ struct Recovery {
 struct Decided {
     decider: Decider,
     decision: Decision,
+    /// How many pods were taken as ready.
+    ready_pods: u32,
     at_ns: u64,
 }
 
@@ -692,6 +694,7 @@ impl Key {
         let decided = self.decided.get_or_insert_with(|| Decided {
             decider: Decider::new(now_ns, ready),
             decision: Decision::default(),
+            ready_pods: ready,
             at_ns: now_ns,
         });
         if self.recovery.is_some() {
@@ -703,6 +706,7 @@ impl Key {
         let least = if self.senders.live(now_ns).is_overdue { decided.decision.desired_pods } else { 0 };
         let desired_pods = self.settings.bounded(wanted.desired_pods.max(least));
         decided.decision = Decision { desired_pods, ..wanted };
+        decided.ready_pods = ready;
         decided.at_ns = now_ns;
         figures
     }
@@ -731,6 +735,18 @@ impl Key {
     /// Returns the last decision; before the first, no pod is wanted.
     pub fn decision(&self) -> Decision {
         self.decided.as_ref().map(|decided| decided.decision).unwrap_or_default()
+    }
+
+    /// Returns how many pods the last decision took as ready; `None` before the first.
+    pub fn ready_pods(&self) -> Option<u32> {
+        self.decided.as_ref().map(|decided| decided.ready_pods)
+    }
+
+    /// Returns whether the averages are what senders say. Where those that had traffic are not heard,
+    /// nothing fills the windows any more, and they fall as if there were none.
+    pub fn is_heard(&self, now_ns: u64) -> bool {
+        let is_late = now_ns.saturating_sub(self.last_report_ns) > DECISION_PERIOD_NS;
+        self.silence(now_ns).is_none() && !(is_late && self.is_overdue(now_ns))
     }
 
     /// Returns whether there is a decision.

@@ -9,13 +9,14 @@ use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::scaling::decider::DECISION_PERIOD_NS;
 use inflight_stats::scaling::key::Averages;
 use inflight_stats::scaling::sender::{Role, SenderFigures, SenderPage};
-use inflight_stats::scaling::settings::KeySettings;
+use inflight_stats::scaling::settings::{KeySettings, Metric};
 use serde::Serialize;
 
 use crate::app::state::ServerState;
 use crate::http::extract::KeyPath;
-use crate::keys::history::HistoryPoint;
-use crate::keys::key_table::KeyView;
+use crate::keys::history::{History, HistoryPoint};
+use crate::keys::key_view::KeyView;
+use crate::keys::listing::{KeyState, Listing, Order};
 use crate::net::auth::Grant;
 use crate::os::clock::{now_ns, rfc3339};
 
@@ -26,7 +27,7 @@ const MAX_LISTED: usize = 10_000;
 const MAX_LIST_BYTES: usize = 8 << 20;
 
 /// The parameters of `GET /v1/keys`.
-pub const LIST_PARAMETERS: &[&str] = &["search", "limit"];
+pub const LIST_PARAMETERS: &[&str] = &["search", "limit", "sort", "state"];
 /// The parameters of `GET /v1/keys/NAMESPACE/NAME/senders`.
 pub const SENDER_PARAMETERS: &[&str] = &["limit", "after"];
 /// The parameters of `GET /v1/key/senders`, which names the key, too.
@@ -47,6 +48,10 @@ struct KeyJson {
     panic: AveragesJson,
     /// `null` where it is not known yet.
     desired_pods: Option<u32>,
+    /// `null` before the first decision.
+    ready_pods: Option<u32>,
+    /// `null` where no pod is ready.
+    load: Option<f64>,
     panic_mode: bool,
     /// `null` before the first decision.
     excess_burst_capacity: Option<i64>,
@@ -74,7 +79,9 @@ impl From<Averages> for AveragesJson {
 
 impl From<KeyView> for KeyJson {
     fn from(view: KeyView) -> Self {
-        let KeyView { name, figures, desired_pods, decision, settings, missing, stale_since_ns } = view;
+        let load = view.load();
+        let KeyView { name, figures, desired_pods, ready_pods, decision, settings, missing, stale_since_ns } =
+            view;
         let KeyName { namespace, name } = name;
         Self {
             namespace,
@@ -87,6 +94,8 @@ impl From<KeyView> for KeyJson {
             stable: figures.stable.into(),
             panic: figures.panic.into(),
             desired_pods,
+            ready_pods,
+            load,
             panic_mode: decision.is_some_and(|decision| decision.panic_mode),
             excess_burst_capacity: decision.map(|decision| decision.excess_burst_capacity),
             last_report_age_ms: figures.last_report_age_ms,
@@ -102,36 +111,60 @@ impl From<KeyView> for KeyJson {
 #[derive(Serialize)]
 struct HistoryJson {
     seconds_between: u64,
-    points: Vec<HistoryPoint>,
+    metric: Metric,
+    points: Vec<HistoryPointJson>,
 }
 
-/// Which keys to list.
-struct ListQuery {
-    /// A part of `namespace/name`.
-    search: String,
-    limit: usize,
+#[derive(Serialize)]
+struct HistoryPointJson {
+    at: String,
+    /// `null` where nobody was heard, like the next two.
+    stable: Option<f32>,
+    panic: Option<f32>,
+    in_flight: Option<u32>,
+    target: f32,
+    ready_pods: u32,
+    desired_pods: u32,
 }
 
-impl ListQuery {
-    fn parse(query: &str) -> Result<Self, (StatusCode, String)> {
-        let mut list = Self { search: String::new(), limit: DEFAULT_LISTED };
-        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-            if name == "search" {
-                list.search = value.into_owned();
-            } else if name == "limit" {
-                list.limit = parse_limit(&value)?;
-            }
+impl From<&HistoryPoint> for HistoryPointJson {
+    fn from(point: &HistoryPoint) -> Self {
+        let heard = point.heard();
+        Self {
+            at: rfc3339(point.at_ns()),
+            stable: heard.map(|(stable, ..)| stable),
+            panic: heard.map(|(_, panic, _)| panic),
+            in_flight: heard.map(|(.., in_flight)| in_flight),
+            target: point.target,
+            ready_pods: point.ready_pods,
+            desired_pods: point.desired_pods,
         }
-        Ok(list)
     }
 }
 
+fn parse_listing(query: &str) -> Result<Listing, (StatusCode, String)> {
+    let mut listing = Listing::first(DEFAULT_LISTED);
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        let wrong = |expected: String| wrong_parameter(&name, &value, &expected);
+        match &*name {
+            "search" => listing.search = value.into_owned(),
+            "limit" => listing.max = parse_limit(&value)?,
+            "sort" => listing.order = Order::parse(&value).map_err(wrong)?,
+            "state" => listing.state = Some(KeyState::parse(&value).map_err(wrong)?),
+            _ => {}
+        }
+    }
+    Ok(listing)
+}
+
 fn parse_limit(value: &str) -> Result<usize, (StatusCode, String)> {
-    value.parse().ok().filter(|limit| *limit <= MAX_LISTED).ok_or_else(|| {
-        let given: String = value.chars().take(100).collect();
-        let reason = format!("`limit` is {given:?}; expected a whole number from 0 to {MAX_LISTED}\n");
-        (StatusCode::BAD_REQUEST, reason)
-    })
+    let limit = value.parse().ok().filter(|limit| *limit <= MAX_LISTED);
+    limit.ok_or_else(|| wrong_parameter("limit", value, &format!("a whole number from 0 to {MAX_LISTED}")))
+}
+
+fn wrong_parameter(name: &str, value: &str, expected: &str) -> (StatusCode, String) {
+    let given: String = value.chars().take(100).collect();
+    (StatusCode::BAD_REQUEST, format!("`{name}` is {given:?}; expected {expected}\n"))
 }
 
 /// Which senders to list.
@@ -213,9 +246,9 @@ pub async fn list_keys(
     grant: Grant,
     RawQuery(query): RawQuery,
 ) -> Result<Response, (StatusCode, String)> {
-    let ListQuery { search, limit } = ListQuery::parse(query.as_deref().unwrap_or_default())?;
+    let listing = parse_listing(query.as_deref().unwrap_or_default())?;
     let _one_at_a_time = state.listing.lock().await;
-    let (views, found) = state.keys.views(&grant, &search, limit, now_ns());
+    let (views, found) = state.keys.views(&grant, &listing, now_ns());
     let mut text = b"{\"keys\":[".to_vec();
     write_elements(&mut text, views.into_iter().map(KeyJson::from));
     text.extend_from_slice(format!("],\"found\":{found}}}").as_bytes());
@@ -258,11 +291,9 @@ pub async fn get_key(State(state): State<Arc<ServerState>>, KeyPath { name, .. }
 /// Shows a key's last decisions.
 pub async fn get_history(State(state): State<Arc<ServerState>>, KeyPath { name, .. }: KeyPath) -> Response {
     let seconds_between = DECISION_PERIOD_NS / 1_000_000_000;
-    let points = state.keys.history(&name);
-    points.map_or_else(
-        || unknown_key(&name),
-        |points| Json(HistoryJson { seconds_between, points }).into_response(),
-    )
+    let Some(History { metric, points }) = state.keys.history(&name) else { return unknown_key(&name) };
+    let points = points.iter().map(HistoryPointJson::from).collect();
+    Json(HistoryJson { seconds_between, metric, points }).into_response()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod page;
 pub mod prometheus;
 pub mod reports;
 pub mod router;
+pub mod server;
 pub mod settings;
 
 #[cfg(test)]

@@ -15,7 +15,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use crate::app::state::ServerState;
-use crate::keys::key_table::KeyView;
+use crate::keys::key_view::KeyView;
+use crate::keys::listing::Listing;
 use crate::net::auth::Grant;
 use crate::os::clock::now_ns;
 use crate::os::process::{self, ProcessFigures};
@@ -147,7 +148,7 @@ pub fn text(
 /// Answers a scrape.
 pub async fn scrape(State(state): State<Arc<ServerState>>, grant: Grant) -> Response {
     let _one_at_a_time = state.listing.lock().await;
-    let (views, found) = state.keys.views(&grant, "", MAX_KEYS, now_ns());
+    let (views, found) = state.keys.views(&grant, &Listing::first(MAX_KEYS), now_ns());
     let process = tokio::task::spawn_blocking(process::figures).await.ok().flatten();
     match text(&state.metrics, process, views, found) {
         Ok(text) => {

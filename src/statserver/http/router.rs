@@ -8,7 +8,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 
 use crate::app::state::ServerState;
-use crate::http::{body, health, keys, middleware, module, page, prometheus, reports, settings};
+use crate::http::{body, health, keys, middleware, module, page, prometheus, reports, server, settings};
 
 /// Returns all routes.
 pub fn router(state: Arc<ServerState>) -> Router {
@@ -25,6 +25,7 @@ pub fn router(state: Arc<ServerState>) -> Router {
         .route("/v1/key/history", get(keys::get_history))
         .route("/v1/key/senders", get(keys::list_senders))
         .route("/v1/key/settings", settings_methods())
+        .route("/v1/server", get(server::get_server))
         .route("/", get(page::document))
         .route("/page.css", get(page::style))
         .route("/page.js", get(page::script))
@@ -45,7 +46,7 @@ pub fn router(state: Arc<ServerState>) -> Router {
 
 async fn unknown_path() -> (StatusCode, &'static str) {
     let reason = "unknown path; expected /, /healthz, /readyz, /metrics, /module/inflight_filter.wasm, \
-                  /module/sha256, /v1/reports, /v1/keys, /v1/keys/NAMESPACE/NAME and below it /history, /senders and /settings, or \
+                  /module/sha256, /v1/reports, /v1/server, /v1/keys, /v1/keys/NAMESPACE/NAME and below it /history, /senders and /settings, or \
                   /v1/key?namespace=NAMESPACE&name=NAME likewise\n";
     (StatusCode::NOT_FOUND, reason)
 }

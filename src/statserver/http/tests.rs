@@ -20,6 +20,7 @@ use crate::cli::flags::{AnonymousAccess, Flags};
 use crate::http::router::router;
 use crate::keys::capacity::Capacity;
 use crate::keys::key_table::KeyTable;
+use crate::keys::listing::Listing;
 use crate::keys::settings_store::SettingsStore;
 use crate::net::auth::{Access, Peer};
 use crate::net::memory_budget::Budget;
@@ -83,7 +84,7 @@ async fn put(state: &Arc<ServerState>, path: &str, json: &str) -> (StatusCode, S
 
 fn count(state: &ServerState) -> usize {
     let all = state.access.check(None, Peer::default()).unwrap();
-    state.keys.views(&all, "", usize::MAX, now_ns()).1
+    state.keys.views(&all, &Listing::first(usize::MAX), now_ns()).1
 }
 
 fn sample(name: &str, requests: u64) -> Report {
@@ -494,7 +495,7 @@ async fn what_is_misspelt_is_refused_with_what_is_allowed() {
     let state = state();
     for (path, reason) in [
         ("/v1/keys?serach=x", "unknown parameter \"serach\"; did you mean `search`?"),
-        ("/v1/keys?colour=red", "unknown parameter \"colour\"; expected one of search, limit"),
+        ("/v1/keys?colour=red", "unknown parameter \"colour\"; expected one of search, limit, sort, state"),
         ("/v1/keys/ns/rev?limit=1", "unknown parameter \"limit\"; this path takes no parameters"),
         ("/v1/keys?limit=abc", "`limit` is \"abc\"; expected a whole number from 0 to 10000"),
         ("/v1/keys?limit=10001", "`limit` is \"10001\"; expected a whole number from 0 to 10000"),

@@ -13,7 +13,6 @@ use inflight_stats::protocol::report::is_name;
 use inflight_stats::protocol::report_delta::CounterDecreased;
 use inflight_stats::protocol::stat::WireStatMessage;
 use inflight_stats::scaling::answer::{Missing, Quantity};
-use inflight_stats::scaling::decider::Decision;
 use inflight_stats::scaling::key::{Figures, Key, MAX_PERIOD_NS, STALE_AFTER};
 use inflight_stats::scaling::memory::heap_bytes;
 use inflight_stats::scaling::sender::{ImplausibleStat, PerSecond};
@@ -25,35 +24,17 @@ use crate::cli::limits::Limit;
 use crate::keys::activity::ActivityWatchers;
 use crate::keys::capacity::{Capacity, CapacityExceeded};
 use crate::keys::history::{History, HistoryPoint};
+use crate::keys::key_view::KeyView;
+use crate::keys::listing::{Listed, Listing};
 use crate::net::auth::Grant;
 use crate::os::lock::lock;
 use crate::telemetry::log_limit::LogLimiter;
 
 const SHARDS: usize = 64;
-/// Maximum number of keys whose history is kept: 4.8 KB each.
+/// Maximum number of keys whose history is kept: 8.4 KB each.
 const MAX_HISTORIES: usize = 2_000;
 /// A key that nobody has reported for so long is forgotten.
 const RETENTION_NS: u64 = 24 * 3600 * 1_000_000_000;
-
-/// All that is known of one key at one time.
-#[derive(Clone, Debug)]
-pub struct KeyView {
-    /// Namespace and name.
-    pub name: KeyName,
-    /// What its senders make it.
-    pub figures: Figures,
-    /// How many pods it wants; `None` where that is not known yet.
-    pub desired_pods: Option<u32>,
-    /// The last decision, if there is one.
-    pub decision: Option<Decision>,
-    /// What it is scaled by.
-    pub settings: Arc<KeySettings>,
-    /// Why autoscalers are told nothing of it, if they are not.
-    pub missing: Option<Missing>,
-    /// Since when its senders have been silent while it keeps its decision, as unix time in
-    /// nanoseconds.
-    pub stale_since_ns: Option<u64>,
-}
 
 struct TableEntry {
     name: KeyName,
@@ -70,6 +51,7 @@ impl TableEntry {
             name: self.name.clone(),
             figures: self.key.figures(now_ns),
             desired_pods: self.key.desired_pods(now_ns),
+            ready_pods: self.key.ready_pods(),
             decision: self.key.is_decided().then(|| self.key.decision()),
             settings: Arc::clone(self.key.settings()),
             missing: self.key.missing(now_ns),
@@ -296,33 +278,33 @@ impl KeyTable {
         self.ask(name, |key| key.activity(now_ns))
     }
 
-    /// Returns a key's last ten minutes, the oldest first; empty if too many keys have a history.
-    pub fn history(&self, name: &KeyName) -> Option<Vec<HistoryPoint>> {
-        self.known(name, |entry| entry.history.points())
+    /// Returns a key's last ten minutes, which are empty if too many keys have a history.
+    pub fn history(&self, name: &KeyName) -> Option<History> {
+        self.known(name, |entry| entry.history.clone())
     }
 
-    /// Returns the first `max` keys of the namespaces granted, in alphabetical order, whose
-    /// `namespace/name` contains `part`; and how many such keys there are.
-    pub fn views(&self, grant: &Grant, part: &str, max: usize, now_ns: u64) -> (Vec<KeyView>, usize) {
+    /// Returns the first keys of a listing among those of the namespaces granted; and how many keys
+    /// it has, also beyond its maximum.
+    pub fn views(&self, grant: &Grant, listing: &Listing, now_ns: u64) -> (Vec<KeyView>, usize) {
         // No more names are kept than are asked for: the last of them goes when one comes before
         // it.
-        let (mut names, mut found) = (BinaryHeap::<KeyName>::new(), 0_usize);
+        let (mut listed, mut found) = (BinaryHeap::<Listed>::new(), 0_usize);
         self.for_each(|entry| {
-            let fits = part.is_empty() || entry.name.to_string().contains(part);
-            if !fits || !grant.covers(&entry.name.namespace) {
+            if !listing.finds(&entry.name) || !grant.covers(&entry.name.namespace) {
                 return;
             }
+            let Some(rank) = listing.rank(|| entry.view(now_ns)) else { return };
             found += 1;
-            if names.len() < max {
-                names.push(entry.name.clone());
-            } else if let Some(mut last) = names.peek_mut()
-                && entry.name < *last
+            if listed.len() < listing.max {
+                listed.push(Listed { rank, name: entry.name.clone() });
+            } else if let Some(mut last) = listed.peek_mut()
+                && last.is_after(rank, &entry.name)
             {
-                last.clone_from(&entry.name);
+                *last = Listed { rank, name: entry.name.clone() };
             }
         });
-        let names = names.into_sorted_vec();
-        (names.iter().filter_map(|name| self.view(name, now_ns)).collect(), found)
+        let listed = listed.into_sorted_vec();
+        (listed.iter().filter_map(|listed| self.view(&listed.name, now_ns)).collect(), found)
     }
 
     fn note_report(&self, now_ns: u64) {
@@ -351,7 +333,12 @@ impl KeyTable {
                 self.histories.fetch_add(1, Ordering::Relaxed);
                 entry.history.enable();
             }
-            entry.history.push(HistoryPoint::new(&figures, &entry.key.decision()));
+            let settings = entry.key.settings();
+            let is_heard = entry.key.is_heard(now_ns);
+            let ready_pods = entry.key.ready_pods().unwrap_or_default();
+            let decision = entry.key.decision();
+            let point = HistoryPoint::new(now_ns, settings, &figures, is_heard, ready_pods, &decision);
+            entry.history.push(settings.metric, point);
         });
         self.watchers.refresh(|name| self.activity(name, now_ns).ok());
     }
@@ -800,7 +787,7 @@ mod tests {
         keys.set_settings(&name(0), Some(Arc::clone(&widest))).unwrap();
         (0..9).for_each(|number| keys.set_settings(&name(number), None).unwrap());
         keys.forget(NOW);
-        assert_eq!((taken(&keys), keys.views(&all(), "", 9, NOW).1), (0, 0));
+        assert_eq!((taken(&keys), keys.views(&all(), &Listing::first(9), NOW).1), (0, 0));
     }
 
     fn all() -> Grant {
@@ -856,7 +843,7 @@ mod tests {
         for number in (0..500).rev() {
             take(&keys, &report("pod", &[("ns", &format!("{number:03}"))]), NOW).unwrap();
         }
-        let (views, found) = keys.views(&all(), "ns/", 3, NOW);
+        let (views, found) = keys.views(&all(), &Listing { search: "ns/".into(), ..Listing::first(3) }, NOW);
         let names: Vec<String> = views.into_iter().map(|view| view.name.name).collect();
         assert_eq!((names.join(" "), found), ("000 001 002".into(), 500));
     }

@@ -10,6 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
+use serde::Serialize;
 
 use crate::cli::limits::Limit;
 
@@ -44,15 +45,36 @@ struct FrameLabels {
     reason: DropReason,
 }
 
+/// What was built.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct BuildLabels {
-    version: &'static str,
+pub struct BuildLabels {
+    /// Of the package.
+    pub version: &'static str,
     /// The commit, if the build was told it by `INFLIGHT_REVISION`; else it shows as empty.
-    revision: Option<&'static str>,
+    pub revision: Option<&'static str>,
 }
 
-const BUILD: BuildLabels =
+/// This build.
+pub const BUILD: BuildLabels =
     BuildLabels { version: env!("CARGO_PKG_VERSION"), revision: option_env!("INFLIGHT_REVISION") };
+
+/// The codes of reports that were not recorded as a whole.
+const FAILED_CODES: [u16; 8] = [400, 401, 403, 409, 413, 415, 503, 507];
+
+/// Counts since the start by which an operator sees whether the server is well.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct HealthFigures {
+    /// Reports that were recorded.
+    reports_accepted: u64,
+    /// Reports that were not, or not as a whole.
+    reports_failed: u64,
+    /// Open websockets of the stat stream.
+    streams: i64,
+    /// Requests that were not authenticated, or not authorized.
+    unauthorized: u64,
+    /// What exceeded a limit.
+    refused: u64,
+}
 
 /// The server's metrics.
 #[derive(Debug)]
@@ -184,6 +206,21 @@ impl Metrics {
     /// Counts a frame of the stat stream that was dropped.
     pub fn frame_dropped(&self, reason: DropReason) {
         self.frames_dropped.get_or_create(&FrameLabels { reason }).inc();
+    }
+
+    /// Returns what shows whether the server is well.
+    pub fn health(&self) -> HealthFigures {
+        let reports = |code| self.reports.get(&ReportLabels { code }).map_or(0, |count| count.get());
+        let refused = |limit: &Limit| {
+            self.refused.get(&LimitLabels { limit: limit.flag() }).map_or(0, |count| count.get())
+        };
+        HealthFigures {
+            reports_accepted: reports(202),
+            reports_failed: FAILED_CODES.into_iter().map(reports).sum(),
+            streams: self.streams.get(),
+            unauthorized: self.unauthorized.get(),
+            refused: Limit::ALL.iter().map(refused).sum(),
+        }
     }
 
     /// Sets how many keys there are.
