@@ -556,9 +556,9 @@ mod tests {
         assert_eq!(
             error(r#"{"namespace": "ns", "revision": "r", "pod_name": "p"}"#),
             "invalid configuration: unknown key `pod_name`; expected one of role, namespace, service, \
-             configuration, revision, name_from, pod, reporting_period, proxied_header, container_concurrency, \
-             queue_depth, queue_timeout, probes_bypass_breaker, answer_network_probe, app_cluster, \
-             app_probe_path, statserver, gateway"
+             configuration, revision, name_from, pod, pod_env, reporting_period, proxied_header, \
+             container_concurrency, queue_depth, queue_timeout, probes_bypass_breaker, \
+             answer_network_probe, app_cluster, app_probe_path, statserver, gateway"
         );
         assert_eq!(
             error(r#"{"statserver": {"clutser": "c"}}"#),
