@@ -2,8 +2,6 @@
 schemas, and custom resources against those of their fields that are used here. kubernetes.py KUBECTL"""
 
 import pathlib
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -314,41 +312,12 @@ def check(document, source):
     print(f"{source}: {document['kind']} {document['metadata']['name']}")
 
 
-def for_old_kubectl(folder):
-    """Rewrites the kustomizations for the kustomize 2.0.3 in kubectl before 1.21, such as Debian 12's. It reads a
-    folder as one of `bases`, and names patches otherwise."""
-    for path in folder.glob("*/kustomization.yaml"):
-        kustomization = yaml.safe_load(path.read_text())
-        resources = kustomization.pop("resources")
-        kustomization["bases"] = [r for r in resources if (path.parent / r).is_dir()]
-        kustomization["resources"] = [r for r in resources if not (path.parent / r).is_dir()]
-        for patch in kustomization.pop("patches", []):
-            if isinstance(yaml.safe_load((path.parent / patch["path"]).read_text()), list):
-                kustomization.setdefault("patchesJson6902", []).append(patch)
-            else:
-                kustomization.setdefault("patchesStrategicMerge", []).append(patch["path"])
-        path.write_text(yaml.safe_dump(kustomization))
-
-
 def rendered():
     """Returns what kubectl makes of each folder of deploy/ that is a kustomization."""
-    said = subprocess.run([kubectl, "version", "--client"], capture_output=True, text=True, check=True).stdout
-    minor = int(re.search(r'(?:v1\.|Minor:")([0-9]+)', said).group(1))
-    with tempfile.TemporaryDirectory() as copy:
-        deploy = pathlib.Path(copy) / "deploy"
-        shutil.copytree(root / "deploy", deploy)
-        if minor < 21:
-            for_old_kubectl(deploy)
-        documents = {}
-        for path in sorted(deploy.glob("*/kustomization.yaml")):
-            done = subprocess.run([kubectl, "kustomize", str(path.parent)], capture_output=True, text=True)
-            assert done.returncode == 0, f"{path.parent.name}: {done.stderr}"
-            assert minor < 21 or not done.stderr, f"{path.parent.name}: {done.stderr}"
-            # The old one leaves an order to delete in the object, where it does not know its type.
-            every = yaml.safe_load_all(done.stdout)
-            documents[path.parent.name] = [d for d in every if minor >= 21 or d.get("$patch") != "delete"]
-        print(f"rendered by kubectl 1.{minor}: {' '.join(documents)}")
-        return documents
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, root / "tools/manifests.py", kubectl, folder], check=True)
+        files = sorted(pathlib.Path(folder).iterdir())
+        return {file.stem: list(yaml.safe_load_all(file.read_text())) for file in files}
 
 
 folders = rendered()

@@ -18,14 +18,18 @@ for arch in amd64 arm64; do
 done
 cp target/images/*.oci.tar "$dist"
 
-kubectl=$(tools/debian.sh kubectl kubernetes-client)
-for folder in deploy/*/; do
-    [ -e "$folder/kustomization.yaml" ] || continue
-    "$kubectl" kustomize "$folder" >"$dist/$(basename "$folder")-$version.yaml"
+python=$(tools/python.sh)
+manifests=target/images/manifests
+rm -rf "$manifests"
+"$python" tools/manifests.py "$(tools/debian.sh kubectl kubernetes-client)" "$manifests"
+for file in "$manifests"/*.yaml; do
+    cp "$file" "$dist/$(basename "$file" .yaml)-$version.yaml"
 done
 
-# What is in the two programs. Without a time, and without a random serial number.
+# What is in the two programs. Without a time, and without a random serial number. The tool writes
+# beside the Cargo.toml of every package.
 sbom=0.5.9
+trap 'find src benches tests -name "inflight-*.cdx.json" -delete' EXIT
 if ! cargo cyclonedx --version 2>/dev/null | grep -q " $sbom$"; then
     [ -x .cache/cyclonedx/bin/cargo-cyclonedx ] ||
         CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=64 \
@@ -48,7 +52,6 @@ text = json.dumps(sbom, indent=2, sort_keys=True).replace(os.getcwd(), "/infligh
 with open(target, "w") as file:
     file.write(text + "\n")
 PYTHON
-    find src -name "$name.cdx.json" -delete
 done
 (cd "$dist" && sha256sum -- * >SHA256SUMS)
 ls "$dist"
