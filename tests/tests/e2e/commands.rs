@@ -155,7 +155,7 @@ async fn settings_are_shown_set_and_deleted_with_a_token_over_tls() {
         (
             &["settings", "set", "shop/cart", r#"{"target": 0}"#],
             admin,
-            "`target` is 0; expected a number of at least 0.01",
+            "`target` is 0; expected a number from 0.01 to 1000000000",
         ),
         (&["settings", "set", "shop/cart", r#"{"targt": 1}"#], admin, "did you mean `target`?"),
     ] {
