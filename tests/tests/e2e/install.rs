@@ -7,7 +7,7 @@ use http_body_util::Full;
 use hyper::Request;
 use inflight_e2e::app::App;
 use inflight_e2e::bootstrap::{Bootstrap, NOBODY, at};
-use inflight_e2e::envoy::{Envoy, Version};
+use inflight_e2e::envoy::{Envoy, How, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tap::Tap;
@@ -117,22 +117,40 @@ async fn probes_count_nowhere_and_proxied_requests_in_their_own_column() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_token_comes_from_the_environment_and_no_dump_shows_it() {
-    let app = App::start().await;
-    let tap = Tap::start(None).await;
-    let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
-    bootstrap
-        .configure("statserver", json!({"cluster": "inflight-statserver", "token_env": "INFLIGHT_TOKEN"}));
-    at(bootstrap.filter(), "/typed_config/config/vm_config")["environment_variables"] =
-        json!({"host_env_keys": ["HOME"], "key_values": {"INFLIGHT_TOKEN": "s3cret"}});
-    let envoy = Envoy::start(Version::Newest, &bootstrap, 1).await;
-    let headers = wait::until("a report", SETTLED, || async {
-        tap.recorded().first().map(|r| r.headers.clone()).ok_or("none")
-    })
-    .await;
-    assert!(headers.contains(&("authorization".into(), "Bearer s3cret".into())), "{headers:?}");
-    assert!(headers.contains(&("host".into(), "inflight-statserver".into())), "{headers:?}");
-    assert!(!envoy.process.log().contains("s3cret"));
+async fn the_token_comes_from_the_environment_and_only_key_values_show_it() {
+    // As in the files for Istio, and as in those for Envoy Gateway.
+    for (variables, is_shown) in [
+        (json!({"key_values": {"INFLIGHT_TOKEN": "s3cret"}}), true),
+        (json!({"host_env_keys": ["INFLIGHT_TOKEN"]}), false),
+    ] {
+        let app = App::start().await;
+        let tap = Tap::start(None).await;
+        let mut bootstrap = Bootstrap::sidecar(app.address, tap.address);
+        bootstrap.configure(
+            "statserver",
+            json!({"cluster": "inflight-statserver", "token_env": "INFLIGHT_TOKEN"}),
+        );
+        at(bootstrap.filter(), "/typed_config/config/vm_config")["environment_variables"] = variables;
+        let environment = match is_shown {
+            true => Vec::new(),
+            false => vec![("INFLIGHT_TOKEN", "s3cret".into())],
+        };
+        let how = How { environment, ..How::default() };
+        let envoy = Envoy::with(Version::Newest, &bootstrap, how).await;
+        let headers = wait::until("a report", SETTLED, || async {
+            tap.recorded().first().map(|r| r.headers.clone()).ok_or("none")
+        })
+        .await;
+        assert!(headers.contains(&("authorization".into(), "Bearer s3cret".into())), "{headers:?}");
+        assert!(headers.contains(&("host".into(), "inflight-statserver".into())), "{headers:?}");
+        let dump = http::get(envoy.admin, "/config_dump").await.expect("a dump");
+        assert_eq!(dump.contains("s3cret"), is_shown);
+        for page in ["/stats", "/clusters", "/listeners"] {
+            let text = http::get(envoy.admin, page).await.expect("a page");
+            assert!(!text.contains("s3cret"), "{page}");
+        }
+        assert!(!envoy.process.log().contains("s3cret"));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
