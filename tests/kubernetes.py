@@ -80,6 +80,7 @@ CERT_MANAGER = {
         isCA={"type": "boolean"},
         commonName=TEXT,
         dnsNames={"type": "array", "items": TEXT},
+        duration=TEXT,
         privateKey=fields(algorithm={"enum": ["ECDSA"]}, size={"enum": [256]}),
         issuerRef=fields(["name"], name=TEXT),
     ),
@@ -364,10 +365,14 @@ def statserver(name):
     return named, pod, container
 
 
-_, pod, _ = statserver("base")
-assert pod["automountServiceAccountToken"] is False
-_, _, container = statserver("keda")
-assert all(container[probe]["httpGet"]["scheme"] == "HTTPS" for probe in ["readinessProbe", "livenessProbe"])
+named, pod, base = statserver("base")
+ports = named["Service", "inflight-statserver"]["spec"]["ports"]
+assert pod["automountServiceAccountToken"] is False and ("ServiceAccount", pod["serviceAccountName"]) in named
+named, _, container = statserver("keda")
+# HTTP is what it is in the base: what reports over it need not change.
+assert container["readinessProbe"] == base["readinessProbe"] and "--listen=[::]:8080" in container["args"]
+assert not any(argument.startswith("--tls-") for argument in container["args"]), container["args"]
+assert named["Service", "inflight-statserver"]["spec"]["ports"][0] == ports[0]
 for folder in sorted(name for name in folders if name.startswith("hpa")):
     named, pod, container = statserver(folder)
     # What names another thing names one that is there.
@@ -385,6 +390,9 @@ for folder in sorted(name for name in folders if name.startswith("hpa")):
     for name in apis:
         spec = named["APIService", name]["spec"]
         assert name == f"{spec['version']}.{spec['group']}" and spec["service"]["name"] == "inflight-metrics"
+        # By this label they are deleted, and nobody else's.
+        assert named["APIService", name]["metadata"]["labels"] == {"app.kubernetes.io/name": "inflight-statserver"}
+        assert ("caBundle" in spec) == (folder != "hpa-cert-manager"), spec
         annotations = named["APIService", name]["metadata"].get("annotations", {})
         injected = annotations.get("cert-manager.io/inject-ca-from")
         assert (injected == "inflight/inflight-metrics") == (folder == "hpa-cert-manager"), annotations

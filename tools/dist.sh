@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Puts what a release has into target/dist: dist.sh VERSION. `make dist` has built it before. The same
-# sources make the same bytes.
+# sources make the same bytes. REGISTRY is where the manifests find the images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=$1
@@ -23,7 +23,7 @@ manifests=target/images/manifests
 rm -rf "$manifests"
 "$python" tools/manifests.py "$(tools/debian.sh kubectl kubernetes-client)" "$manifests"
 for file in "$manifests"/*.yaml; do
-    cp "$file" "$dist/$(basename "$file" .yaml)-$version.yaml"
+    sed "s,registry.example.com,${REGISTRY:-registry.example.com}," "$file" >"$dist/$(basename "$file" .yaml)-$version.yaml"
 done
 
 # What is in the two programs. Without a time, and without a random serial number. The tool writes

@@ -37,7 +37,7 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
-    /// Certificate chain of the server, in PEM; with it, both addresses accept TLS only.
+    /// Certificate chain of the server, in PEM; with it, --listen and --grpc-listen accept TLS only.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
 
@@ -49,6 +49,19 @@ pub struct Flags {
     /// read for every namespace without a token.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
+
+    /// Certificate chain for --grpc-listen, in PEM, so that it alone accepts TLS only; without it,
+    /// that of --tls-cert.
+    #[arg(long, value_name = "FILE", requires = "grpc_tls_key")]
+    pub grpc_tls_cert: Option<PathBuf>,
+
+    /// Private key of that certificate, in PEM.
+    #[arg(long, value_name = "FILE", requires = "grpc_tls_cert")]
+    pub grpc_tls_key: Option<PathBuf>,
+
+    /// CA certificates, in PEM, of the clients of --grpc-listen, as --tls-client-ca.
+    #[arg(long, value_name = "FILE", requires = "grpc_tls_cert")]
+    pub grpc_tls_client_ca: Option<PathBuf>,
 
     /// Address to serve Kubernetes' metrics APIs on, over TLS, for the kube-apiserver alone; :PORT is
     /// all interfaces.
@@ -200,17 +213,35 @@ impl Flags {
     /// # Errors
     /// In one line: what to do.
     pub fn check_access(&self) -> Result<(), String> {
-        if self.token_file.is_some() || self.tls_client_ca.is_some() || self.insecure {
+        if self.token_file.is_some() || self.insecure {
             return Ok(());
         }
-        let addresses = [("--listen", self.listen), ("--grpc-listen", self.grpc_listen)];
-        match addresses.into_iter().find(|(_, address)| !address.ip().is_loopback()) {
+        let addresses = [
+            ("--listen", self.listen, "--tls-client-ca", self.tls_client_ca.is_some()),
+            ("--grpc-listen", self.grpc_listen, "--grpc-tls-client-ca", self.grpc_client_ca().is_some()),
+        ];
+        let is_open =
+            |address: &SocketAddr, has_client_ca: bool| !address.ip().is_loopback() && !has_client_ca;
+        match addresses.into_iter().find(|(_, address, _, has_client_ca)| is_open(address, *has_client_ca)) {
             None => Ok(()),
-            Some((flag, address)) => Err(format!(
+            Some((flag, address, client_ca, _)) => Err(format!(
                 "{flag} is {address}, which other machines can reach; expected a loopback address, \
-                 --token-file or --tls-client-ca (--insecure allows access without either)"
+                 --token-file or {client_ca} (--insecure allows access without either)"
             )),
         }
+    }
+
+    /// Returns the CA of the clients of gRPC. With a certificate of its own it also has a CA of its own.
+    fn grpc_client_ca(&self) -> Option<&PathBuf> {
+        match self.grpc_tls_cert {
+            Some(_) => self.grpc_tls_client_ca.as_ref(),
+            None => self.tls_client_ca.as_ref(),
+        }
+    }
+
+    /// Returns whether a certificate authenticates a client of any address.
+    pub fn has_client_ca(&self) -> bool {
+        self.tls_client_ca.is_some() || self.grpc_tls_client_ca.is_some()
     }
 
     /// Returns what somebody may do who shows nothing, if nothing is asked for. Settings are
@@ -363,6 +394,15 @@ mod tests {
             );
             assert_eq!(check(&[&[flag, "0.0.0.0:80", "--tls-client-ca", "x"], &tls[..]].concat()), Ok(()));
         }
+        // A certificate for gRPC alone says nothing of who may report.
+        let tls = ["--grpc-tls-cert", "x", "--grpc-tls-key", "x", "--grpc-tls-client-ca", "x"];
+        let with_tls = |flag| check(&[&[flag, "0.0.0.0:80"], &tls[..]].concat());
+        assert_eq!(with_tls("--grpc-listen"), Ok(()));
+        assert!(with_tls("--listen").is_err());
+        // Nor does the CA of HTTP of who may ask gRPC, which has a TLS of its own.
+        let tls = ["--tls-cert", "x", "--tls-key", "x", "--tls-client-ca", "x"];
+        let own = ["--grpc-tls-cert", "x", "--grpc-tls-key", "x", "--grpc-listen", "0.0.0.0:80"];
+        assert!(check(&[tls, own].concat()).unwrap_err().contains("--grpc-tls-client-ca"));
     }
 
     #[test]

@@ -130,7 +130,7 @@ fn keys_table(keys: &[Key]) -> String {
             key.pods.to_string(),
             or_dash(key.desired_pods),
             key.last_report_age_ms.map_or("-".into(), age),
-            state(key),
+            state(key).into(),
         ]
     };
     let rows: Vec<Vec<String>> =
@@ -158,7 +158,7 @@ fn key_text(key: &Key) -> String {
     };
     let rows = [
         ("key", format!("{}/{}", key.namespace, key.name)),
-        ("state", state(key)),
+        ("state", key.missing.clone().unwrap_or_else(|| state(key).into())),
         ("desired pods", or_dash(key.desired_pods)),
         ("pods that report", key.pods.to_string()),
         ("gateways that report", key.gateways.to_string()),
@@ -200,12 +200,14 @@ fn target(settings: &Settings) -> String {
     format!("{}{unit}", decimal(target * target_utilization_percentage / 100.0))
 }
 
-fn state(key: &Key) -> String {
+/// Returns what autoscalers are told, in a word or two. Why they are told nothing is a sentence, and
+/// is shown of a single key.
+fn state(key: &Key) -> &'static str {
     match &key.missing {
-        _ if key.stale => "stale".into(),
-        Some(reason) => reason.clone(),
-        None if key.panic_mode => "panic".into(),
-        None => "ok".into(),
+        _ if key.stale => "stale",
+        Some(_) => "unknown yet",
+        None if key.panic_mode => "panic",
+        None => "ok",
     }
 }
 

@@ -46,9 +46,11 @@ const KEY_GAUGES: [KeyGauge; 9] = [
     ("in_flight", "Requests in flight", |view| known(view, view.figures.in_flight as f64)),
     ("pods", "Pods that report", |view| Some(view.figures.pods as f64)),
     ("desired_pods", "Pods that the key wants", |view| known(view, view.desired_pods?.into())),
-    ("target", "Concurrency, or requests per second, that one pod can handle (the setting target)", |view| {
-        Some(view.settings.target)
-    }),
+    (
+        "target",
+        "Concurrency, or requests per second, that one pod is to have: its target times the utilization",
+        |view| Some(view.settings.target_per_pod()),
+    ),
     ("panic_mode", "Whether the decider is in panic mode (1) or not (0)", |view| {
         known(view, view.decision?.panic_mode.into())
     }),

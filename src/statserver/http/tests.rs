@@ -360,12 +360,12 @@ async fn metrics_count_reports_by_their_answer() {
     assert!(text.contains(&build), "{text}");
     assert!(text.contains("\nprocess_cpu_seconds_total ") && text.contains("\nprocess_open_fds "), "{text}");
     assert!(!text.contains("key_panic_mode{"), "no decision yet: {text}");
-    put(&state, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 100}"#).await;
+    put(&state, "/v1/keys/ns/rev/settings", r#"{"target": 1, "target_utilization_percentage": 50}"#).await;
     state.keys.decide(now_ns());
     let (_, text) = read(&state, "/metrics").await;
     for line in [
         "key_panic_mode{namespace=\"ns\",name=\"rev\"} 1.0\n",
-        "key_target{namespace=\"ns\",name=\"rev\"} 1.0\n",
+        "key_target{namespace=\"ns\",name=\"rev\"} 0.5\n",
     ] {
         assert!(text.contains(line), "{line} {text}");
     }

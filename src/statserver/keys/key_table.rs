@@ -32,7 +32,7 @@ use crate::telemetry::log_limit::LogLimiter;
 
 const SHARDS: usize = 64;
 /// Maximum number of keys whose history is kept: 8.4 KB each.
-const MAX_HISTORIES: usize = 2_000;
+const MAX_HISTORIES: usize = 1_200;
 /// A key that nobody has reported for so long is forgotten.
 const RETENTION_NS: u64 = 24 * 3600 * 1_000_000_000;
 
@@ -814,8 +814,8 @@ mod tests {
             with_history()
         };
         assert_eq!(
-            [decide_with(0..1_990), decide_with(1_990..3_000), decide_with(3_000..3_020)],
-            [1_990, 2_000, 2_000]
+            [decide_with(0..1_190), decide_with(1_190..2_000), decide_with(2_000..2_020)],
+            [1_190, 1_200, 1_200]
         );
         keys.forget(NOW + RETENTION_NS + 1);
         assert_eq!((with_history(), keys.histories.load(Ordering::Relaxed)), (0, 0));

@@ -44,22 +44,32 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// If the flags do not allow a start, an address cannot be listened on, or a file is wrong.
 pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Result<()> {
     flags.check_access().map_err(io::Error::other)?;
-    let access =
-        Access::load(flags.token_file.as_deref(), flags.tls_client_ca.is_some(), flags.anonymous_access())
-            .map_err(io::Error::other)?;
+    let access = Access::load(flags.token_file.as_deref(), flags.has_client_ca(), flags.anonymous_access())
+        .map_err(io::Error::other)?;
     let keys = KeyTable::new(Arc::new(flags.key_settings()), Capacity::from(&flags.limits), now_ns())
         .with_stale_after(flags.stale_after);
     let settings = SettingsStore::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
     let module = flags.module.as_deref().map(FilterModule::load).transpose().map_err(io::Error::other)?;
-    let tls = tls_files(flags).map(Tls::load).transpose().map_err(io::Error::other)?.map(Arc::new);
+    let load = |files: Option<TlsFiles>| {
+        files.map(Tls::load).transpose().map_err(io::Error::other).map(|tls| tls.map(Arc::new))
+    };
+    let (tls, own_grpc_tls) = (load(tls_files(flags))?, load(grpc_tls_files(flags))?);
+    let grpc_tls = own_grpc_tls.clone().or_else(|| tls.clone());
     let shared = shared(flags, &access, tls.clone());
     let metrics_api = match flags.metrics_listen {
         Some(address) => Some(metrics_api::bind(flags, address, &shared).await?),
         None => None,
     };
     let http = bind("--listen", flags.listen, Protocol::Http, &shared).await?;
-    let grpc = bind("--grpc-listen", flags.grpc_listen, Protocol::Grpc, &shared).await?;
-    info!(address = %http.address()?, grpc = %grpc.address()?, tls = tls.is_some(), "listening");
+    let of_grpc = Shared { tls: grpc_tls.clone(), ..shared.clone() };
+    let grpc = bind("--grpc-listen", flags.grpc_listen, Protocol::Grpc, &of_grpc).await?;
+    info!(
+        address = %http.address()?,
+        grpc = %grpc.address()?,
+        tls = tls.is_some(),
+        grpc_tls = grpc_tls.is_some(),
+        "listening"
+    );
     if let Some(FilterModule { bytes, sha256 }) = &module {
         info!(bytes = bytes.len(), sha256, "handing out the module");
     }
@@ -67,7 +77,8 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     let (trigger, drain) = new_drain();
     let state = Arc::new(state(flags, access, keys, (settings, module), shared, drain));
     let of_metrics_api = metrics_api.as_ref().map(MetricsApi::tls);
-    let mut background = background::start(&state, tls.into_iter().chain(of_metrics_api).collect());
+    let certificates = tls.into_iter().chain(own_grpc_tls).chain(of_metrics_api).collect();
+    let mut background = background::start(&state, certificates);
     let mut listeners = JoinSet::new();
     listeners.spawn(accept(http, router(Arc::clone(&state)), Arc::clone(&state)));
     listeners.spawn(accept(grpc, grpc::router(Arc::clone(&state)), Arc::clone(&state)));
@@ -98,12 +109,24 @@ fn shared(flags: &Flags, access: &Access, tls: Option<Arc<Tls>>) -> Shared {
 
 /// Returns what TLS is made of, if it is.
 fn tls_files(flags: &Flags) -> Option<TlsFiles> {
-    let file = |flag, path: &Option<PathBuf>| path.clone().map(|path| NamedFile { flag, path });
     Some(TlsFiles {
         certificate: file("--tls-cert", &flags.tls_cert)?,
         key: file("--tls-key", &flags.tls_key)?,
         client_ca: file("--tls-client-ca", &flags.tls_client_ca).map(ClientCa::File),
     })
+}
+
+/// Returns what the TLS of gRPC alone is made of, if it has one.
+fn grpc_tls_files(flags: &Flags) -> Option<TlsFiles> {
+    Some(TlsFiles {
+        certificate: file("--grpc-tls-cert", &flags.grpc_tls_cert)?,
+        key: file("--grpc-tls-key", &flags.grpc_tls_key)?,
+        client_ca: file("--grpc-tls-client-ca", &flags.grpc_tls_client_ca).map(ClientCa::File),
+    })
+}
+
+fn file(flag: &'static str, path: &Option<PathBuf>) -> Option<NamedFile> {
+    path.clone().map(|path| NamedFile { flag, path })
 }
 
 async fn bind(

@@ -4,13 +4,11 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use bytes::Bytes;
 use inflight_e2e::process::Process;
+use inflight_e2e::reports::Sender;
 use inflight_e2e::statserver::StatServer;
 use inflight_e2e::tls::{Authority, Identity};
-use inflight_e2e::{http, statserver_program, wait};
-use inflight_stats::protocol::report::CONTENT_TYPE;
-use inflight_stats::{KeyReport, Report, Snapshot};
+use inflight_e2e::{statserver_program, wait};
 
 const SETTLED: Duration = Duration::from_secs(15);
 
@@ -27,17 +25,10 @@ fn run(command: &mut Command) -> (i32, String, String) {
     (status.code().expect("no signal"), text(&stdout), text(&stderr))
 }
 
-/// Sends the first report of a pod: so many requests in the first second of its life.
-async fn report(server: &StatServer, key: (&str, &str), pod: &str, requests: u64) {
-    let since = Snapshot::starting_at(1_000_000_000);
-    let until = Snapshot { as_of_ns: 2_000_000_000, requests, in_flight: 2, ..Snapshot::default() };
-    let (namespace, name) = (key.0.to_owned(), key.1.to_owned());
-    let messages = vec![KeyReport { namespace, name, from_gateway: false, since, until }];
-    let report = Report { version: 1, pod: pod.into(), incarnation: 1, messages };
-    let body = Bytes::from(report.encode().expect("a report"));
-    let (status, reason) =
-        http::post(server.address, "/v1/reports", CONTENT_TYPE, body).await.expect("an answer");
-    assert_eq!(status, 202, "{reason}");
+/// Reports so many requests per second, and as many in flight, over five seconds: so long the figures
+/// stay as they are.
+async fn report(server: &StatServer, (namespace, name): (&str, &str), pod: &str, requests: u32) {
+    Sender::pod(pod, namespace, name).report(server.address, requests, 5).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -58,8 +49,9 @@ async fn the_keys_of_a_server_are_a_table() {
         first.starts_with("a-long-namespace  ..  ") && second.starts_with("shop              cart  "),
         "{printed}"
     );
+    assert!(first.ends_with("  unknown yet") && second.ends_with("  unknown yet"), "{printed}");
     for (column, numbers) in
-        [("IN FLIGHT", ["2", "4"]), ("PODS", ["1", "2"]), ("REQUESTS/S", ["3.00", "11.00"])]
+        [("IN FLIGHT", ["3", "11"]), ("PODS", ["1", "2"]), ("REQUESTS/S", ["3.00", "11.00"])]
     {
         let end = head.find(column).expect("the column") + column.len();
         for (line, number) in [first, second].into_iter().zip(numbers) {
@@ -71,7 +63,8 @@ async fn the_keys_of_a_server_are_a_table() {
     assert_eq!(code, 0);
     for expected in [
         "key                         shop/cart\n",
-        "\nin flight                   4\n",
+        "\nin flight                   11\n",
+        "\nstate                       it was first reported less than a stable window ago",
         "\ncart-1  pod   yes",
     ] {
         assert!(printed.contains(expected), "{expected}:\n{printed}");

@@ -146,7 +146,7 @@ async fn what_envoy_gateway_makes_of_a_policy_counts_its_routes_in_a_real_envoy(
     // The first is in each of its Envoys; the second comes from the EnvoyProxy.
     let environment = [("ENVOY_POD_NAME", "envoy-default-eg-1"), ("INFLIGHT_TOKEN", TOKEN)];
     for version in [Version::Oldest, Version::Newest] {
-        for policy in ["extension-policy.yaml", "extension-policy-image.yaml"] {
+        for policy in ["extension-policy.yaml", "extension-policy-http.yaml"] {
             let envoy = assert_counts(version, ("default", "hello"), &environment, |app, tap| {
                 let policy = format!("envoy-gateway/{policy}");
                 Bootstrap::envoy_gateway(&policy, app.address, tap.address)

@@ -368,7 +368,7 @@ impl Session {
                 script.push_str(&self.with_ports(&line.replace("sleep 3", "sleep 6")));
                 script.push('\n');
             }
-            if block.text.contains("tools/envoy.py") {
+            if block.text.contains("-c target/envoy.yaml &") {
                 let started = "for url in localhost:9901/ready localhost:8080/healthz localhost:3000/; do\n\
                                until curl -s -o /dev/null $url; do sleep 0.1; done; done\n";
                 script.push_str(&self.with_ports(started));
@@ -489,19 +489,26 @@ fn what_the_kubernetes_page_makes_lets_keda_and_a_token_in() {
     let name = "inflight-statserver.inflight";
     blocks.push(Commands {
         text: format!(
-            "../target/release/inflight-statserver --token-file tokens --tls-cert statserver.crt --tls-key statserver.key \
-             --tls-client-ca ca.crt &\n\
-             ask() {{ curl -s --retry 5 --retry-connrefused --cacert ca.crt --resolve {name}:8080:127.0.0.1 \"$@\" \
-             https://{name}:8080/v1/keys; echo; }}\n\
-             ask --cert keda.crt --key keda.key\n\
-             ask -H \"authorization: Bearer $(sed -n '1s/ .*//p' tokens)\"\n\
+            "../target/release/inflight-statserver --token-file tokens --grpc-tls-cert statserver.crt \
+             --grpc-tls-key statserver.key --grpc-tls-client-ca ca.crt &\n\
+             curl -s --retry 5 --retry-connrefused -H \"authorization: Bearer $(sed -n '1s/ .*//p' tokens)\" \
+             localhost:8080/v1/keys; echo\n\
+             printf '\\0\\0\\0\\0\\0' >nothing\n\
+             ask() {{ curl -s --http2 --cacert ca.crt --resolve {name}:8081:127.0.0.1 --data-binary @nothing \
+             -H 'content-type: application/grpc' -H 'te: trailers' -D - -o answer \"$@\" \
+             https://{name}:8081/externalscaler.ExternalScaler/IsActive | grep -a '^grpc-status'; }}\n\
+             ask --cert keda.crt --key keda.key; ask\n\
              cat kubectl.log\n"
         ),
         prints: None,
     });
     let printed = session.run("deploy", &blocks).pop().expect("what was asked");
-    let (answers, asked): (Vec<&str>, Vec<&str>) = printed.lines().partition(|line| line.starts_with('{'));
-    assert_eq!(answers, [r#"{"keys":[],"found":0}"#; 2], "{printed}");
+    let is_answer = |line: &&str| line.starts_with('{') || line.starts_with("grpc-status");
+    let (answers, asked): (Vec<&str>, Vec<&str>) = printed.lines().partition(is_answer);
+    // KEDA's question names no key, which is INVALID_ARGUMENT. Without its certificate it is
+    // UNAUTHENTICATED.
+    let answers: Vec<&str> = answers.into_iter().map(str::trim).collect();
+    assert_eq!(answers, [r#"{"keys":[],"found":0}"#, "grpc-status: 3", "grpc-status: 16"], "{printed}");
     let manifests = files().into_iter().filter(|file| file.starts_with("deploy/") && file.ends_with(".yaml"));
     let manifests: Vec<String> = manifests.map(|file| source(&file)).collect();
     let secrets = asked.iter().filter_map(|line| line.split_once("create secret generic "));

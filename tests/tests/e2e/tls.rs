@@ -7,7 +7,7 @@ use std::time::Duration;
 use http_body_util::Full;
 use hyper::Request;
 use inflight_e2e::app::App;
-use inflight_e2e::bootstrap::Bootstrap;
+use inflight_e2e::bootstrap::{Bootstrap, at};
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::process::{Process, is_clean};
@@ -125,6 +125,57 @@ async fn over_mutual_tls_envoy_reports_and_keda_asks_and_nobody_else() {
             .find_map(|line| line.strip_prefix("inflight_statserver_tls_handshakes_failed_total "));
         assert!(failed.and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n >= 3), "{failed:?}");
     }
+}
+
+/// The files of `deploy/keda`: what reports over HTTP needs no certificate.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grpc_alone_may_speak_tls_and_http_stays_as_it_is() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let (ca, tokens) = (folder.join("ca.pem"), folder.join("tokens"));
+    std::fs::write(&ca, &authority.pem).expect("a file");
+    std::fs::write(&tokens, "token-of-the-envoys *\n").expect("a file");
+    let [of_server, of_keda] = ["server", "keda"].map(|name| authority.issue(folder, name));
+    let of_stranger = stranger.issue(folder, "stranger");
+    let tls = ["--grpc-tls-cert", text(&of_server.certificate), "--grpc-tls-key", text(&of_server.key)];
+    let flags = [&tls[..], &["--grpc-tls-client-ca", text(&ca), "--token-file", text(&tokens)]].concat();
+    let server = StatServer::with(None, &flags).await;
+    http::get(server.address, "/healthz").await.expect("without TLS");
+    let keys = async |token: &str| {
+        let keys = Request::get("/v1/keys").header("host", "x").header("authorization", token);
+        let keys = http::ask(server.address, keys.body(Full::default()).expect("a request")).await;
+        keys.expect("an answer").0.as_u16()
+    };
+    assert_eq!(keys("Bearer token-of-the-envoys").await, 200);
+    assert_eq!(keys("Bearer another-token-0123").await, 401, "a certificate is none of HTTP");
+
+    let app = App::start().await;
+    let mut bootstrap = Bootstrap::sidecar(app.address, server.address);
+    bootstrap.configure("statserver", json!({"cluster": "inflight-statserver", "token_env": "TOKEN"}));
+    at(bootstrap.filter(), "/typed_config/config/vm_config")["environment_variables"] =
+        json!({"key_values": {"TOKEN": "token-of-the-envoys"}});
+    bootstrap.configure("namespace", "ns".into());
+    bootstrap.configure("revision", "rev".into());
+    let envoy = Envoy::start(Version::Newest, &bootstrap, 1).await;
+    envoy.reports(2).await;
+
+    let Identity { certificate, key } = &of_keda;
+    let (_, said) = keda(&server, [&ca, certificate, key]);
+    assert!(said.contains("ns/rev") || said.contains("\"misspelt\""), "{said}");
+    let Identity { certificate, key } = &of_stranger;
+    let (asked, said) = keda(&server, [&ca, certificate, key]);
+    assert!(!asked && !said.contains("misspelt") && !said.contains("ns/rev"), "{said}");
+    // The files are read again.
+    stranger.issue(folder, "server");
+    let new_ca = folder.join("stranger-ca.pem");
+    std::fs::write(&new_ca, &stranger.pem).expect("a file");
+    std::fs::write(&ca, &stranger.pem).expect("a file");
+    wait::until("the new certificate", SETTLED, || async {
+        let (_, said) = keda(&server, [&new_ca, certificate, key]);
+        if said.contains("ns/rev") || said.contains("misspelt") { Ok(()) } else { Err(said) }
+    })
+    .await;
 }
 
 #[tokio::test]
