@@ -494,10 +494,10 @@ fn what_the_kubernetes_page_makes_lets_keda_and_a_token_in() {
              curl -s --retry 5 --retry-connrefused -H \"authorization: Bearer $(sed -n '1s/ .*//p' tokens)\" \
              localhost:8080/v1/keys; echo\n\
              printf '\\0\\0\\0\\0\\0' >nothing\n\
-             ask() {{ curl -s --http2 --cacert ca.crt --resolve {name}:8081:127.0.0.1 --data-binary @nothing \
-             -H 'content-type: application/grpc' -H 'te: trailers' -D - -o answer \"$@\" \
+             ask() {{ curl -s --http2 --cacert ca.crt --resolve {name}:8081:127.0.0.1 --data-binary @$1 \
+             -H 'content-type: application/grpc' -H 'te: trailers' -D - -o answer \"${{@:2}}\" \
              https://{name}:8081/externalscaler.ExternalScaler/IsActive | grep -a '^grpc-status'; }}\n\
-             ask --cert keda.crt --key keda.key; ask\n\
+             ask nothing --cert keda.crt --key keda.key; ask /dev/null\n\
              cat kubectl.log\n"
         ),
         prints: None,
