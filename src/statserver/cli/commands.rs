@@ -154,8 +154,11 @@ fn json(text: &str) -> Result<String, String> {
 
 fn http_url(text: &str) -> Result<Uri, String> {
     let url = text.parse::<Uri>().ok().filter(|url| {
+        let after_host = url.authority().zip(url.host()).filter(|(_, host)| !host.is_empty());
+        // Without a user, whose password errors would show.
+        let after_host = after_host.and_then(|(authority, host)| authority.as_str().strip_prefix(host));
         matches!(url.scheme_str(), Some("http" | "https"))
-            && url.host().is_some_and(|host| !host.is_empty())
+            && after_host.is_some_and(|rest| rest.is_empty() || url.port_u16().is_some_and(|port| port > 0))
             && url.query().is_none()
     });
     url.ok_or_else(|| "expected http://HOST[:PORT] or https://HOST[:PORT]".into())
@@ -199,6 +202,9 @@ mod tests {
             (&["settings", "set", "a/b", "{"], "expected a JSON object"),
             (&["keys", "--server", "stats:8080"], "expected http://HOST[:PORT]"),
             (&["keys", "--server", "ftp://stats"], "expected http://HOST[:PORT]"),
+            (&["keys", "--server", "http://stats:99999"], "expected http://HOST[:PORT]"),
+            (&["keys", "--server", "http://stats:0"], "expected http://HOST[:PORT]"),
+            (&["keys", "--server", "http://me:secret@stats"], "expected http://HOST[:PORT]"),
             (&["key"], "'keys'"),
         ] {
             let error = parse(args).unwrap_err().to_string();

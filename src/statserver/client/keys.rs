@@ -1,6 +1,5 @@
 //! `keys`: the keys of a server as a table, or one of them with those who report it.
 
-use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use hyper::Method;
@@ -10,14 +9,12 @@ use serde::de::DeserializeOwned;
 
 use crate::cli::commands::KeysCommand;
 use crate::client::ask::{Server, path_of};
-use crate::client::output::{print, table};
+use crate::client::output::{clear, print, table};
 
 /// The time between two looks.
 const PERIOD: Duration = Duration::from_secs(2);
 /// How many keys or senders are asked for, at most.
 const MAX_LISTED: usize = 10_000;
-/// Clears a terminal and goes to its first line.
-const CLEAR: &str = "\x1b[2J\x1b[H";
 
 #[derive(Deserialize)]
 struct Keys {
@@ -87,14 +84,14 @@ pub async fn keys(command: &KeysCommand, variable: impl Fn(&str) -> Option<Strin
         None => all(&server).await,
     };
     print(&look().await?)?;
-    let clear = if io::stdout().is_terminal() { CLEAR } else { "\n" };
     if !command.watch {
         return Ok(());
     }
     loop {
         tokio::time::sleep(PERIOD).await;
         let text = look().await.unwrap_or_else(|reason| format!("{reason}\n"));
-        print(&format!("{clear}{text}"))?;
+        clear()?;
+        print(&text)?;
     }
 }
 

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use crate::cli::commands::Command;
+use crate::client::output::in_one_line;
 use crate::client::{check_config, keys, settings};
 
 /// Runs a command. What went wrong is printed in one line, and the exit code is 1 then.
@@ -16,7 +17,7 @@ pub async fn run_command(command: &Command) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
-            eprintln!("error: {reason}");
+            eprintln!("error: {}", in_one_line(&reason));
             ExitCode::FAILURE
         }
     }
