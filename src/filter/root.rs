@@ -123,7 +123,15 @@ impl<H: Host> Root<H> {
                  variable that vm_config.environment_variables sets"
             )
         })?;
-        Ok(Some(token))
+        // A Secret that was made of a file ends as the file does, in a line break.
+        let token = token.trim_end_matches(['\r', '\n']);
+        if token.is_empty() || token.contains(|c: char| c.is_control()) {
+            return Err(format!(
+                "invalid configuration: `statserver.token_env` is \"{name}\"; expected the variable to hold \
+                 a token in one line without control characters"
+            ));
+        }
+        Ok(Some(token.to_owned()))
     }
 
     /// Returns a string of the node's metadata; empty if there is none.

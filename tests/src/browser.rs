@@ -42,7 +42,7 @@ impl Browser {
         command.args(["--no-first-run", "--disable-background-networking", "--remote-debugging-port=0"]);
         command.arg(format!("--window-size={width},{height}"));
         command.arg(format!("--user-data-dir={}", folder.path().display())).arg("about:blank");
-        command.env("HOME", folder.path());
+        command.env("HOME", folder.path()).env("TMPDIR", folder.path());
         let mut process = Process::start(&mut command, &folder.path().join("log"));
         let url = wait::until("Chromium listens", SETTLED, || {
             assert!(process.ended().is_none(), "Chromium ended at its start:\n{}", process.log());

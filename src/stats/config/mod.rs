@@ -163,11 +163,12 @@ impl Config {
         let name = if role == Role::Gateway { Fields::label } else { Fields::name };
         let pod = match variable(&mut fields, options::POD_ENV)? {
             None => Cow::Borrowed(&node.pod),
-            Some(name) => match environment(&name).filter(|pod| is_name(pod)) {
-                Some(pod) => Cow::Owned(pod),
-                None => {
-                    let key = options::POD_ENV;
-                    return Err(fields.error(key.name, format!("{name:?}"), key.expected));
+            Some(name) => match environment(&name) {
+                Some(pod) if is_name(&pod) => Cow::Owned(pod),
+                given => {
+                    let expected =
+                        if given.is_some() { options::A_VARIABLE_WITH_A_NAME } else { options::A_VARIABLE };
+                    return Err(fields.error(options::POD_ENV.name, format!("{name:?}"), expected));
                 }
             },
         };
@@ -375,6 +376,9 @@ mod tests {
             error.starts_with(r#"invalid configuration: `pod_env` is "NONE"; expected the name of a"#),
             "{error}"
         );
+        let error = Config::parse(br#"{"pod_env": "A"}"#, &Identity::default(), |_| Some("a\nb".into()));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(r#"`pod_env` is "A"; expected the variable to hold "#), "{error}");
     }
 
     #[test]

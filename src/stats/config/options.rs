@@ -24,6 +24,8 @@ pub(super) const A_BOOLEAN: &str = "true or false";
 pub(super) const A_TIMEOUT: &str = r#"a duration from 10ms to 60m, such as "1s" or "250ms"; units ms, s, m"#;
 pub(super) const A_LIMIT: &str = "a whole number from 1 to 100000";
 pub(super) const A_VARIABLE: &str = "the name of a variable that vm_config.environment_variables sets";
+pub(super) const A_VARIABLE_WITH_A_NAME: &str =
+    "the variable to hold a string of 1 to 512 bytes without control characters";
 pub(super) const A_HEADER: &str = "the name of an HTTP header";
 
 pub(super) const ROLE: ConfigKey = ConfigKey {

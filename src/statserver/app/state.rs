@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
+use tokio::task::JoinError;
 
 use crate::app::filter_module::FilterModule;
 use crate::cli::limits::Limits;
@@ -35,8 +36,8 @@ pub struct ServerState {
     pub response_budget: Budget,
     /// A permit for each concurrent gRPC call.
     pub calls: Arc<Semaphore>,
-    /// Held while keys are listed: one list is made at a time.
-    pub listing: tokio::sync::Mutex<()>,
+    /// Held while keys, senders or pods are [listed](Self::list): one list is made at a time.
+    pub listing: Arc<tokio::sync::Mutex<()>>,
     /// The server's own metrics.
     pub metrics: Arc<Metrics>,
     /// Where stats are forwarded to.
@@ -54,6 +55,25 @@ pub struct ServerState {
 }
 
 impl ServerState {
+    /// Lists keys, senders or pods, which may take long: reports do not wait for it. One list is made at
+    /// a time, also if those who asked for them leave.
+    ///
+    /// # Errors
+    /// It panicked.
+    pub async fn list<T: Send + 'static>(
+        self: &Arc<Self>,
+        list: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        let one_at_a_time = Arc::clone(&self.listing).lock_owned().await;
+        let state = Arc::clone(self);
+        let listed = tokio::task::spawn_blocking(move || {
+            let listed = list(&state);
+            drop(one_at_a_time);
+            listed
+        });
+        listed.await
+    }
+
     /// Counts and logs a caller that may not do what it asks for.
     pub fn refuse(&self, peer: Peer, reason: &'static str) {
         self.metrics.unauthorized.inc();

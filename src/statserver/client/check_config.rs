@@ -1,6 +1,6 @@
 //! `check-config`: the filter's own parser, and what it makes of a file.
 
-use std::io::Read;
+use std::cell::RefCell;
 use std::path::Path;
 use std::time::Duration;
 
@@ -31,18 +31,28 @@ fn checked(command: &CheckConfigCommand) -> Result<Value, String> {
     let bytes = read(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let node = if *istio { istio_node() } else { Identity::default() };
     // The variables of the VM's environment are not known here.
-    let config = Config::parse(&bytes, &node, |name| Some(format!("${name}")));
+    let pod_env = RefCell::new(None);
+    let config = Config::parse(&bytes, &node, |name| {
+        *pod_env.borrow_mut() = Some(name.to_owned());
+        Some(format!("${name}"))
+    });
     let config = config.map_err(|error| format!("{}: {error}", file.display()))?;
-    Ok(effective(&config))
+    let mut effective = effective(&config);
+    // `pod` is preferred to it.
+    if let (Some(name), Some(fields)) = (pod_env.take(), effective.as_object_mut())
+        && fields["pod"] == format!("${name}")
+    {
+        fields.remove("pod");
+        fields.insert("pod_env".into(), json!(name));
+    }
+    Ok(effective)
 }
 
 fn read(file: &Path) -> std::io::Result<Vec<u8>> {
     if file != Path::new("-") {
         return files::read(file, MAX_BYTES);
     }
-    let mut bytes = Vec::new();
-    std::io::stdin().take(MAX_BYTES).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    files::read_from(std::io::stdin(), MAX_BYTES)
 }
 
 /// Returns what stands for the names that a proxy of Istio has.
@@ -184,6 +194,23 @@ mod tests {
             let config = parse(&given).unwrap();
             let printed = effective(&config);
             assert_eq!(parse(&printed).as_ref(), Ok(&config), "{printed}");
+        }
+    }
+
+    #[test]
+    fn a_variable_that_has_the_pods_name_stays_a_variable() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("config.json");
+        let command = CheckConfigCommand { file: file.clone(), istio: false };
+        for (given, pod, pod_env) in [
+            (json!({"pod_env": "POD"}), Value::Null, json!("POD")),
+            (json!({"pod_env": "POD", "pod": "p"}), json!("p"), Value::Null),
+        ] {
+            let mut document = json!({"namespace": "ns", "revision": "r"});
+            document.as_object_mut().unwrap().extend(given.as_object().unwrap().clone());
+            std::fs::write(&file, document.to_string()).unwrap();
+            let printed = checked(&command).unwrap();
+            assert_eq!((&printed["pod"], &printed["pod_env"]), (&pod, &pod_env), "{printed}");
         }
     }
 

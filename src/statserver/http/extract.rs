@@ -8,6 +8,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use inflight_stats::protocol::key_name::KeyName;
+use inflight_stats::protocol::report::check_name;
 
 use crate::app::state::ServerState;
 use crate::net::auth::{Grant, NOT_ADMIN, NOT_COVERED, Peer, Unauthenticated, not_covered};
@@ -81,6 +82,11 @@ impl FromRequestParts<Arc<ServerState>> for KeyPath {
         } else {
             key_in_query(parts.uri.query().unwrap_or_default()).map_err(IntoResponse::into_response)?
         };
+        for (what, value) in [("namespace", &name.namespace), ("name", &name.name)] {
+            let check = check_name(value);
+            check
+                .map_err(|error| (StatusCode::BAD_REQUEST, format!("`{what}` {error}\n")).into_response())?;
+        }
         match grant.covers(&name.namespace) {
             true => Ok(Self { name, grant }),
             false => {

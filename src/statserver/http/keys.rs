@@ -11,6 +11,7 @@ use inflight_stats::scaling::key::Averages;
 use inflight_stats::scaling::sender::{Role, SenderFigures, SenderPage};
 use inflight_stats::scaling::settings::{KeySettings, Metric};
 use serde::Serialize;
+use tokio::task::JoinError;
 
 use crate::app::state::ServerState;
 use crate::http::extract::KeyPath;
@@ -247,12 +248,18 @@ pub async fn list_keys(
     RawQuery(query): RawQuery,
 ) -> Result<Response, (StatusCode, String)> {
     let listing = parse_listing(query.as_deref().unwrap_or_default())?;
-    let _one_at_a_time = state.listing.lock().await;
-    let (views, found) = state.keys.views(&grant, &listing, now_ns());
-    let mut text = b"{\"keys\":[".to_vec();
-    write_elements(&mut text, views.into_iter().map(KeyJson::from));
-    text.extend_from_slice(format!("],\"found\":{found}}}").as_bytes());
-    Ok(json(text))
+    let listed = state.list(move |state| {
+        let (views, found) = state.keys.views(&grant, &listing, now_ns());
+        let mut text = b"{\"keys\":[".to_vec();
+        write_elements(&mut text, views.into_iter().map(KeyJson::from));
+        text.extend_from_slice(format!("],\"found\":{found}}}").as_bytes());
+        text
+    });
+    listed.await.map(json).map_err(|error| not_listed(&error))
+}
+
+fn not_listed(error: &JoinError) -> (StatusCode, String) {
+    (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot list: {error}\n"))
 }
 
 /// Lists a key's senders in order of their names, in `found` how many it has, and in `next` what to
@@ -263,17 +270,20 @@ pub async fn list_senders(
     RawQuery(query): RawQuery,
 ) -> Result<Response, (StatusCode, String)> {
     let SenderQuery { after, limit } = SenderQuery::parse(query.as_deref().unwrap_or_default())?;
-    let _one_at_a_time = state.listing.lock().await;
-    let Some(page) = state.keys.read(&name, |key| key.senders(&after, limit, now_ns())) else {
-        return Ok(unknown_key(&name));
-    };
-    let SenderPage { senders, found, has_more } = page;
-    let mut text = b"{\"senders\":[".to_vec();
-    let written = write_elements(&mut text, senders.iter().map(SenderJson::from));
-    let last = written.checked_sub(1).and_then(|last| senders.get(last));
-    let next = last.filter(|_| has_more || written < senders.len()).map(|last| &last.name);
-    text.extend_from_slice(format!("],\"found\":{found},\"next\":{}}}", serde_json::json!(next)).as_bytes());
-    Ok(json(text))
+    let listed = state.list(move |state| {
+        let Some(page) = state.keys.read(&name, |key| key.senders(&after, limit, now_ns())) else {
+            return unknown_key(&name);
+        };
+        let SenderPage { senders, found, has_more } = page;
+        let mut text = b"{\"senders\":[".to_vec();
+        let written = write_elements(&mut text, senders.iter().map(SenderJson::from));
+        let last = written.checked_sub(1).and_then(|last| senders.get(last));
+        let next = last.filter(|_| has_more || written < senders.len()).map(|last| &last.name);
+        let end = format!("],\"found\":{found},\"next\":{}}}", serde_json::json!(next));
+        text.extend_from_slice(end.as_bytes());
+        json(text)
+    });
+    listed.await.map_err(|error| not_listed(&error))
 }
 
 /// Returns the response for a key that is not known.

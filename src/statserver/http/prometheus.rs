@@ -149,10 +149,11 @@ pub fn text(
 
 /// Answers a scrape.
 pub async fn scrape(State(state): State<Arc<ServerState>>, grant: Grant) -> Response {
-    let _one_at_a_time = state.listing.lock().await;
-    let (views, found) = state.keys.views(&grant, &Listing::first(MAX_KEYS), now_ns());
-    let process = tokio::task::spawn_blocking(process::figures).await.ok().flatten();
-    match text(&state.metrics, process, views, found) {
+    let written = state.list(move |state| {
+        let (views, found) = state.keys.views(&grant, &Listing::first(MAX_KEYS), now_ns());
+        text(&state.metrics, process::figures(), views, found).map_err(|error| error.to_string())
+    });
+    match written.await.unwrap_or_else(|error| Err(error.to_string())) {
         Ok(text) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, content_type)], text).into_response()

@@ -7,7 +7,6 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
 use inflight_stats::protocol::key_name::KeyName;
-use inflight_stats::protocol::report::check_name;
 use serde_json::Value;
 use tracing::warn;
 
@@ -34,7 +33,7 @@ pub async fn put_settings(
     AdminKeyPath(name): AdminKeyPath,
     body: Body,
 ) -> Response {
-    let json = match read_json(&state, &name, body).await {
+    let json = match read_json(&state, body).await {
         Ok(json) => json,
         Err(refused) => return refused.into_response(),
     };
@@ -61,11 +60,8 @@ pub async fn delete_settings(
     }
 }
 
-async fn read_json(state: &ServerState, name: &KeyName, body: Body) -> Result<Value, (StatusCode, String)> {
+async fn read_json(state: &ServerState, body: Body) -> Result<Value, (StatusCode, String)> {
     let body = body::receive(state, body, Limit::SettingsBytes, state.limits.max_settings_bytes).await?;
-    for (what, value) in [("namespace", &name.namespace), ("name", &name.name)] {
-        check_name(value).map_err(|error| (StatusCode::BAD_REQUEST, format!("`{what}` {error}\n")))?;
-    }
     match serde_json::from_slice(&body.bytes) {
         Ok(json) if depth(&json) > state.limits.max_depth => {
             state.metrics.refused(Limit::Depth);

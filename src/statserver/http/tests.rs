@@ -50,7 +50,7 @@ fn state_of(access: Access, module: Option<FilterModule>) -> (DrainTrigger, Arc<
         budget: Budget::new(1 << 20),
         response_budget: Budget::new(1 << 20),
         calls: Arc::new(Semaphore::new(9)),
-        listing: tokio::sync::Mutex::default(),
+        listing: Arc::default(),
         metrics: Arc::default(),
         forwarder: None,
         rps_target: DEFAULT_RPS_TARGET,

@@ -1,6 +1,6 @@
 //! The settings of single keys, in one file that survives a restart.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -67,6 +67,8 @@ struct FileSeen {
     digest: [u8; 32],
     /// Why the file as it is now is not in force.
     refused: Option<String>,
+    /// How many keys of it exceed a limit. They are tried again.
+    beyond_limit: usize,
 }
 
 /// Why settings were not stored; nothing was changed.
@@ -136,13 +138,16 @@ impl SettingsStore {
         };
         let bytes = read(path).map_err(invalid)?;
         let parsed = parse(&bytes, keys.defaults(), rps_target).map_err(invalid)?;
+        let mut by_key = BTreeMap::new();
+        let beyond_limit = apply(keys, &mut by_key, parsed);
+        warn_of(&beyond_limit);
         let mut store = Self::new(Some(path.to_owned()), rps_target);
         if let Source::ReadOnly = source {
             info!(file = %path.display(), "the settings file is read-only; it is read again when it changes");
-            store.read_only = Some(Mutex::new(FileSeen { digest: digest_of(&bytes), refused: None }));
+            by_key.retain(|name, _| !beyond_limit.contains(name));
+            let (digest, beyond_limit) = (digest_of(&bytes), beyond_limit.len());
+            store.read_only = Some(Mutex::new(FileSeen { digest, refused: None, beyond_limit }));
         }
-        let mut by_key = BTreeMap::new();
-        apply(keys, &mut by_key, parsed);
         store.by_key = Arc::new(Mutex::new(by_key));
         Ok(store)
     }
@@ -154,7 +159,7 @@ impl SettingsStore {
         let mut seen = seen.blocking_lock();
         let read = files::read(path, MAX_FILE_BYTES).and_then(|bytes| {
             let digest = digest_of(&bytes);
-            if seen.digest == digest {
+            if seen.digest == digest && seen.beyond_limit == 0 {
                 return Ok(None);
             }
             parse(&bytes, keys.defaults(), self.rps_target).map(|parsed| Some((digest, parsed)))
@@ -162,9 +167,17 @@ impl SettingsStore {
         match read {
             Ok(None) => seen.refused = None,
             Ok(Some((digest, parsed))) => {
-                info!(file = %path.display(), keys = parsed.len(), "loaded the changed settings");
-                *seen = FileSeen { digest, refused: None };
-                apply(keys, &mut self.by_key.blocking_lock(), parsed);
+                if seen.digest != digest {
+                    info!(file = %path.display(), keys = parsed.len(), "loaded the changed settings");
+                }
+                let mut by_key = self.by_key.blocking_lock();
+                let beyond_limit = apply(keys, &mut by_key, parsed);
+                by_key.retain(|name, _| !beyond_limit.contains(name));
+                // Not each time that they are tried.
+                if seen.digest != digest || beyond_limit.len() > seen.beyond_limit {
+                    warn_of(&beyond_limit);
+                }
+                *seen = FileSeen { digest, refused: None, beyond_limit: beyond_limit.len() };
             }
             // Once for each mistake, and not each time that it is seen.
             Err(error) => {
@@ -319,23 +332,28 @@ fn parse(bytes: &[u8], defaults: &KeySettings, rps_target: f64) -> io::Result<Pa
 }
 
 /// Has the keys scaled by what was parsed, and those of `by_key` that are not in it by the defaults.
-fn apply(keys: &KeyTable, by_key: &mut BTreeMap<KeyName, Value>, parsed: Parsed) {
+/// Returns those that exceed a limit.
+fn apply(keys: &KeyTable, by_key: &mut BTreeMap<KeyName, Value>, parsed: Parsed) -> BTreeSet<KeyName> {
     for gone in by_key.keys().filter(|name| !parsed.contains_key(name)) {
         // Less is needed without settings, so this cannot exceed a limit.
         let _ = keys.set_settings(gone, None);
     }
-    let mut beyond_limit = 0;
+    let mut beyond_limit = BTreeSet::new();
     let mut applied = BTreeMap::new();
     for (name, (json, settings)) in parsed {
-        if by_key.get(&name) != Some(&json) {
-            beyond_limit += usize::from(keys.set_settings(&name, Some(Arc::new(settings))).is_err());
+        if by_key.get(&name) != Some(&json) && keys.set_settings(&name, Some(Arc::new(settings))).is_err() {
+            beyond_limit.insert(name.clone());
         }
         applied.insert(name, json);
     }
     *by_key = applied;
-    if beyond_limit > 0 {
+    beyond_limit
+}
+
+fn warn_of(beyond_limit: &BTreeSet<KeyName>) {
+    if !beyond_limit.is_empty() {
         warn!(
-            keys = beyond_limit,
+            keys = beyond_limit.len(),
             "keys of the settings file exceed a limit; their settings take effect when capacity is free"
         );
     }
@@ -515,6 +533,30 @@ mod tests {
         write("..5", &json!([of("rev", 6)]).to_string());
         reload().await;
         assert_eq!(target_of(&name()), 6.0);
+    }
+
+    #[tokio::test]
+    async fn keys_of_a_read_only_file_that_exceed_a_limit_are_tried_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.json");
+        let of = |name: &str| json!({"namespace": "ns", "name": name, "settings": {"target": 7}});
+        std::fs::write(&file, json!([of("another"), of("rev")]).to_string()).unwrap();
+        let keys = Arc::new(capacity_for(1));
+        // Somebody else has the only place.
+        let other = KeyName::new("ns", "other");
+        assert!(keys.reserve_key(&other, keys.defaults()).unwrap());
+        let store = SettingsStore::load_from(&file, Source::ReadOnly, 200.0, &keys).unwrap();
+        let store = Arc::new(store);
+        let reload = async || {
+            let (keys, store) = (Arc::clone(&keys), Arc::clone(&store));
+            tokio::task::spawn_blocking(move || store.reload(&keys)).await.unwrap();
+        };
+        reload().await;
+        assert_eq!(target(&keys), 0.0);
+        keys.release_key(&other);
+        reload().await;
+        let known = keys.view(&KeyName::new("ns", "another"), 0).map(|view| view.settings.target);
+        assert_eq!((known, target(&keys)), (Some(7.0), 0.0), "the first of them");
     }
 
     #[tokio::test]

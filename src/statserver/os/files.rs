@@ -15,8 +15,16 @@ pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     if fs::metadata(path)?.file_type().is_fifo() {
         return Err(io::Error::other("it is a pipe; expected a file"));
     }
+    read_from(File::open(path)?, max)
+}
+
+/// The same of what is open already.
+///
+/// # Errors
+/// The system's, or how many bytes are allowed.
+pub fn read_from(source: impl Read, max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    File::open(path)?.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
+    source.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > max {
         return Err(io::Error::other(format!("the file is too large; expected at most {max} bytes")));
     }

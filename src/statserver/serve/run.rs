@@ -161,7 +161,7 @@ fn state(
         budget,
         response_budget: Budget::new(limits.max_answer_bytes),
         calls: Arc::new(Semaphore::new(limits.max_grpc_streams)),
-        listing: tokio::sync::Mutex::default(),
+        listing: Arc::default(),
         metrics,
         forwarder,
         rps_target: flags.rps_target,

@@ -91,6 +91,11 @@ impl Failure {
         Self::new(StatusCode::NOT_FOUND, "NotFound", message)
     }
 
+    /// The server itself is at fault.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", message)
+    }
+
     /// Everything can only be read.
     pub fn method_not_allowed() -> Self {
         let message = "only GET is allowed here, without watch";

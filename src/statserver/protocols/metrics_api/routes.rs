@@ -233,7 +233,7 @@ async fn custom(
 ) -> Result<Response, Failure> {
     let (namespace, resource, name, metric_name) = path(names)?;
     if resource == PODS {
-        return of_pods(&state, &namespace, &name, &metric_name, query.as_deref()).await;
+        return of_pods(&state, namespace, name, &metric_name, query.as_deref()).await;
     }
     let object = DescribedObject::new(&resource, &namespace, &name);
     of_object(&state, &namespace, &metric_name, Some(&name), object, query.as_deref())
@@ -282,14 +282,19 @@ fn of_object(
 /// Answers what each pod of a key has of all its requests; a name is that of one pod, or `*`. The
 /// server knows no labels of pods, so the metric's selector says which key.
 async fn of_pods(
-    state: &ServerState,
-    namespace: &str,
-    name: &str,
+    state: &Arc<ServerState>,
+    namespace: String,
+    name: String,
     metric_name: &str,
     query: Option<&str>,
 ) -> Result<Response, Failure> {
-    let Asked { metric_name, asked, key, metric } = of_one_key(query, namespace, None, metric_name)?;
-    let _one_at_a_time = state.listing.lock().await;
+    let asked = of_one_key(query, &namespace, None, metric_name)?;
+    let listed = state.list(move |state| list_pods(state, &namespace, &name, asked)).await;
+    listed.unwrap_or_else(|error| Err(Failure::internal(format!("cannot list: {error}"))))
+}
+
+fn list_pods(state: &ServerState, namespace: &str, name: &str, asked: Asked) -> Result<Response, Failure> {
+    let Asked { metric_name, asked, key, metric } = asked;
     let now_ns = now_ns();
     let known = state.keys.ask(&key, |key| key.missing(now_ns).map_or_else(|| Ok(key.pods(now_ns)), Err));
     let mut pods = known.map_err(|reason| missing(state, &key, reason))?;
