@@ -65,8 +65,12 @@ pub async fn receive(
 /// because a client that is still writing when the connection closes never sees the response. One
 /// that breaks off is treated as empty: nobody is there to be answered.
 async fn receive_up_to(state: &ServerState, body: Body, max: usize) -> Result<ReceivedBody, ReceiveError> {
-    let (mut bytes, mut reservation, mut length) = (Vec::new(), Reservation::default(), 0_usize);
+    let (mut bytes, mut reservation, mut length) = (Vec::<u8>::new(), Reservation::default(), 0_usize);
     let mut refused = None;
+    // The announced length at once: a buffer that grows leaves its smaller predecessors in the
+    // allocator's heaps. Of a large one the system provides only the pages that are written.
+    let announced = HttpBody::size_hint(&body).exact().map(|length| usize::try_from(length).unwrap_or(max));
+    let mut announced = announced.map(|length| length.min(max));
     let mut chunks = body.into_data_stream();
     while let Some(chunk) = chunks.next().await {
         let Ok(chunk) = chunk else {
@@ -80,6 +84,10 @@ async fn receive_up_to(state: &ServerState, body: Body, max: usize) -> Result<Re
             refused = Some(ReceiveError::Exhausted);
         }
         if refused.is_none() {
+            if let Some(length) = announced.take() {
+                // Without it the buffer grows.
+                let _ = bytes.try_reserve_exact(length);
+            }
             bytes.extend_from_slice(&chunk);
         } else if length > max.saturating_mul(8) {
             break;
