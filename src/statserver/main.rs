@@ -12,6 +12,7 @@
 //! | `net` | connections: accepting them, TLS, who may do what, their limits, the shutdown |
 //! | `keys` | every key's figures, history and settings, and the settings file |
 //! | `forward` | every stat on to a Knative autoscaler |
+//! | `replication` | one state of several servers: the log in a store, snapshots, who leads |
 //! | `app` | the state that requests share, the module, and the tasks that keep all current |
 //! | `protocols` | Knative's stat stream, KEDA's external scaler, Kubernetes' metrics APIs |
 //! | `http` | the routes: reports, keys, settings, health, metrics, the module, the live page |
@@ -29,6 +30,7 @@ mod os;
 mod protocols;
 #[cfg(test)]
 mod reference;
+mod replication;
 mod serve;
 mod telemetry;
 

@@ -107,6 +107,7 @@ fn server_metrics() -> String {
     let metrics = Metrics::default();
     metrics.report(202, 1);
     metrics.frame_dropped(DropReason::Text);
+    metrics.store().append_seconds.observe(0.0);
     let view = KeyView {
         name: KeyName::default(),
         figures: Figures::default(),

@@ -4,6 +4,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::counting::time::nanoseconds;
 use crate::scaling::settings::{KeySettings, MAX_PODS};
 
@@ -24,7 +26,7 @@ pub struct Observation {
 }
 
 /// The autoscaler's decision for a key.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// Desired pod count.
     pub desired_pods: u32,
@@ -35,7 +37,7 @@ pub struct Decision {
 }
 
 /// One key's decider: what it must remember between two decisions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Decider {
     panic_since_ns: Option<u64>,
     max_in_panic: u32,
@@ -127,7 +129,7 @@ fn excess_burst_capacity(settings: &KeySettings, seen: &Observation) -> i64 {
 
 /// The counts wanted within the scale-down delay, by units of [`DECISION_PERIOD_NS`]: only those
 /// that no later one exceeds, so the first is the highest.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Delay(VecDeque<(u32, u32)>);
 
 /// Returns the most bytes that a scale-down delay takes: its queue grows by doubling.

@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::counting::snapshot::Snapshot;
 use crate::counting::time::nanoseconds;
 use crate::protocol::report::KeyReport;
@@ -91,9 +93,10 @@ pub struct Recorded {
     pub became_active: bool,
 }
 
-/// One key, as its senders make it.
-#[derive(Clone, Debug)]
+/// One key, as its senders make it. What it is scaled by is kept elsewhere: see [`Key::restored`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Key {
+    #[serde(skip)]
     settings: Arc<KeySettings>,
     requests_total: u64,
     /// The same from stats, whose counts are doubles.
@@ -112,6 +115,7 @@ pub struct Key {
     /// Whether the key was active as of the last call of [`Key::decide`] or since.
     was_active: bool,
     mismatches: MismatchDetector,
+    #[serde(skip)]
     stale_after_ns: u64,
     /// As of the last call of [`Key::decide`] or [`Key::forget`]: senders may be forgotten meanwhile.
     silence: Option<Silence>,
@@ -120,7 +124,7 @@ pub struct Key {
 
 /// Senders of a key are not heard any more, although they had traffic by their last words, and nobody
 /// else reports any.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Silence {
     /// The receiver's unix time at their last report, in nanoseconds.
     pub since_ns: u64,
@@ -129,7 +133,7 @@ pub struct Silence {
 }
 
 /// A silence has ended.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Recovery {
     /// When the first sender came back.
     since_ns: u64,
@@ -140,7 +144,7 @@ struct Recovery {
 }
 
 /// What a key wants, and since when.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Decided {
     decider: Decider,
     decision: Decision,
@@ -185,6 +189,21 @@ impl Key {
     #[must_use]
     pub fn with_stale_after(self, stale_after: Duration) -> Self {
         Self { stale_after_ns: nanoseconds(stale_after), ..self }
+    }
+
+    /// Returns a key that was saved, and is scaled by these settings.
+    #[must_use]
+    pub fn restored(mut self, settings: Arc<KeySettings>, stale_after: Duration) -> Self {
+        let sizes = settings.windows();
+        for (window, seconds) in
+            [(&mut self.stable, sizes.stable_seconds), (&mut self.panic, sizes.panic_seconds)]
+        {
+            if window.seconds() != seconds {
+                *window = window.resized(seconds);
+            }
+        }
+        self.settings = settings;
+        self.with_stale_after(stale_after)
     }
 
     /// Returns what the key is scaled by.

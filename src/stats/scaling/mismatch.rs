@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 const SECOND_NS: u64 = 1_000_000_000;
 /// The counts are compared over windows of this length.
 const WINDOW_NS: u64 = 30 * SECOND_NS;
@@ -38,7 +40,7 @@ impl fmt::Display for Mismatch {
 }
 
 /// Requests that pods reported.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 struct PodRequests {
     all: f64,
     proxied: f64,
@@ -76,7 +78,7 @@ impl GatewayRequests {
 }
 
 /// Finds the [`Mismatch`]es of one key.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct MismatchDetector {
     /// When the present window began; 0 before the first.
     began_ns: u64,

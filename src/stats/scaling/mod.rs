@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod decider;
+pub mod exact_sum;
 pub mod key;
 pub mod memory;
 pub mod mismatch;

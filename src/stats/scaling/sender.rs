@@ -5,9 +5,11 @@ use std::hash::RandomState;
 
 use hashbrown::HashMap;
 use hashbrown::hash_map::EntryRef;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::counting::snapshot::Snapshot;
 use crate::protocol::stat::Stat;
+use crate::scaling::exact_sum::ExactSum;
 use crate::scaling::memory::heap_bytes;
 use crate::scaling::mismatch::GatewayRequests;
 use crate::scaling::windows::Held;
@@ -91,7 +93,7 @@ pub fn is_activator(pod_name: &str) -> bool {
 }
 
 /// [`PerSecond`] as it is kept of each sender.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Rates {
     concurrency: f32,
     proxied_concurrency: f32,
@@ -130,7 +132,7 @@ impl Rates {
 }
 
 /// One life of a sender, in which its counters never decrease.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Incarnation {
     pub(super) id: u64,
     /// The highest totals that it has reported, and what was in flight at the latest instant.
@@ -152,7 +154,7 @@ pub(super) struct Incarnation {
 
 /// What was forwarded of a request before any time had passed, and is taken off the next stat.
 /// Knative's activator does the same: its autoscaler reacts at once only to an average above 0.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Early {
     /// Nothing.
     #[default]
@@ -252,7 +254,7 @@ impl Incarnation {
 }
 
 /// The last stat that a sender streamed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Streamed {
     /// Without proxied requests.
     pub(super) concurrency: f64,
@@ -270,7 +272,7 @@ impl Streamed {
 }
 
 /// One pod, or one gateway.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Sender {
     /// Seldom more than one, never more than [`MAX_INCARNATIONS`].
     pub(super) incarnations: Vec<Incarnation>,
@@ -453,6 +455,29 @@ pub(super) struct Senders {
     pub(super) bytes: usize,
 }
 
+/// In order of their names: the same senders are the same bytes.
+impl Serialize for Senders {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut senders: Vec<(&str, &Sender)> =
+            self.by_name.iter().map(|(name, sender)| (&**name, sender)).collect();
+        senders.sort_unstable_by_key(|(name, _)| *name);
+        senders.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Senders {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut senders = Self::default();
+        for (name, mut sender) in Vec::<(Box<str>, Sender)>::deserialize(deserializer)? {
+            sender.incarnations.truncate(MAX_INCARNATIONS);
+            sender.incarnations.shrink_to_fit();
+            senders.bytes += Self::sender_bytes(&name) + sender.incarnations.len() * Self::INCARNATION_BYTES;
+            senders.by_name.insert(name, sender);
+        }
+        Ok(senders)
+    }
+}
+
 impl Senders {
     /// A bucket of the map, which is at least 7/16 full once it has grown, and a control byte.
     pub(super) const BUCKET_BYTES: usize = (size_of::<(Box<str>, Sender)>() + 1) * 16 / 7;
@@ -486,12 +511,12 @@ impl Senders {
 
     /// Returns what all live senders show.
     pub(super) fn live(&self, now_ns: u64) -> Live {
-        let mut live = Live::default();
+        let (mut live, mut in_flight) = (Live::default(), ExactSum::default());
         for sender in self.by_name.values() {
             let (mut is_pod, mut is_gateway) = (false, false);
             live.has_long_periods |= sender.incarnations.iter().any(Incarnation::has_long_period);
             for part in sender.parts().filter(|part| part.seen.is_live(now_ns)) {
-                live.in_flight += part.in_flight;
+                in_flight.add(part.in_flight);
                 live.is_overdue |= part.has_traffic && !part.seen.is_expected(now_ns);
                 live.is_busy |= part.in_flight > 0.0 || part.proxied_in_flight > 0.0;
                 is_pod |= !part.from_gateway;
@@ -501,7 +526,7 @@ impl Senders {
             live.gateways += u64::from(is_gateway);
             live.senders += u64::from(is_pod || is_gateway);
         }
-        live
+        Live { in_flight: in_flight.value(), ..live }
     }
 
     /// Returns when the senders fell silent whose traffic nobody reports any more; `None` if there are

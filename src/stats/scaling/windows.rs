@@ -1,6 +1,10 @@
 //! Window averages as Knative's autoscaler computes them (knative/serving,
 //! `pkg/autoscaler/aggregation`): buckets of one second, indexed by unix second.
 
+use serde::{Deserialize, Serialize};
+
+use crate::scaling::exact_sum::ExactSum;
+
 /// The sizes of the stable and the panic window in seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowSizes {
@@ -29,7 +33,8 @@ pub struct Held<const N: usize> {
 }
 
 /// A window of one-second buckets, each of `N` quantities that are recorded together.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(bound(serialize = "[f64; N]: Serialize", deserialize = "[f64; N]: Deserialize<'de>"))]
 pub struct Window<const N: usize> {
     buckets: Vec<[f64; N]>,
     first_second: Option<u64>,
@@ -99,10 +104,13 @@ impl<const N: usize> Window<N> {
         for bucket in (oldest..=self.last_second).filter_map(|second| self.bucket(second)) {
             sums.iter_mut().zip(bucket).for_each(|(sum, value)| *sum += value);
         }
+        // The senders come in any order.
+        let mut held_sums = [ExactSum::default(); N];
         for Held { after, until, values } in held {
             let seconds = (until.min(end) + 1).saturating_sub(oldest.max(after + 1)) as f64;
-            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * seconds);
+            held_sums.iter_mut().zip(values).for_each(|(sum, value)| sum.add(value * seconds));
         }
+        sums.iter_mut().zip(held_sums).for_each(|(sum, held)| *sum += held.value());
         sums.map(|sum| round6(sum / seconds))
     }
 

@@ -21,8 +21,13 @@ const TRIM_PERIOD: Duration = Duration::from_secs(15);
 /// Starts all background tasks. They end when the set is dropped.
 pub fn start(state: &Arc<ServerState>, tls: Vec<Arc<Tls>>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    tasks.spawn(decide(Arc::clone(state)));
-    tasks.spawn(forget(Arc::clone(state)));
+    match state.changes.replica() {
+        Some(replica) => replica.start(&mut tasks),
+        None => {
+            tasks.spawn(decide(Arc::clone(state)));
+            tasks.spawn(forget(Arc::clone(state)));
+        }
+    }
     tasks.spawn(log_refusals(Arc::clone(state)));
     tasks.spawn(reload(Arc::clone(state), tls));
     tasks.spawn(trim_memory());

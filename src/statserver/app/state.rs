@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 
+use crate::app::changes::Changes;
 use crate::app::filter_module::FilterModule;
 use crate::cli::limits::Limits;
 use crate::forward::forwarder::Forwarder;
@@ -21,11 +22,13 @@ use crate::telemetry::refusals::RefusalLog;
 /// What all requests share.
 pub struct ServerState {
     /// The keys.
-    pub keys: KeyTable,
+    pub keys: Arc<KeyTable>,
     /// Who may do what.
     pub access: Access,
     /// The settings of single keys.
-    pub settings: SettingsStore,
+    pub settings: Arc<SettingsStore>,
+    /// Where keys and settings change.
+    pub changes: Changes,
     /// The module that Envoys can fetch.
     pub module: Option<FilterModule>,
     /// How much is accepted.

@@ -17,6 +17,7 @@ use tracing::level_filters::LevelFilter;
 
 use crate::cli::environment::variable_of;
 use crate::cli::limits::Limits;
+use crate::cli::store_url::StoreUrl;
 
 const DEFAULTS: KeySettings = KeySettings::DEFAULT;
 
@@ -111,6 +112,27 @@ pub struct Flags {
     /// ws://autoscaler.knative-serving:8080.
     #[arg(long, value_name = "URL", value_parser = websocket_url)]
     pub forward: Option<String>,
+
+    /// Valkey or Redis (6.2 or later) by which several servers share one state, for example
+    /// valkey://HOST:6379/0; settings of --settings are then those that an empty store begins with.
+    #[arg(long, value_name = "URL")]
+    pub store: Option<StoreUrl>,
+
+    /// File whose first line is the password for --store.
+    #[arg(long, value_name = "FILE", requires = "store")]
+    pub store_password_file: Option<PathBuf>,
+
+    /// CA certificates of the store, in PEM; without it, the system's.
+    #[arg(long, value_name = "FILE", requires = "store")]
+    pub store_tls_ca: Option<PathBuf>,
+
+    /// Certificate chain that the store is shown, in PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["store_tls_key", "store"])]
+    pub store_tls_cert: Option<PathBuf>,
+
+    /// Private key of that certificate, in PEM.
+    #[arg(long, value_name = "FILE", requires = "store_tls_cert")]
+    pub store_tls_key: Option<PathBuf>,
 
     /// How long a key keeps its decision, and autoscalers their pods, when its pods and gateways fall
     /// silent in the midst of traffic.

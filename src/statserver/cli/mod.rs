@@ -4,3 +4,4 @@ pub mod commands;
 pub mod environment;
 pub mod flags;
 pub mod limits;
+pub mod store_url;

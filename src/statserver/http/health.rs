@@ -15,10 +15,14 @@ pub async fn alive() -> &'static str {
     "ok\n"
 }
 
-/// Answers whether the server is ready: it is until it shuts down.
+/// Answers whether the server is ready: it is until it shuts down, and, with a store, once it knows
+/// what the other servers know.
 pub async fn ready(State(state): State<Arc<ServerState>>) -> Response {
     if state.drain.is_draining() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining\n").into_response();
+    }
+    if state.changes.replica().is_some_and(|replica| !replica.is_caught_up()) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "catching up with the store\n").into_response();
     }
     "ok\n".into_response()
 }

@@ -19,7 +19,7 @@ use crate::keys::history::{History, HistoryPoint};
 use crate::keys::key_view::KeyView;
 use crate::keys::listing::{KeyState, Listing, Order};
 use crate::net::auth::Grant;
-use crate::os::clock::{now_ns, rfc3339};
+use crate::os::clock::rfc3339;
 
 /// How many keys or senders one `GET` lists if its query does not say, and at most.
 const DEFAULT_LISTED: usize = 100;
@@ -249,7 +249,7 @@ pub async fn list_keys(
 ) -> Result<Response, (StatusCode, String)> {
     let listing = parse_listing(query.as_deref().unwrap_or_default())?;
     let listed = state.list(move |state| {
-        let (views, found) = state.keys.views(&grant, &listing, now_ns());
+        let (views, found) = state.keys.views(&grant, &listing, state.keys.now_ns());
         let mut text = b"{\"keys\":[".to_vec();
         write_elements(&mut text, views.into_iter().map(KeyJson::from));
         text.extend_from_slice(format!("],\"found\":{found}}}").as_bytes());
@@ -271,7 +271,7 @@ pub async fn list_senders(
 ) -> Result<Response, (StatusCode, String)> {
     let SenderQuery { after, limit } = SenderQuery::parse(query.as_deref().unwrap_or_default())?;
     let listed = state.list(move |state| {
-        let Some(page) = state.keys.read(&name, |key| key.senders(&after, limit, now_ns())) else {
+        let Some(page) = state.keys.read(&name, |key| key.senders(&after, limit, state.keys.now_ns())) else {
             return unknown_key(&name);
         };
         let SenderPage { senders, found, has_more } = page;
@@ -294,7 +294,7 @@ pub fn unknown_key(name: &KeyName) -> Response {
 
 /// Shows a key's figures.
 pub async fn get_key(State(state): State<Arc<ServerState>>, KeyPath { name, .. }: KeyPath) -> Response {
-    let view = state.keys.view(&name, now_ns());
+    let view = state.keys.view(&name, state.keys.now_ns());
     view.map_or_else(|| unknown_key(&name), |view| Json(KeyJson::from(view)).into_response())
 }
 

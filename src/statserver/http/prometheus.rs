@@ -18,7 +18,6 @@ use crate::app::state::ServerState;
 use crate::keys::key_view::KeyView;
 use crate::keys::listing::Listing;
 use crate::net::auth::Grant;
-use crate::os::clock::now_ns;
 use crate::os::process::{self, ProcessFigures};
 use crate::telemetry::metrics::{Metrics, PREFIX};
 
@@ -150,7 +149,7 @@ pub fn text(
 /// Answers a scrape.
 pub async fn scrape(State(state): State<Arc<ServerState>>, grant: Grant) -> Response {
     let written = state.list(move |state| {
-        let (views, found) = state.keys.views(&grant, &Listing::first(MAX_KEYS), now_ns());
+        let (views, found) = state.keys.views(&grant, &Listing::first(MAX_KEYS), state.keys.now_ns());
         text(&state.metrics, process::figures(), views, found).map_err(|error| error.to_string())
     });
     match written.await.unwrap_or_else(|error| Err(error.to_string())) {

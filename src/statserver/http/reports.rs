@@ -66,13 +66,14 @@ async fn record(
         return Err((StatusCode::PAYLOAD_TOO_LARGE, reason));
     }
     remove_forbidden(state, peer, grant, &mut report)?;
-    let recorded = state.keys.record(&report, now_ns(), |message, stat| {
-        if let Some(forwarder) = &state.forwarder {
-            forwarder.queue_report(&report.pod, message, stat);
-        }
-    });
+    let (pod, length) = (report.pod.clone(), bytes.len());
+    let recorded = state.changes.report(report, length).await.map_err(|(unavailable, report)| {
+        // Whoever waits for a key's first request need not wait for the store.
+        state.keys.wake(&report);
+        (StatusCode::SERVICE_UNAVAILABLE, format!("{unavailable}\n"))
+    })?;
     match recorded {
-        Ok(()) => Ok(bytes.len()),
+        Ok(()) => Ok(length),
         Err(RecordError::CounterDecreased(name, error)) => {
             Err((StatusCode::CONFLICT, format!("key {name}: {error}\n")))
         }
@@ -80,7 +81,7 @@ async fn record(
         Err(RecordError::CapacityExceeded(exceeded)) => {
             state.metrics.refused(exceeded.limit);
             state.log_limiter.log(|suppressed| {
-                warn!(reason = %exceeded, pod = report.pod, suppressed, "left out keys of a report");
+                warn!(reason = %exceeded, pod, suppressed, "left out keys of a report");
             });
             Err((StatusCode::INSUFFICIENT_STORAGE, format!("{exceeded}\n")))
         }

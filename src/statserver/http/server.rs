@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::app::state::ServerState;
 use crate::net::auth::Grant;
-use crate::os::clock::{now_ns, rfc3339};
+use crate::os::clock::rfc3339;
 use crate::os::process;
 use crate::telemetry::metrics::{BUILD, HealthFigures};
 
@@ -34,7 +34,7 @@ pub async fn get_server(State(state): State<Arc<ServerState>>, _: Grant) -> Json
     Json(ServerJson {
         version: BUILD.version,
         revision: BUILD.revision,
-        now: rfc3339(now_ns()),
+        now: rfc3339(state.keys.now_ns()),
         started,
         draining: state.drain.is_draining(),
         figures: state.metrics.health(),

@@ -40,7 +40,7 @@ pub async fn put_settings(
     // In a task, so that it is completed even if the client leaves meanwhile: else the file and the
     // key might not agree.
     let (task_state, key) = (Arc::clone(&state), name.clone());
-    let set = tokio::spawn(async move { task_state.settings.set(&task_state.keys, key, json).await }).await;
+    let set = tokio::spawn(async move { task_state.changes.settings(key, Some(json)).await }).await;
     match set.unwrap_or_else(|error| Err(SetError::File(std::io::Error::other(error)))) {
         Ok(()) => show(&state, &name),
         Err(error) => refuse(&state, &error),
@@ -53,7 +53,7 @@ pub async fn delete_settings(
     AdminKeyPath(name): AdminKeyPath,
 ) -> Response {
     let task_state = Arc::clone(&state);
-    let cleared = tokio::spawn(async move { task_state.settings.clear(&task_state.keys, name).await }).await;
+    let cleared = tokio::spawn(async move { task_state.changes.settings(name, None).await }).await;
     match cleared.unwrap_or_else(|error| Err(SetError::File(std::io::Error::other(error)))) {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
         Err(error) => refuse(&state, &error),
@@ -88,6 +88,7 @@ fn refuse(state: &ServerState, error: &SetError) -> Response {
     let code = match error {
         SetError::ReadOnly(_) => StatusCode::CONFLICT,
         SetError::Invalid(_) => StatusCode::BAD_REQUEST,
+        SetError::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         SetError::TooMany => StatusCode::INSUFFICIENT_STORAGE,
         SetError::CapacityExceeded(exceeded) => {
             state.metrics.refused(exceeded.limit);

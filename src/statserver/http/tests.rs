@@ -14,6 +14,7 @@ use inflight_stats::{KeyReport, Report, Snapshot};
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
+use crate::app::changes::Changes;
 use crate::app::filter_module::FilterModule;
 use crate::app::state::ServerState;
 use crate::cli::flags::{AnonymousAccess, Flags};
@@ -39,10 +40,12 @@ fn state_with(access: Access) -> (DrainTrigger, Arc<ServerState>) {
 
 fn state_of(access: Access, module: Option<FilterModule>) -> (DrainTrigger, Arc<ServerState>) {
     let capacity = Capacity { keys: 1_000, keys_per_namespace: 100, pods_per_key: 100, bytes: 256 << 20 };
-    let keys = KeyTable::new(Arc::default(), capacity, 0);
+    let keys = Arc::new(KeyTable::new(Arc::default(), capacity, 0));
+    let settings = Arc::new(SettingsStore::load(None, DEFAULT_RPS_TARGET, &keys).unwrap());
     let (trigger, drain) = new_drain();
     let state = ServerState {
-        settings: SettingsStore::load(None, DEFAULT_RPS_TARGET, &keys).unwrap(),
+        changes: Changes::Local { keys: Arc::clone(&keys), settings: Arc::clone(&settings), forwarder: None },
+        settings,
         keys,
         access,
         module,
@@ -220,11 +223,9 @@ async fn settings_for_which_there_is_no_room_change_nothing() {
 
 #[tokio::test]
 async fn after_a_start_a_key_is_active_before_it_is_known_how_many_pods_it_wants() {
-    let mut state = state();
-    let capacity = Capacity { keys: 9, keys_per_namespace: 9, pods_per_key: 9, bytes: 1 << 20 };
+    let state = state();
     // As if it had not quite started: however slow this machine is.
-    Arc::get_mut(&mut state).unwrap().keys =
-        KeyTable::new(Arc::default(), capacity, now_ns() + 3_600_000_000_000);
+    state.keys.begin(now_ns() + 3_600_000_000_000);
     send(&state, sample("rev", 7).encode().unwrap()).await;
     state.keys.decide(now_ns());
     let value: serde_json::Value = serde_json::from_str(&read(&state, "/v1/keys/ns/rev").await.1).unwrap();

@@ -11,13 +11,14 @@ use hashbrown::HashTable;
 use inflight_stats::protocol::key_name::KeyName;
 use inflight_stats::protocol::report::is_name;
 use inflight_stats::protocol::report_delta::CounterDecreased;
-use inflight_stats::protocol::stat::WireStatMessage;
+use inflight_stats::protocol::stat::{Stat, WireStatMessage};
 use inflight_stats::scaling::answer::{Missing, Quantity};
 use inflight_stats::scaling::key::{Figures, Key, MAX_PERIOD_NS, STALE_AFTER};
 use inflight_stats::scaling::memory::heap_bytes;
 use inflight_stats::scaling::sender::{ImplausibleStat, PerSecond};
 use inflight_stats::scaling::settings::KeySettings;
 use inflight_stats::{KeyReport, Report};
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::cli::limits::Limit;
@@ -27,6 +28,7 @@ use crate::keys::history::{History, HistoryPoint};
 use crate::keys::key_view::KeyView;
 use crate::keys::listing::{Listed, Listing};
 use crate::net::auth::Grant;
+use crate::os::clock;
 use crate::os::lock::lock;
 use crate::telemetry::log_limit::LogLimiter;
 
@@ -35,6 +37,8 @@ const SHARDS: usize = 64;
 const MAX_HISTORIES: usize = 1_200;
 /// A key that nobody has reported for so long is forgotten.
 const RETENTION_NS: u64 = 24 * 3600 * 1_000_000_000;
+/// With a shared state, its store may be away for so long before all keys are stale.
+const MAX_STORE_SILENCE: Duration = Duration::from_secs(10);
 
 struct TableEntry {
     name: KeyName,
@@ -92,9 +96,9 @@ pub enum RecordError {
 }
 
 /// Why a stat was not recorded.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum StatError {
-    /// Missing fields, implausible numbers, or a namespace outside the token's grant.
+    /// Missing fields, implausible numbers, or a namespace that the token does not cover.
     Invalid,
     /// Valid, but a limit is reached.
     CapacityExceeded(CapacityExceeded),
@@ -107,13 +111,53 @@ struct SenderId<'a> {
     incarnation: Option<u64>,
 }
 
+/// A stat whose fields are there.
+#[derive(Clone, Copy, Debug)]
+pub struct KeyStat<'a> {
+    namespace: &'a str,
+    name: &'a str,
+    pod: &'a str,
+    stat: &'a Stat,
+}
+
+impl<'a> KeyStat<'a> {
+    /// Checks a stat. One that is not plausible makes no key.
+    ///
+    /// # Errors
+    /// [`StatError::Invalid`].
+    pub fn check(message: &'a WireStatMessage) -> Result<Self, StatError> {
+        let text = |bytes| {
+            let text = std::str::from_utf8(bytes).ok().filter(|text| is_name(text));
+            text.ok_or(StatError::Invalid)
+        };
+        let (namespace, name) = (text(&message.namespace)?, text(&message.name)?);
+        let stat = message.stat.as_ref().ok_or(StatError::Invalid)?;
+        let pod = text(&stat.pod_name)?;
+        PerSecond::try_from(stat).map_err(|ImplausibleStat| StatError::Invalid)?;
+        Ok(Self { namespace, name, pod, stat })
+    }
+
+    /// Returns the key's namespace.
+    pub fn namespace(&self) -> &'a str {
+        self.namespace
+    }
+}
+
+/// What of a table is not in its keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableTimes {
+    started_ns: u64,
+    first_report_ns: u64,
+    has_just_started: bool,
+}
+
 /// All keys.
 pub struct KeyTable {
     shards: Box<[Mutex<Shard>; SHARDS]>,
     hasher: RandomState,
     defaults: Arc<KeySettings>,
     capacity: Capacity,
-    started_ns: u64,
+    started_ns: AtomicU64,
     stale_after: Duration,
     /// When the first report or stat came; 0 before.
     first_report_ns: AtomicU64,
@@ -128,6 +172,10 @@ pub struct KeyTable {
     pub watchers: ActivityWatchers,
     /// For warnings about single keys, of which there may be many at once.
     warnings: LogLimiter,
+    /// With a shared state, the time of the last change; else 0.
+    log_time_ns: AtomicU64,
+    /// How long the store of a shared state has been away.
+    store_silence_ns: AtomicU64,
 }
 
 impl KeyTable {
@@ -140,7 +188,7 @@ impl KeyTable {
             hasher: RandomState::new(),
             defaults,
             capacity,
-            started_ns,
+            started_ns: AtomicU64::new(started_ns),
             stale_after: STALE_AFTER,
             first_report_ns: AtomicU64::new(0),
             has_just_started: AtomicBool::new(started_ns > 0),
@@ -150,6 +198,61 @@ impl KeyTable {
             own_settings: RwLock::default(),
             watchers: ActivityWatchers::default(),
             warnings: LogLimiter::default(),
+            log_time_ns: AtomicU64::new(0),
+            store_silence_ns: AtomicU64::new(0),
+        }
+    }
+
+    /// Returns the time by which keys are recorded, decided on and shown, as unix time in nanoseconds:
+    /// that of the last change where the state is shared, else the server's.
+    pub fn now_ns(&self) -> u64 {
+        match self.log_time_ns.load(Ordering::Relaxed) {
+            0 => clock::now_ns(),
+            log_time_ns => log_time_ns,
+        }
+    }
+
+    /// Has the keys shown by the time of a shared state from now on.
+    pub fn set_log_time(&self, now_ns: u64) {
+        self.log_time_ns.store(now_ns, Ordering::Relaxed);
+    }
+
+    /// Notes for how long the store of a shared state has been away: after ten seconds all keys are
+    /// stale, as those whose senders fell silent.
+    pub fn set_store_silence(&self, silence: Duration) {
+        let was = self.store_missing();
+        let silence_ns = u64::try_from(silence.as_nanos()).unwrap_or(u64::MAX);
+        self.store_silence_ns.store(silence_ns, Ordering::Relaxed);
+        if was.is_some() != self.store_missing().is_some() {
+            self.refresh_watchers(self.now_ns());
+        }
+    }
+
+    /// Returns why nothing is said of keys because the store of a shared state is away.
+    fn store_missing(&self) -> Option<Missing> {
+        let silence = Duration::from_nanos(self.store_silence_ns.load(Ordering::Relaxed));
+        if silence < MAX_STORE_SILENCE {
+            return None;
+        }
+        let since_ns = self.now_ns();
+        Some(match silence > self.stale_after {
+            true => Missing::Forgotten,
+            false => Missing::Stale { since_ns, for_seconds: silence.as_secs() },
+        })
+    }
+
+    fn refresh_watchers(&self, now_ns: u64) {
+        self.watchers.refresh(|name| self.activity(name, now_ns).ok());
+    }
+
+    /// Notifies those who watch keys of a report that cannot be recorded now, although it has traffic.
+    pub fn wake(&self, report: &Report) {
+        for KeyReport { namespace, name, since, until, .. } in &report.messages {
+            let has_traffic = until.in_flight > 0 || until.requests > since.requests;
+            // Only keys that are there: whoever may report must not make others active.
+            if has_traffic && self.known(&KeyName::new(namespace, name), |_| ()).is_some() {
+                self.watchers.mark_active(namespace, name);
+            }
         }
     }
 
@@ -214,25 +317,9 @@ impl KeyTable {
     ///
     /// # Errors
     /// [`StatError`].
-    pub fn record_stat(
-        &self,
-        grant: &Grant,
-        message: &WireStatMessage,
-        now_ns: u64,
-    ) -> Result<(), StatError> {
-        let text = |bytes| {
-            let text = std::str::from_utf8(bytes).ok().filter(|text| is_name(text));
-            text.ok_or(StatError::Invalid)
-        };
+    pub fn record_stat(&self, message: KeyStat<'_>, now_ns: u64) -> Result<(), StatError> {
+        let KeyStat { namespace, name, pod, stat } = message;
         self.note_report(now_ns);
-        let (namespace, name) = (text(&message.namespace)?, text(&message.name)?);
-        let stat = message.stat.as_ref().ok_or(StatError::Invalid)?;
-        let pod = text(&stat.pod_name)?;
-        if !grant.covers(namespace) {
-            return Err(StatError::Invalid);
-        }
-        // A stat that is dropped makes no key.
-        PerSecond::try_from(stat).map_err(|ImplausibleStat| StatError::Invalid)?;
         let sender = SenderId { name: pod, incarnation: None };
         let recorded = self
             .with_entry(namespace, name, Some(sender), |entry| entry.key.record_stat(pod, stat, now_ns))
@@ -246,7 +333,23 @@ impl KeyTable {
 
     /// Returns what is known of one key.
     pub fn view(&self, name: &KeyName, now_ns: u64) -> Option<KeyView> {
-        self.known(name, |entry| entry.view(now_ns))
+        let view = self.known(name, |entry| entry.view(now_ns))?;
+        Some(self.shown(view))
+    }
+
+    /// Returns a view as it is shown while the store of a shared state is away.
+    fn shown(&self, view: KeyView) -> KeyView {
+        match self.store_missing() {
+            Some(missing @ Missing::Stale { since_ns, .. }) => KeyView {
+                missing: Some(missing),
+                stale_since_ns: view.stale_since_ns.or(Some(since_ns)),
+                ..view
+            },
+            Some(missing) => {
+                KeyView { missing: Some(missing), stale_since_ns: None, desired_pods: None, ..view }
+            }
+            None => view,
+        }
     }
 
     /// Returns what `read` returns of a known key.
@@ -259,7 +362,11 @@ impl KeyTable {
     /// # Errors
     /// [`Missing`]; also for a key that nobody has reported.
     pub fn ask<T>(&self, name: &KeyName, ask: impl FnOnce(&Key) -> Result<T, Missing>) -> Result<T, Missing> {
-        self.read(name, ask).unwrap_or(Err(Missing::NeverReported))
+        let answer = self.read(name, ask).unwrap_or(Err(Missing::NeverReported));
+        match (self.store_missing(), &answer) {
+            (None, _) | (_, Err(Missing::NeverReported)) => answer,
+            (Some(missing), _) => Err(missing),
+        }
     }
 
     /// Returns what autoscalers are told of a key.
@@ -293,7 +400,7 @@ impl KeyTable {
             if !listing.finds(&entry.name) || !grant.covers(&entry.name.namespace) {
                 return;
             }
-            let Some(rank) = listing.rank(|| entry.view(now_ns)) else { return };
+            let Some(rank) = listing.rank(|| self.shown(entry.view(now_ns))) else { return };
             found += 1;
             if listed.len() < listing.max {
                 listed.push(Listed { rank, name: entry.name.clone() });
@@ -340,7 +447,7 @@ impl KeyTable {
             let point = HistoryPoint::new(now_ns, settings, &figures, is_heard, ready_pods, &decision);
             entry.history.push(settings.metric, point);
         });
-        self.watchers.refresh(|name| self.activity(name, now_ns).ok());
+        self.refresh_watchers(now_ns);
     }
 
     /// Warns of counts of a key that do not fit together, once. Where many keys have such counts,
@@ -352,6 +459,77 @@ impl KeyTable {
             warn!(key = %entry.name, pods, gateways, waiting, "{mismatch}");
             entry.key.mismatch_logged(mismatch);
         });
+    }
+
+    /// Has the table begin at the unix time `started_ns` in nanoseconds, if nothing was reported yet.
+    pub fn begin(&self, started_ns: u64) {
+        if self.first_report_ns.load(Ordering::Relaxed) == 0 {
+            self.started_ns.store(started_ns, Ordering::Relaxed);
+            self.has_just_started.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns what [`KeyTable::replace`] takes besides the keys.
+    pub fn times(&self) -> TableTimes {
+        TableTimes {
+            started_ns: self.started_ns.load(Ordering::Relaxed),
+            first_report_ns: self.first_report_ns.load(Ordering::Relaxed),
+            has_just_started: self.has_just_started.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Visits every key.
+    pub fn visit(&self, mut visit: impl FnMut(&KeyName, &Key)) {
+        self.for_each(|entry| visit(&entry.name, &entry.key));
+    }
+
+    /// Replaces the settings of all keys. Whoever calls it replaces the keys, too.
+    pub fn replace_settings(&self, settings: HashMap<KeyName, Arc<KeySettings>>) {
+        *self.own_settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
+    /// Replaces all keys by others, scaled by the settings that this table has. Those that have a
+    /// history here keep it. Must not be called beside anything that changes keys; whoever reads sees
+    /// either state of each key.
+    pub fn replace(&self, times: TableTimes, keys: Vec<(KeyName, Key)>) {
+        let (mut shards, mut counts, mut bytes) = (Vec::new(), Counts::default(), 0);
+        shards.resize_with(SHARDS, Shard::default);
+        for (name, key) in keys {
+            let own_settings = self.own_settings.read().unwrap_or_else(PoisonError::into_inner);
+            let settings = Arc::clone(own_settings.get(&name).unwrap_or(&self.defaults));
+            drop(own_settings);
+            let own_bytes = self.own_bytes(&name, &settings);
+            let key = key.restored(settings, self.stale_after);
+            let sender_bytes = key.sender_bytes();
+            bytes += own_bytes + sender_bytes;
+            counts.all += 1;
+            *counts.by_namespace.entry(name.namespace.clone()).or_default() += 1;
+            let hash = self.hash(&name.namespace, &name.name);
+            let history = History::default();
+            let entry = Box::new(TableEntry { name, key, history, own_bytes, sender_bytes });
+            if let Some(shard) = shards.get_mut(shard_of(hash)) {
+                self.insert(shard, hash, entry);
+            }
+        }
+        let mut histories = 0;
+        for (shard, mut new) in self.shards.iter().zip(shards) {
+            let mut shard = lock(shard);
+            for old in shard.entries.iter_mut().filter(|entry| entry.history.is_enabled()) {
+                let KeyName { namespace, name } = &old.name;
+                let position = new.position(self.hash(namespace, name), namespace, name);
+                if let Some(entry) = position.and_then(|position| new.entries.get_mut(position)) {
+                    entry.history = std::mem::take(&mut old.history);
+                    histories += 1;
+                }
+            }
+            *shard = new;
+        }
+        *lock(&self.counts) = counts;
+        self.bytes.store(bytes, Ordering::Relaxed);
+        self.histories.store(histories, Ordering::Relaxed);
+        self.started_ns.store(times.started_ns, Ordering::Relaxed);
+        self.first_report_ns.store(times.first_report_ns, Ordering::Relaxed);
+        self.has_just_started.store(times.has_just_started, Ordering::Relaxed);
     }
 
     /// Reserves memory for a key with these settings. Returns whether the key is new.
@@ -536,16 +714,7 @@ impl KeyTable {
             Some(position) => position,
             None => {
                 let entry = self.new_entry(namespace, name, sender.map(|sender| sender.name))?;
-                let Shard { index, entries } = &mut *shard;
-                entries.push(entry);
-                let position = entries.len() - 1;
-                let rehash = |position: &usize| {
-                    entries
-                        .get(*position)
-                        .map_or(0, |entry| self.hash(&entry.name.namespace, &entry.name.name))
-                };
-                index.insert_unique(hash, position, rehash);
-                position
+                self.insert(&mut shard, hash, entry)
             }
         };
         #[allow(clippy::indexing_slicing, reason = "the position is that of an entry")]
@@ -567,6 +736,18 @@ impl KeyTable {
         let result = change(entry);
         self.account(entry);
         Ok(result)
+    }
+
+    /// Adds an entry that is not there. Returns its position.
+    fn insert(&self, shard: &mut Shard, hash: u64, entry: Box<TableEntry>) -> usize {
+        let Shard { index, entries } = shard;
+        entries.push(entry);
+        let position = entries.len() - 1;
+        let rehash = |position: &usize| {
+            entries.get(*position).map_or(0, |entry| self.hash(&entry.name.namespace, &entry.name.name))
+        };
+        index.insert_unique(hash, position, rehash);
+        position
     }
 
     /// Returns a new entry, if it and its first sender fit.
@@ -594,7 +775,7 @@ impl KeyTable {
         }
         let mut key = Key::new(settings).with_stale_after(self.stale_after);
         if self.has_just_started.load(Ordering::Relaxed) {
-            key = key.after_start(self.started_ns);
+            key = key.after_start(self.started_ns.load(Ordering::Relaxed));
         }
         let sender_bytes = key.sender_bytes();
         self.check_bytes(own_bytes + sender_bytes + sender.map_or(0, Key::max_additional_bytes))?;
@@ -611,9 +792,13 @@ impl KeyTable {
     #[allow(clippy::indexing_slicing, reason = "a remainder of SHARDS is below SHARDS")]
     fn shard(&self, namespace: &str, name: &str) -> (u64, MutexGuard<'_, Shard>) {
         let hash = self.hash(namespace, name);
-        // The index within the shard uses the lower and the highest bits.
-        (hash, lock(&self.shards[(hash >> 32) as usize % SHARDS]))
+        (hash, lock(&self.shards[shard_of(hash)]))
     }
+}
+
+/// Returns which shard a key is in. The index within the shard uses the lower and the highest bits.
+fn shard_of(hash: u64) -> usize {
+    (hash >> 32) as usize % SHARDS
 }
 
 impl Shard {
@@ -627,7 +812,6 @@ impl Shard {
 #[cfg(test)]
 mod tests {
     use inflight_stats::Snapshot;
-    use inflight_stats::protocol::stat::Stat;
 
     use super::*;
 
@@ -829,7 +1013,8 @@ mod tests {
             stat.request_count = count;
             let message =
                 WireStatMessage { namespace: "ns".into(), name: "ghost".into(), stat: Some(stat.clone()) };
-            (keys.record_stat(&all(), &message, NOW).is_ok(), total(&keys, "ns", "ghost"))
+            let recorded = KeyStat::check(&message).and_then(|stat| keys.record_stat(stat, NOW));
+            (recorded.is_ok(), total(&keys, "ns", "ghost"))
         };
         assert_eq!(
             [record(f64::NAN), record(-2.0), record(-1.0)],

@@ -1,6 +1,6 @@
 //! The settings of single keys, in one file that survives a restart.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -84,6 +84,8 @@ pub enum SetError {
     CapacityExceeded(CapacityExceeded),
     /// The file cannot be written.
     File(io::Error),
+    /// The store of a shared state is away.
+    Unavailable,
 }
 
 impl fmt::Display for SetError {
@@ -96,6 +98,9 @@ impl fmt::Display for SetError {
                 path.display()
             ),
             Self::Invalid(reason) => f.write_str(reason),
+            Self::Unavailable => f.write_str(
+                "settings possibly not changed: the store of the shared state (--store) is away; try again later",
+            ),
             Self::TooMany => {
                 write!(
                     f,
@@ -129,6 +134,71 @@ impl SettingsStore {
 
     fn new(file: Option<PathBuf>, rps_target: f64) -> Self {
         Self { file, rps_target, by_key: Arc::default(), read_only: None }
+    }
+
+    /// Returns a store without a file, for a state that is shared: it changes by [`Self::apply`] alone.
+    pub fn shared(rps_target: f64) -> Self {
+        Self::new(None, rps_target)
+    }
+
+    /// Reads the settings of a file, as those that a shared state begins with.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn seeds(path: &Path, rps_target: f64, defaults: &KeySettings) -> io::Result<Vec<(KeyName, Value)>> {
+        let parsed = files::read(path, MAX_FILE_BYTES).and_then(|bytes| parse(&bytes, defaults, rps_target));
+        let parsed = parsed.map_err(|error| {
+            let reason = format!("--settings {}: {error}", path.display());
+            io::Error::new(io::ErrorKind::InvalidData, reason)
+        })?;
+        Ok(parsed.into_iter().map(|(name, (json, _))| (name, json)).collect())
+    }
+
+    /// Returns settings as they are stored.
+    ///
+    /// # Errors
+    /// [`SetError::Invalid`].
+    pub fn check(&self, keys: &KeyTable, json: Value) -> Result<Value, SetError> {
+        accept(keys.defaults(), json, self.rps_target).map(|(json, _)| json).map_err(SetError::Invalid)
+    }
+
+    /// Applies a change of a shared state: a key's settings, or (`None`) the defaults again. Must not be
+    /// called in a task.
+    ///
+    /// # Errors
+    /// [`SetError`]; nothing was changed.
+    pub fn apply(&self, keys: &KeyTable, name: &KeyName, json: Option<Value>) -> Result<(), SetError> {
+        let accepted = json.map(|json| accept(keys.defaults(), json, self.rps_target)).transpose();
+        let (json, settings) =
+            accepted.map_err(SetError::Invalid)?.map(|(json, settings)| (json, Arc::new(settings))).unzip();
+        let mut by_key = self.by_key.blocking_lock();
+        check_room(keys, &by_key, name, settings.as_ref())?;
+        replace_entry(&mut by_key, name, json);
+        set_settings(keys, name, settings);
+        Ok(())
+    }
+
+    /// Returns the settings of all keys, for a snapshot. Must not be called in a task.
+    pub fn all(&self) -> Vec<(KeyName, Value)> {
+        self.by_key.blocking_lock().iter().map(|(name, json)| (name.clone(), json.clone())).collect()
+    }
+
+    /// Replaces the settings of all keys by those of a snapshot. Whoever calls it replaces the keys, too.
+    /// Must not be called in a task.
+    ///
+    /// # Errors
+    /// A key's settings are not valid here; nothing was changed.
+    pub fn replace_all(&self, keys: &KeyTable, settings: Vec<(KeyName, Value)>) -> Result<(), String> {
+        let (mut by_key, mut accepted) = (BTreeMap::new(), HashMap::new());
+        for (name, json) in settings {
+            let (json, settings) = accept(keys.defaults(), json, self.rps_target)
+                .map_err(|reason| format!("key {name}: {reason}"))?;
+            accepted.insert(name.clone(), Arc::new(settings));
+            by_key.insert(name, json);
+        }
+        *self.by_key.blocking_lock() = by_key;
+        keys.replace_settings(accepted);
+        Ok(())
     }
 
     fn load_from(path: &Path, source: Source, rps_target: f64, keys: &KeyTable) -> io::Result<Self> {
@@ -229,14 +299,8 @@ impl SettingsStore {
     ) -> Result<(), SetError> {
         // Held until the end: nobody else changes or writes meanwhile.
         let mut by_key = Arc::clone(&self.by_key).lock_owned().await;
-        let is_new_key = match &new {
-            Some(_) if by_key.len() >= MAX_KEYS && !by_key.contains_key(&name) => {
-                return Err(SetError::TooMany);
-            }
-            Some((_, settings)) => keys.reserve_key(&name, settings).map_err(SetError::CapacityExceeded)?,
-            None => false,
-        };
         let (json, settings) = new.unzip();
+        let is_new_key = check_room(keys, &by_key, &name, settings.as_ref())?;
         let before = replace_entry(&mut by_key, &name, json);
         if let Some(path) = self.file.clone()
             && by_key.get(&name) != before.as_ref()
@@ -259,15 +323,29 @@ impl SettingsStore {
                 }
             };
         }
-        if let Err(exceeded) = keys.set_settings(&name, settings) {
-            warn!(
-                %exceeded,
-                key = %name,
-                "a key exceeds a limit; its settings take effect when capacity is free"
-            );
-        }
+        set_settings(keys, &name, settings);
         drop(by_key);
         Ok(())
+    }
+}
+
+/// Reserves what new settings of a key need. Returns whether the key is new.
+fn check_room(
+    keys: &KeyTable,
+    by_key: &BTreeMap<KeyName, Value>,
+    name: &KeyName,
+    settings: Option<&Arc<KeySettings>>,
+) -> Result<bool, SetError> {
+    match settings {
+        Some(_) if by_key.len() >= MAX_KEYS && !by_key.contains_key(name) => Err(SetError::TooMany),
+        Some(settings) => keys.reserve_key(name, settings).map_err(SetError::CapacityExceeded),
+        None => Ok(false),
+    }
+}
+
+fn set_settings(keys: &KeyTable, name: &KeyName, settings: Option<Arc<KeySettings>>) {
+    if let Err(exceeded) = keys.set_settings(name, settings) {
+        warn!(%exceeded, key = %name, "a key exceeds a limit; its settings take effect when capacity is free");
     }
 }
 

@@ -16,7 +16,6 @@ use tonic::{Extensions, Request, Response, Status};
 
 use crate::app::state::ServerState;
 use crate::net::auth::{Grant, NOT_COVERED, Peer, Unauthenticated, not_covered};
-use crate::os::clock::now_ns;
 
 /// Generated from `proto/externalscaler.proto`.
 #[allow(missing_docs, clippy::all, reason = "generated")]
@@ -248,7 +247,7 @@ impl ExternalScaler for Scaler {
         request: Request<ScaledObjectRef>,
     ) -> Result<Response<IsActiveResponse>, Status> {
         let query = self.query(request)?;
-        let activity = self.0.keys.activity(&query.key, now_ns());
+        let activity = self.0.keys.activity(&query.key, self.0.keys.now_ns());
         let result = activity.map_err(|missing| query.unavailable(&self.0, missing))?;
         Ok(Response::new(IsActiveResponse { result }))
     }
@@ -259,7 +258,7 @@ impl ExternalScaler for Scaler {
     ) -> Result<Response<Self::StreamIsActiveStream>, Status> {
         let query = self.query(request)?;
         let activity = || {
-            let activity = self.0.keys.activity(&query.key, now_ns());
+            let activity = self.0.keys.activity(&query.key, self.0.keys.now_ns());
             activity.map_err(|missing| self.0.unknown_keys.asked(&query.key, missing)).ok()
         };
         let changes = self.0.keys.watchers.subscribe(query.key.clone(), activity);
@@ -293,7 +292,7 @@ impl ExternalScaler for Scaler {
         let object = scaled_object_ref.unwrap_or_default();
         let query = Query::authorized(&self.0, &extensions, object)?;
         let scaled = query.scaled(&query.settings(&self.0));
-        let answer = self.0.keys.answer(&query.key, scaled.quantity(), now_ns());
+        let answer = self.0.keys.answer(&query.key, scaled.quantity(), self.0.keys.now_ns());
         let value = answer.map_err(|missing| query.unavailable(&self.0, missing))?;
         let metric_values = vec![MetricValue {
             metric_name: if wanted.is_empty() { scaled.metric_name().into() } else { wanted },

@@ -15,10 +15,9 @@ use tracing::{debug, warn};
 
 use crate::app::state::ServerState;
 use crate::cli::limits::Limit;
-use crate::keys::key_table::StatError;
+use crate::keys::key_table::{KeyStat, StatError};
 use crate::net::auth::Grant;
 use crate::net::connection_limits::ConnectionGuard;
-use crate::os::clock::now_ns;
 use crate::telemetry::metrics::DropReason;
 
 /// "Service restart": Knative's activator reconnects at once.
@@ -110,7 +109,7 @@ async fn receive(
         };
         last_received = Instant::now();
         match message {
-            Message::Binary(frame) => record_frame(state, grant, frame),
+            Message::Binary(frame) => record_frame(state, grant, frame).await,
             Message::Text(_) => {
                 drop_frame(state, DropReason::Text, "it is a text frame; expected a binary one")
             }
@@ -159,7 +158,7 @@ fn after_error(
     })
 }
 
-fn record_frame(state: &ServerState, grant: &Grant, frame: bytes::Bytes) {
+async fn record_frame(state: &ServerState, grant: &Grant, frame: bytes::Bytes) {
     let mut messages = match frame::decode(frame, &state.limits.frame_limits()) {
         Ok(messages) => messages,
         Err(error) => {
@@ -176,22 +175,22 @@ fn record_frame(state: &ServerState, grant: &Grant, frame: bytes::Bytes) {
             return drop_frame(state, reason, error);
         }
     };
-    let (received, now_ns) = (messages.len(), now_ns());
-    messages.retain(|message| match state.keys.record_stat(grant, message, now_ns) {
-        Ok(()) => true,
-        Err(error) => {
-            if let StatError::CapacityExceeded(exceeded) = error {
-                state.metrics.refused(exceeded.limit);
-                state.log_limiter.log(|suppressed| warn!(reason = %exceeded, suppressed, "dropped a stat"));
-            }
-            false
+    let received = messages.len();
+    messages.retain(|message| KeyStat::check(message).is_ok_and(|stat| grant.covers(stat.namespace())));
+    let recorded = match state.changes.stats(messages).await {
+        Ok((recorded, Some(StatError::CapacityExceeded(exceeded)))) => {
+            state.metrics.refused(exceeded.limit);
+            state.log_limiter.log(|suppressed| warn!(reason = %exceeded, suppressed, "dropped stats"));
+            recorded
         }
-    });
-    state.metrics.stats.inc_by(messages.len() as u64);
-    state.metrics.stats_dropped.inc_by((received - messages.len()) as u64);
-    if let Some(forwarder) = &state.forwarder {
-        forwarder.queue_stats(messages);
-    }
+        Ok((recorded, _)) => recorded,
+        Err(unavailable) => {
+            state.log_limiter.log(|suppressed| warn!(reason = %unavailable, suppressed, "dropped stats"));
+            0
+        }
+    };
+    state.metrics.stats.inc_by(recorded as u64);
+    state.metrics.stats_dropped.inc_by(received.saturating_sub(recorded) as u64);
 }
 
 fn drop_frame(state: &ServerState, why: DropReason, reason: impl std::fmt::Display) {

@@ -9,11 +9,14 @@ use std::time::Duration;
 
 use axum::Router;
 use futures_util::future::Either;
+use inflight_stats::protocol::key_name::KeyName;
+use serde_json::Value;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::app::background;
+use crate::app::changes::Changes;
 use crate::app::filter_module::FilterModule;
 use crate::app::state::ServerState;
 use crate::cli::flags::Flags;
@@ -30,6 +33,8 @@ use crate::net::shutdown::{DrainWatcher, new_drain};
 use crate::net::tls::{ClientCa, NamedFile, Protocol, Tls, TlsFiles};
 use crate::net::unauthenticated::UnauthenticatedConnections;
 use crate::os::clock::now_ns;
+use crate::replication::replica::Replica;
+use crate::replication::valkey::Valkey;
 use crate::serve::metrics_api::{self, MetricsApi};
 use crate::serve::{grpc, http1};
 use crate::telemetry::log_limit::LogLimiter;
@@ -48,7 +53,12 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
         .map_err(io::Error::other)?;
     let keys = KeyTable::new(Arc::new(flags.key_settings()), Capacity::from(&flags.limits), now_ns())
         .with_stale_after(flags.stale_after);
-    let settings = SettingsStore::load(flags.settings.as_deref(), flags.rps_target, &keys)?;
+    let keys = Arc::new(keys);
+    let store = store(flags, &keys)?;
+    let settings = Arc::new(match &store {
+        Some(_) => SettingsStore::shared(flags.rps_target),
+        None => SettingsStore::load(flags.settings.as_deref(), flags.rps_target, &keys)?,
+    });
     let module = flags.module.as_deref().map(FilterModule::load).transpose().map_err(io::Error::other)?;
     let load = |files: Option<TlsFiles>| {
         files.map(Tls::load).transpose().map_err(io::Error::other).map(|tls| tls.map(Arc::new))
@@ -75,7 +85,7 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     }
 
     let (trigger, drain) = new_drain();
-    let state = Arc::new(state(flags, access, keys, (settings, module), shared, drain));
+    let state = Arc::new(state(flags, access, (keys, settings, store), module, shared, drain));
     let of_metrics_api = metrics_api.as_ref().map(MetricsApi::tls);
     let certificates = tls.into_iter().chain(own_grpc_tls).chain(of_metrics_api).collect();
     let mut background = background::start(&state, certificates);
@@ -88,10 +98,41 @@ pub async fn run(flags: &Flags, terminated: impl Future<Output = ()>) -> io::Res
     }
     terminated.await;
     info!("draining");
+    if let Some(replica) = state.changes.replica() {
+        replica.resign().await;
+    }
     if trigger.drain(flags.drain_delay, DRAIN_DEADLINE).await.is_err() {
         warn!(deadline = ?DRAIN_DEADLINE, "connections still open at the drain deadline were closed");
     }
+    if let Some(replica) = state.changes.replica() {
+        replica.leave().await;
+    }
     Ok(())
+}
+
+/// The store of a shared state.
+struct Store {
+    valkey: Valkey,
+    /// The settings that an empty one begins with.
+    seeds: Vec<(KeyName, Value)>,
+}
+
+fn store(flags: &Flags, keys: &KeyTable) -> io::Result<Option<Store>> {
+    let Some(url) = &flags.store else { return Ok(None) };
+    let certificate = flags.store_tls_cert.clone().zip(flags.store_tls_key.clone());
+    let valkey = Valkey {
+        url: url.clone(),
+        password_file: flags.store_password_file.clone(),
+        ca: flags.store_tls_ca.clone(),
+        certificate,
+    };
+    let seeds = flags
+        .settings
+        .as_deref()
+        .map(|path| SettingsStore::seeds(path, flags.rps_target, keys.defaults()))
+        .transpose()?;
+    info!(store = %valkey.url, "the state is shared through a store");
+    Ok(Some(Store { valkey, seeds: seeds.unwrap_or_default() }))
 }
 
 /// Returns what the listeners share.
@@ -145,17 +186,28 @@ async fn bind(
 fn state(
     flags: &Flags,
     access: Access,
-    keys: KeyTable,
-    (settings, module): (SettingsStore, Option<FilterModule>),
+    (keys, settings, store): (Arc<KeyTable>, Arc<SettingsStore>, Option<Store>),
+    module: Option<FilterModule>,
     shared: Shared,
     drain: DrainWatcher,
 ) -> ServerState {
     let Shared { limits, budget, metrics, .. } = shared;
     let forwarder = flags.forward.as_deref().map(|url| Arc::new(Forwarder::new(url, Arc::clone(&metrics))));
+    let changes = match store {
+        Some(Store { valkey, seeds }) => {
+            let (forwarder, metrics) = (forwarder.clone(), Arc::clone(&metrics));
+            Changes::Shared(Arc::new(Replica::new(valkey, (&keys, &settings), seeds, forwarder, metrics)))
+        }
+        None => {
+            let (keys, settings) = (Arc::clone(&keys), Arc::clone(&settings));
+            Changes::Local { keys, settings, forwarder: forwarder.clone() }
+        }
+    };
     ServerState {
         keys,
         access,
         settings,
+        changes,
         module,
         limits,
         budget,

@@ -1,6 +1,7 @@
 //! The server's own Prometheus metrics. What keys show is added at a scrape.
 
 use std::fmt;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::text::encode_registry;
@@ -13,6 +14,7 @@ use prometheus_client::registry::Registry;
 use serde::Serialize;
 
 use crate::cli::limits::Limit;
+use crate::telemetry::store_metrics::StoreMetrics;
 
 /// What all names begin with.
 pub const PREFIX: &str = "inflight_statserver";
@@ -104,6 +106,7 @@ pub struct Metrics {
     pub forward_dropped: Counter,
     /// Whether the autoscaler is connected.
     pub forward_connected: Gauge,
+    store: OnceLock<StoreMetrics>,
 }
 
 impl Default for Metrics {
@@ -185,11 +188,17 @@ impl Default for Metrics {
             forwarded,
             forward_dropped,
             forward_connected,
+            store: OnceLock::new(),
         }
     }
 }
 
 impl Metrics {
+    /// Returns the metrics of a shared state, which are shown from the first call on.
+    pub fn store(&self) -> &StoreMetrics {
+        self.store.get_or_init(StoreMetrics::default)
+    }
+
     /// Counts a report by its response.
     pub fn report(&self, code: u16, bytes: usize) {
         self.reports.get_or_create(&ReportLabels { code }).inc();
@@ -234,6 +243,7 @@ impl Metrics {
     /// None that is known.
     pub fn write(&self, text: &mut String) -> fmt::Result {
         encode_registry(text, &self.build)?;
-        encode_registry(text, &self.registry)
+        encode_registry(text, &self.registry)?;
+        self.store.get().map_or(Ok(()), |store| store.write(text))
     }
 }

@@ -3,3 +3,4 @@
 pub mod log_limit;
 pub mod metrics;
 pub mod refusals;
+pub mod store_metrics;

@@ -18,7 +18,7 @@ use crate::app::state::ServerState;
 use crate::net::auth::Peer;
 use crate::net::connection_limits::ConnectionGuard;
 use crate::net::front_proxy::{ClientCertificates, FrontProxy, NotFrontProxy};
-use crate::os::clock::{now_ns, rfc3339, wall_time};
+use crate::os::clock::{rfc3339, wall_time};
 use crate::protocols::metrics_api::documents::{
     Api, CUSTOM, CustomValue, DescribedObject, EXTERNAL, ExternalValue, Failure, METRICS, custom_list,
     external_list,
@@ -177,7 +177,7 @@ struct Sampled {
 }
 
 fn sample(state: &ServerState, key: &KeyName, asked: Quantity) -> Result<Sampled, Failure> {
-    let now_ns = now_ns();
+    let now_ns = state.keys.now_ns();
     let known = state.keys.ask(key, |key| {
         let window = key.settings().windows().stable_seconds as u64;
         key.answer(asked, now_ns).map(|value| (value, window))
@@ -295,7 +295,7 @@ async fn of_pods(
 
 fn list_pods(state: &ServerState, namespace: &str, name: &str, asked: Asked) -> Result<Response, Failure> {
     let Asked { metric_name, asked, key, metric } = asked;
-    let now_ns = now_ns();
+    let now_ns = state.keys.now_ns();
     let known = state.keys.ask(&key, |key| key.missing(now_ns).map_or_else(|| Ok(key.pods(now_ns)), Err));
     let mut pods = known.map_err(|reason| missing(state, &key, reason))?;
     if name != "*" {
