@@ -52,9 +52,15 @@ dist: images ## All that a release has, in target/dist: make dist VERSION=x.y.z
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# A stats server of a version that does not exist yet, for the test of a rolling upgrade.
+NEXT := $(or $(CARGO_TARGET_DIR),target)/e2e/inflight-statserver-next
+$(NEXT): Cargo.lock $(shell find src/stats src/statserver -type f)
+	$(CARGO) build $(TESTED) --bin inflight-statserver --features inflight-statserver/next-format
+	mv $(@D)/inflight-statserver $@
+
 # The module with fault injection has a folder of its own, so that it is not mistaken for the
 # shipped one.
-build-tests: module ## What the end-to-end tests run
+build-tests: module $(NEXT) ## What the end-to-end tests run
 	CARGO_TARGET_DIR=target/faulty $(WASM) --features fault-injection
 	$(PYTHON) tools/exports.py target/faulty/wasm32-wasip1/release/inflight_filter.wasm
 	$(CARGO) build $(TESTED) --bin inflight-statserver

@@ -10,6 +10,7 @@
 //! | [`load`] | a load of mixed requests, reproducible from its seed |
 //! | [`process`] | child processes that cannot outlive us |
 //! | [`prometheus`] | a reader of the Prometheus text format; a real Prometheus |
+//! | [`redis`] | a real Redis, its sentinel, and a link to it that a test can cut |
 //! | [`reports`] | reports of pods and gateways that are not there |
 //! | [`statserver`] | a running `inflight-statserver` |
 //! | [`streams`] | a load of long-lived and multiplexed requests |
@@ -28,6 +29,7 @@ mod layers;
 pub mod load;
 pub mod process;
 pub mod prometheus;
+pub mod redis;
 pub mod reports;
 pub mod statserver;
 pub mod streams;

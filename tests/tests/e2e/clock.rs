@@ -23,14 +23,15 @@ const STEADY: Plan =
 const STEPS: [i64; 4] = [3600, 0, -3600, 0];
 
 /// A wall clock that a test can set.
-struct WallClock {
+pub struct WallClock {
     file: File,
-    environment: Vec<(&'static str, OsString)>,
+    /// The environment of a process that is to have this clock.
+    pub environment: Vec<(&'static str, OsString)>,
 }
 
 impl WallClock {
     /// Returns a clock that shows the true time, by `tests/clock.c`.
-    fn new(folder: &Path, name: &str) -> Self {
+    pub fn new(folder: &Path, name: &str) -> Self {
         let (library, path) = (folder.join("clock.so"), folder.join(name));
         let source = root().join("tests/clock.c");
         let mut compiler = Command::new("cc");
@@ -44,7 +45,7 @@ impl WallClock {
     }
 
     /// Sets the clock to `seconds` from the true time, from now on.
-    fn set(&self, seconds: i64) {
+    pub fn set(&self, seconds: i64) {
         let ns = seconds * 1_000_000_000;
         self.file.write_all_at(&ns.to_ne_bytes(), 0).expect("written");
     }

@@ -28,6 +28,7 @@ mod monitoring;
 mod network_probe;
 mod openapi;
 mod page;
+mod replicas;
 mod routes;
 mod scale_to_zero;
 mod soak;
