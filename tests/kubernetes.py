@@ -2,6 +2,7 @@
 schemas, and custom resources against those of their fields that are used here. kubernetes.py KUBECTL"""
 
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -290,6 +291,8 @@ OBJECT = fields(
 VERSIONS = ["1.30", "1.35", "1.37"]
 root = pathlib.Path(__file__).parent.parent
 kubectl = sys.argv[1]
+# What high-availability is rendered on, beside the base: as in tools/manifests.py.
+BASES = "keda hpa hpa-cert-manager hpa-object".split()
 checked = 0
 
 
@@ -355,9 +358,10 @@ def statserver(name):
     for (kind, _), document in named.items():
         if kind == "Service":
             assert {port["targetPort"] for port in document["spec"]["ports"]} <= ports, document
-        if kind == "NetworkPolicy":
+        if kind == "NetworkPolicy" and "Ingress" in document["spec"]["policyTypes"]:
             assert {p["port"] for rule in document["spec"]["ingress"] for p in rule["ports"]} <= ports, document
-    admitted = [d["spec"]["ingress"] for d in named.values() if d["kind"] == "NetworkPolicy"]
+    policies = [d["spec"] for d in named.values() if d["kind"] == "NetworkPolicy"]
+    admitted = [spec["ingress"] for spec in policies if "Ingress" in spec["policyTypes"]]
     admitted = {p["port"] for rules in admitted for rule in rules for p in rule["ports"]}
     assert admitted == ports, f"{name}: the NetworkPolicies admit {admitted} of {ports}"
     maps = [volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume]
@@ -401,6 +405,56 @@ for folder in sorted(name for name in folders if name.startswith("hpa")):
         secrets = [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume]
         assert certificate["secretName"] in secrets and "inflight-metrics.inflight.svc" in certificate["dnsNames"]
     print(f"{folder} args: " + " ".join(a for a in container["args"] if a.startswith("--metrics-")))
+# The flags that the server has, by its reference.
+flags = set(re.findall("`(--[a-z-]+)`<br>", (root / "docs/statserver.md").read_text()))
+variables = set(re.findall("<br>`(INFLIGHT_[A-Z_]+)`", (root / "docs/statserver.md").read_text()))
+URL = re.compile(r"(redis://([a-z-]+)\.inflight:([0-9]+)/0)")
+for folder in sorted(name for name in folders if name.startswith("high-availability")):
+    on = folder.removeprefix("high-availability").removeprefix("-") or "base"
+    named, pod, container = statserver(folder)
+    alone, _, one = statserver(on)
+    assert set(alone) | {("NetworkPolicy", "inflight-statserver-egress")} == set(named), set(named) ^ set(alone)
+    # It adds to what it builds on, and takes nothing away.
+    assert set(one["args"]) < set(container["args"]) and one["ports"] == container["ports"], container
+    assert {argument.split("=")[0] for argument in container["args"]} <= flags, container["args"]
+    assert {variable["name"] for variable in container["env"]} <= variables, container["env"]
+    deployment = named["Deployment", "inflight-statserver"]["spec"]
+    budget = named["PodDisruptionBudget", "inflight-statserver"]["spec"]
+    assert deployment["replicas"] == 3 and budget["maxUnavailable"] == 1, (deployment, budget)
+    assert deployment["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxUnavailable": 1, "maxSurge": 0},
+    }, deployment
+    # A drain, and --write-timeout, 20 s, for answers that are not read yet.
+    assert pod["terminationGracePeriodSeconds"] >= 5 + 20 and "--drain-delay=5s" in container["args"]
+    assert len(pod["topologySpreadConstraints"]) == 2, pod["topologySpreadConstraints"]
+    # The Secret: its keys are those that the valkey.yaml takes, too.
+    secret = {variable["name"]: variable["valueFrom"]["secretKeyRef"] for variable in container["env"]}
+    assert secret == {"INFLIGHT_STORE": {"name": "inflight-store", "key": "url"}}, secret
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes["store"]["secret"] == {"secretName": "inflight-store"}, volumes["store"]
+    egress = named["NetworkPolicy", "inflight-statserver-egress"]["spec"]
+    leave = {port["port"] for rule in egress["egress"] for port in rule["ports"]}
+    assert {53, 6379, 26379, 443, 6443} <= leave and egress["policyTypes"] == ["Egress"], egress
+path = root / "deploy/high-availability/valkey.yaml"
+valkey = {d["kind"]: d for d in yaml.safe_load_all(path.read_text())}
+pod = valkey["StatefulSet"]["spec"]["template"]["spec"]
+labels = valkey["StatefulSet"]["spec"]["template"]["metadata"]["labels"]
+for selector in [valkey[kind]["spec"] for kind in ("StatefulSet", "Service", "NetworkPolicy")]:
+    selector = selector.get("podSelector", selector.get("selector"))
+    assert selector.get("matchLabels", selector).items() <= labels.items(), selector
+assert {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"]} == {"store": "inflight-store"}
+claims = {claim["metadata"]["name"] for claim in valkey["StatefulSet"]["spec"]["volumeClaimTemplates"]}
+assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == claims | {"store"}
+# The address that its comment and the document say is that of its Service.
+urls = {found for file in (path, root / "docs/high-availability.md") for found in URL.findall(file.read_text())}
+service = valkey["Service"]
+port = service["spec"]["ports"][0]["port"]
+assert {(name, int(number)) for _, name, number in urls} == {(service["metadata"]["name"], port)}, urls
+settings = " ".join(pod["containers"][0]["command"])
+for setting in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction", "requirepass"):
+    assert setting in settings, settings
 expected = "base envoy-gateway hpa hpa-cert-manager hpa-object istio-gateway istio-sidecar keda monitoring".split()
+expected += ["high-availability", *(f"high-availability-{on}" for on in BASES)]
 assert sorted(folders) == sorted(expected), sorted(folders)
 print(f"{checked} documents")

@@ -1,5 +1,5 @@
 """Renders each folder of deploy/ that is a kustomization: manifests.py KUBECTL FOLDER. The folder gets NAME.yaml of
-each. Needs PyYAML, which tools/python.sh brings."""
+each, and high-availability-NAME.yaml of high-availability on another base. Needs PyYAML, which tools/python.sh brings."""
 
 import pathlib
 import re
@@ -13,6 +13,19 @@ import yaml
 root = pathlib.Path(__file__).parent.parent
 # The first with `patches` and with folders among the `resources`.
 FIRST = 21
+# What ../high-availability builds on, by the one line that its comment says, beside the base.
+BASES = ["keda", "hpa", "hpa-cert-manager", "hpa-object"]
+
+
+def with_each_base(folder):
+    """Adds a copy of high-availability for each other folder that it may build on."""
+    for base in BASES:
+        copy = folder / f"high-availability-{base}"
+        shutil.copytree(folder / "high-availability", copy)
+        path = copy / "kustomization.yaml"
+        text = path.read_text()
+        assert text.count("- ../base\n") == 1, text
+        path.write_text(text.replace("- ../base\n", f"- ../{base}\n"))
 
 
 def for_old_kubectl(folder):
@@ -43,6 +56,7 @@ def render(kubectl, target):
     with tempfile.TemporaryDirectory() as copy:
         deploy = pathlib.Path(copy) / "deploy"
         shutil.copytree(root / "deploy", deploy)
+        with_each_base(deploy)
         if minor < FIRST:
             for_old_kubectl(deploy)
         for path in sorted(deploy.glob("*/kustomization.yaml")):

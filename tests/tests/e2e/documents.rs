@@ -92,10 +92,12 @@ const ELSEWHERE: &[(&str, Elsewhere)] = &[
 const README: &str = "README.md";
 const KUBERNETES: &str = "deploy/README.md";
 const INSTALL: &str = "docs/install.md";
+const HIGH_AVAILABILITY: &str = "docs/high-availability.md";
 
 /// Stands for kubectl, because there is no cluster: the files named to it must exist, and what is
 /// applied must be filled in. `port-forward` is a stats server with the module and the session's
-/// tokens.
+/// tokens. The Valkey of `deploy/high-availability` is one with the password of its Secret, which
+/// that server then shares.
 const KUBECTL: &str = r#"#!/usr/bin/env bash
 echo "$*" >>kubectl.log
 for argument; do
@@ -115,9 +117,15 @@ for argument; do
     exit 1
   fi
 done
+if [[ " $* " = *" apply "*/valkey.yaml* ]]; then
+  valkey-server --port 6379 --bind 127.0.0.1 --save '' --requirepass "$(cat store-password)" >/dev/null &
+fi
 if [[ " $* " = *" port-forward "* && -x target/release/inflight-statserver ]]; then
   # The one before may not have ended yet.
   while (exec 3<>"/dev/tcp/127.0.0.1/$argument") 2>/dev/null; do sleep 0.1; done
+  if test -s store-password; then
+    export INFLIGHT_STORE=redis://127.0.0.1:6379/0 INFLIGHT_STORE_PASSWORD_FILE=store-password
+  fi
   exec target/release/inflight-statserver --token-file tokens --drain-delay 0s \
     --module target/wasm32-wasip1/release/inflight_filter.wasm
 fi
@@ -282,7 +290,7 @@ struct Session {
 }
 
 /// The ports in the documents and in `envoy/envoy.yaml`.
-const PORTS: [u16; 9] = [8080, 8081, 8082, 8083, 8443, 3000, 9090, 9901, 10000];
+const PORTS: [u16; 10] = [8080, 8081, 8082, 8083, 8443, 3000, 6379, 9090, 9901, 10000];
 
 impl Session {
     fn new() -> Self {
@@ -344,6 +352,11 @@ impl Session {
         let path = self.folder.path().join("programs").join(name);
         fs::write(&path, script).expect("a file");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a program");
+    }
+
+    /// Puts the stand-in for kubectl there.
+    fn kubectl(&self) {
+        self.program("kubectl", &self.with_ports(KUBECTL));
     }
 
     /// Runs the blocks in a folder of the session. Returns the output of each.
@@ -459,7 +472,7 @@ fn the_commands_of_the_readme_print_what_it_says() {
 #[test]
 fn the_commands_of_the_reference_run_beside_those_of_the_readme() {
     let mut all: Vec<(String, Commands)> = Vec::new();
-    let shares = |path: &str| path.starts_with("docs/") && path != INSTALL;
+    let shares = |path: &str| path.starts_with("docs/") && ![INSTALL, HIGH_AVAILABILITY].contains(&path);
     let reference = documents().into_iter().filter(|document| shares(&document.path));
     for document in [document(README)].into_iter().chain(reference) {
         all.extend(document.commands().into_iter().map(|block| (document.path.clone(), block)));
@@ -474,8 +487,23 @@ fn the_commands_of_the_reference_run_beside_those_of_the_readme() {
 #[test]
 fn the_steps_of_the_install_page_run_as_far_as_they_can_without_a_cluster() {
     let session = Session::new();
-    session.program("kubectl", KUBECTL);
+    session.kubectl();
     let page = document(INSTALL);
+    let blocks = page.commands();
+    let printed = session.run("", &blocks);
+    blocks.iter().zip(&printed).for_each(|(block, printed)| assert_printed(&page.path, block, printed));
+}
+
+#[test]
+fn the_servers_of_the_high_availability_page_share_a_real_store() {
+    let session = Session::new();
+    session.kubectl();
+    // Debian 12 has no Valkey. What is used of it here is the same.
+    let store = debian("redis-server", &["redis-server"]);
+    session.program("valkey-server", &format!("#!/bin/sh\nexec {} \"$@\"\n", store.display()));
+    // The page begins after the steps of the install page that make it.
+    fs::write(session.folder.path().join("tokens"), "0123456789abcdef *\n").expect("a file");
+    let page = document(HIGH_AVAILABILITY);
     let blocks = page.commands();
     let printed = session.run("", &blocks);
     blocks.iter().zip(&printed).for_each(|(block, printed)| assert_printed(&page.path, block, printed));
@@ -484,7 +512,7 @@ fn the_steps_of_the_install_page_run_as_far_as_they_can_without_a_cluster() {
 #[test]
 fn what_the_kubernetes_page_makes_lets_keda_and_a_token_in() {
     let session = Session::new();
-    session.program("kubectl", KUBECTL);
+    session.kubectl();
     let mut blocks = document(KUBERNETES).commands();
     let name = "inflight-statserver.inflight";
     blocks.push(Commands {

@@ -1,5 +1,5 @@
-//! The dashboard and the alerts of `deploy/monitoring`: each query has data on a real Prometheus, and each
-//! alert fires.
+//! The dashboard and the alerts of `deploy/monitoring`: each query has data on a real Prometheus, each alert
+//! fires, and two stats servers with one state are not counted twice.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -12,15 +12,20 @@ use inflight_e2e::bootstrap::{Bootstrap, EndpointFile, deployed};
 use inflight_e2e::envoy::{Envoy, Version};
 use inflight_e2e::load::{Load, Plan};
 use inflight_e2e::prometheus::{self, Prometheus};
+use inflight_e2e::redis::Redis;
 use inflight_e2e::statserver::StatServer;
+
 use inflight_e2e::{http, root, wait};
 use serde_json::{Value, json};
 
 const SETTLED: Duration = Duration::from_secs(60);
 
+/// What the names of all figures of keys begin with.
+const OF_KEYS: &str = "inflight_statserver_key_";
+
 /// Returns all expressions of the dashboard, with values for Grafana's variables, and what its variables
 /// ask for.
-fn dashboard() -> Vec<String> {
+fn dashboard() -> [Vec<String>; 2] {
     let text = std::fs::read_to_string(root().join("deploy/monitoring/dashboard.json")).expect("a file");
     let dashboard: Value = serde_json::from_str(&text).expect("JSON");
     let panels = dashboard["panels"].as_array().expect("panels").iter();
@@ -36,7 +41,15 @@ fn dashboard() -> Vec<String> {
             .iter()
             .fold(expression, |text, (variable, value)| text.replace(variable, value))
     };
-    expressions.chain(asked).map(filled).collect()
+    [expressions.map(filled).collect(), asked.map(filled).collect()]
+}
+
+/// Returns what prometheus-adapter asks for an HPA, without its selector.
+fn adapter_rule() -> String {
+    let rule = deployed("examples/hpa.yaml", "ConfigMap");
+    let rule = rule["data"]["config.yaml"].as_str().expect("a configuration").to_owned();
+    let query = rule.split("metricsQuery: ").nth(1).expect("a query");
+    query.trim().replace("<<.LabelMatchers>>", "")
 }
 
 /// Returns the name and the expression of each alert.
@@ -56,7 +69,12 @@ fn series(expression: &str) -> BTreeSet<&str> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_query_of_the_dashboard_and_of_the_alerts_has_data_on_a_real_prometheus() {
-    let (app, server) = (App::start().await, StatServer::start(None).await);
+    let (app, store) = (App::start().await, Redis::start(&[]).await);
+    let shared = store.url();
+    let flags = ["--store", shared.as_str()];
+    let server = StatServer::with(None, &flags).await;
+    // The Envoys report to the first. Both have the same figures.
+    let other = StatServer::with(None, &flags).await;
     let mut sidecar = Bootstrap::sidecar(app.address, server.address);
     sidecar.configure("container_concurrency", json!(50));
     let sidecar = Envoy::start(Version::Newest, &sidecar, 1).await;
@@ -66,6 +84,7 @@ async fn each_query_of_the_dashboard_and_of_the_alerts_has_data_on_a_real_promet
     let gateway = Envoy::start(Version::Newest, &gateway, 1).await;
     let prometheus = Prometheus::start(&[
         ("statserver", server.address, "/metrics"),
+        ("other", other.address, "/metrics"),
         ("sidecar", sidecar.admin, "/stats/prometheus"),
         ("gateway", gateway.admin, "/stats/prometheus"),
     ])
@@ -86,8 +105,9 @@ async fn each_query_of_the_dashboard_and_of_the_alerts_has_data_on_a_real_promet
         assert!(threshold.trim().parse::<f64>().is_ok(), "{expression}");
         query.trim_end_matches(['=', ' ']).to_owned()
     };
-    let mut queries = dashboard();
-    assert!(queries.len() > 40, "{queries:#?}");
+    let [panels, asked] = dashboard();
+    assert!(panels.len() > 40, "{panels:#?}");
+    let mut queries = [panels.clone(), asked, vec![adapter_rule()]].concat();
     for (_, expression) in alerts() {
         queries.push(without_threshold(&expression));
         queries.extend(series(&expression).into_iter().map(str::to_owned));
@@ -107,9 +127,39 @@ async fn each_query_of_the_dashboard_and_of_the_alerts_has_data_on_a_real_promet
     let (_, timeouts) =
         alerts().into_iter().find(|(name, _)| name == "InflightHoldTimeouts").expect("the alert");
     assert!(!prometheus.values(&timeouts).await.is_empty(), "{timeouts}");
+    let all = prometheus.values("inflight_statserver_key_pods").await.len();
+    let keys = prometheus.values("group by (namespace, name) (inflight_statserver_key_pods)").await.len();
+    assert_eq!(all, 2 * keys, "both servers have the same keys");
+    for panel in panels.iter().filter(|panel| panel.contains(OF_KEYS)) {
+        let lines = prometheus.values(panel).await.len();
+        assert!(lines <= keys, "{panel}: {lines} lines for {keys} keys");
+    }
+    let figure = prometheus.query("max(inflight_statserver_key_stable_concurrency)").await;
+    let told = prometheus.query(&format!("max({})", adapter_rule())).await;
+    assert!(figure > 0.0 && told < 1.5 * figure, "an HPA is told {told} of {figure}");
     holding.abort();
     load.stop();
     load.finish().await;
+}
+
+#[test]
+fn of_several_servers_the_figures_of_keys_are_never_added() {
+    let [panels, _] = dashboard();
+    let alerts = alerts().into_iter().map(|(_, expression)| expression);
+    for expression in panels.into_iter().chain(alerts).chain([adapter_rule()]) {
+        let parts: Vec<&str> = expression.split(OF_KEYS).collect();
+        let (_, before) = parts.split_last().expect("a part");
+        for part in before {
+            let part = part.trim_end_matches("(min_over_time(").trim_end_matches("(max_over_time(");
+            let part = part.trim_end_matches('(').trim_end();
+            let ends = ["max", "max by (namespace, name)", "min by (namespace, name)"];
+            assert!(
+                ends.iter().any(|end| part.ends_with(end)),
+                "{expression}: a key's figure of each server"
+            );
+        }
+        assert!(before.is_empty() || !expression.contains("sum"), "{expression}");
+    }
 }
 
 #[test]

@@ -153,10 +153,7 @@ impl Watch {
             let mut said: HashMap<(u64, u64), String> = HashMap::new();
             let mut compared = 0;
             while !is_over.load(Ordering::Relaxed) {
-                for (text, _) in join_all(addresses.iter().map(|a| http::get(*a, KEY)))
-                    .await
-                    .into_iter()
-                    .flat_map(|text| text.ok().zip(Some(())))
+                for text in join_all(addresses.iter().map(|a| http::get(*a, KEY))).await.into_iter().flatten()
                 {
                     let view: Value = serde_json::from_str(&text).expect("JSON");
                     let at = (&view["requests_total"], &view["last_report_age_ms"]);
@@ -190,17 +187,25 @@ async fn three_servers_behind_one_cluster_say_the_same() {
         envoy(Version::Oldest, &app, &servers.addresses()).await,
         envoy(Version::Newest, &app, &servers.addresses()).await,
     ];
-    let loads = envoys
-        .each_ref()
-        .map(|envoy| Load::start(Plan { requests: 50_000, ..MIXED }, envoy.address, &app.counts));
+    // The app knows their requests by numbers that the seed makes.
+    let load = |envoy: &Envoy, seed| {
+        Load::start(Plan { requests: 50_000, seed, ..MIXED }, envoy.address, &app.counts)
+    };
+    let loads = [load(&envoys[0], 18), load(&envoys[1], 19)];
     // Both have the same name, and so are one sender with two incarnations.
     wait::until("the key is known", SETTLED, || http::get(servers.servers[2].address, KEY)).await;
     let watch = Watch::start(servers.addresses());
+    // While each report has more requests, these and the report's age tell how far a server is.
+    wait::until("half of the requests are sent", Duration::from_secs(120), || async {
+        let sent: Vec<u64> = loads.iter().map(Load::sent).collect();
+        if sent.iter().any(|sent| *sent > 40_000) { Ok(()) } else { Err(sent) }
+    })
+    .await;
+    let compared = watch.compared().await;
     let mut sent = 0;
     for load in loads {
         sent += load.finish().await;
     }
-    let compared = watch.compared().await;
     let view = servers.agree(KEY, sent).await;
     let taken = servers.metric("inflight_statserver_store_lag_seconds_count").await;
     assert!(taken.iter().all(|reports| *reports > 5.0), "each got reports: {taken:?}");
