@@ -254,8 +254,9 @@ async fn a_link_to_a_key_that_is_not_there_says_so_until_it_is() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gap_is_no_zero_and_the_header_says_how_the_server_is() {
     let server = StatServer::with(None, &["--stable-window", "6s"]).await;
-    Sender::gateway("gateway-1", "ns", "b").report(server.address, 5, 1).await;
+    // First: it may take longer to start than a gateway may be silent.
     let mut browser = Browser::start(1100, 900).await;
+    Sender::gateway("gateway-1", "ns", "b").report(server.address, 5, 1).await;
     browser.open(&format!("http://{}/#ns/b", server.address)).await;
     browser.until(&format!("{}.split('|')[0]", row("b")), json!("1 gateway")).await;
     browser.until("document.querySelector('#keys tr')?.classList.contains('silent')", json!(true)).await;
