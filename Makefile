@@ -112,10 +112,11 @@ run: module ## The demos: make run [DURATION=seconds] [CONCURRENCY=workers], mak
 	@exec target/e2e/inflight-demo --concurrency $(CONCURRENCY) $(if $(DURATION),--duration $(DURATION)) $(if $(SCALE),--scale)
 
 # QUICK=1: fewer and shorter rounds, and docs/benchmarks.md stays as it is.
-bench: build-bench envoys ## Envoy with and without the filter, and the stats server: make bench [QUICK=1]
+bench: build-bench envoys ## Envoy with and without the filter, the stats server and its store: make bench [QUICK=1]
 	target/e2e/bench-envoy $(if $(QUICK),--rounds 2 --warm-up 1,--write)
 	target/e2e/bench-hold $(if $(QUICK),--cycles 5)
 	target/e2e/bench-statserver $(if $(QUICK),--rounds 1 --seconds 3)
+	target/e2e/bench-store $(if $(QUICK),--rounds 1 --seconds 3 --pods 100000)
 
 build-bench: all
 	$(WASM_BUILD) --package inflight-empty
