@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -227,7 +227,7 @@ impl Valkey {
             }
             None => None,
         };
-        let root_cert = self.ca.as_ref().map(read).transpose()?;
+        let root_cert = self.ca.as_deref().map(read).transpose()?;
         Ok(Client::build_with_tls(info, TlsCertificates { client_tls, root_cert })?)
     }
 
@@ -239,8 +239,8 @@ impl Valkey {
     }
 }
 
-fn read(path: &PathBuf) -> Result<Vec<u8>, StoreError> {
-    files::read(path, MAX_FILE_BYTES).map_err(|error| StoreError::File(path.clone(), error))
+fn read(path: &Path) -> Result<Vec<u8>, StoreError> {
+    files::read(path, MAX_FILE_BYTES).map_err(|error| StoreError::File(path.to_path_buf(), error))
 }
 
 fn text_of(value: &Value) -> Option<&str> {
