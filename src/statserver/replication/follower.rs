@@ -139,7 +139,6 @@ async fn join(replica: &Arc<Replica>, connection: &Connection) -> Result<(), Fai
             }
             Standing::Lost => {
                 error!("the store has lost entries that were acknowledged; recovering them");
-                replica.metrics().recoveries.inc();
                 recover(replica, connection).await?;
             }
         }
@@ -357,6 +356,7 @@ async fn recover(replica: &Arc<Replica>, connection: &Connection) -> Result<(), 
     let (name, unix_seconds) = leader::snapshot_name(replica, &snapshot);
     if connection.begin_epoch(&snapshot, &name, unix_seconds, before, &word).await? {
         lock(&replica.machine).begin_epoch(epoch, last);
+        replica.metrics().recoveries.inc();
         warn!(epoch, entries = snapshot.progress.applied, "the store has again what it had lost");
     }
     Ok(())

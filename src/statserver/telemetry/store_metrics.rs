@@ -43,7 +43,7 @@ impl Default for StoreMetrics {
         registry.register("entries", "Entries of the shared log that were applied", entries.clone());
         registry.register(
             "recoveries",
-            "Times that this server found that the store had lost entries",
+            "Times that this server gave the store back what it had lost",
             recoveries.clone(),
         );
         registry.register(
