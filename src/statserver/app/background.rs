@@ -11,6 +11,7 @@ use crate::app::state::ServerState;
 use crate::net::tls::Tls;
 use crate::os::clock::now_ns;
 use crate::os::memory;
+use crate::replication;
 use crate::telemetry::refusals;
 
 /// The time between two looks at files that may change.
@@ -22,7 +23,7 @@ const TRIM_PERIOD: Duration = Duration::from_secs(15);
 pub fn start(state: &Arc<ServerState>, tls: Vec<Arc<Tls>>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     match state.changes.replica() {
-        Some(replica) => replica.start(&mut tasks),
+        Some(replica) => replication::tasks::start(replica, &mut tasks),
         None => {
             tasks.spawn(decide(Arc::clone(state)));
             tasks.spawn(forget(Arc::clone(state)));

@@ -206,7 +206,7 @@ async fn load(replica: &Replica, connection: &Connection, header: &SnapshotHeade
         Err(panicked) => return Err(Failure::Unreadable(panicked.to_string())),
     };
     *lock(&replica.unreadable) = None;
-    replica.clock.advance(progress.log_ns());
+    replica.clock.advance(progress.log_ns);
     replica.log_bytes.store(0, Ordering::Relaxed);
     info!(entries = progress.applied, after = ?began.elapsed(), "loaded the snapshot of the store");
     Ok(())

@@ -1,18 +1,18 @@
 //! The state machine: it changes only by entries, and by the same entries to the same.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use inflight_stats::protocol::stat::WireStatMessages;
 use inflight_stats::scaling::decider::DECISION_PERIOD_NS;
 use prost::Message as _;
-use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::forward::forwarder::Forwarder;
 use crate::keys::key_table::{KeyStat, KeyTable, RecordError, StatError};
 use crate::keys::settings_store::{SetError, SettingsStore};
 use crate::replication::entry::{Change, Entry};
+use crate::replication::progress::Progress;
 use crate::replication::snapshot::{self, Snapshot};
 use crate::replication::stream_id::StreamId;
 
@@ -25,33 +25,6 @@ const FORGET_TICKS: u64 = 60;
 const REMEMBER_NS: u64 = 3600 * SECOND_NS;
 /// The ids of so many entries are remembered, by which the end is found of what a store has not lost.
 const RECENT: usize = 1 << 16;
-
-/// How far a server is.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Progress {
-    /// How often the store has lost entries that were applied.
-    pub epoch: u64,
-    /// How many entries were applied.
-    pub applied: u64,
-    /// The last of them.
-    pub id: StreamId,
-    /// Its server, and its number there.
-    pub writer: (u64, u64),
-    /// The log's time.
-    log_ns: u64,
-    /// When the last tick was due.
-    tick_ns: u64,
-    ticks: u64,
-    /// The last number of each server, and when it came.
-    numbers: BTreeMap<u64, (u64, u64)>,
-}
-
-impl Progress {
-    /// Returns the log's time, in nanoseconds.
-    pub fn log_ns(&self) -> u64 {
-        self.log_ns
-    }
-}
 
 /// What a change did.
 #[derive(Debug)]

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use inflight_stats::protocol::key_name::KeyName;
 use serde_json::Value;
 use tokio::sync::{Notify, oneshot, watch};
-use tokio::task::JoinSet;
 use tracing::warn;
 
 use crate::forward::forwarder::Forwarder;
@@ -22,7 +21,6 @@ use crate::replication::log_clock::LogClock;
 use crate::replication::machine::{Machine, Outcome};
 use crate::replication::stream_id::StreamId;
 use crate::replication::valkey::{Connection, StoreError, Valkey};
-use crate::replication::{appender, follower, leader};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::store_metrics::StoreMetrics;
 
@@ -155,14 +153,6 @@ impl Replica {
         }
     }
 
-    /// Starts the tasks that keep the state shared.
-    pub fn start(self: &Arc<Self>, tasks: &mut JoinSet<()>) {
-        tasks.spawn(follower::run(Arc::clone(self)));
-        tasks.spawn(appender::run(Arc::clone(self)));
-        tasks.spawn(leader::run(Arc::clone(self)));
-        tasks.spawn(watch_silence(Arc::clone(self)));
-    }
-
     /// Returns the metrics.
     pub fn metrics(&self) -> &StoreMetrics {
         self.metrics.store()
@@ -264,6 +254,13 @@ impl Replica {
         *lock(&self.contact) = Instant::now();
     }
 
+    /// Notes for how long the store was not read from: its keys become stale by that.
+    pub fn note_silence(&self) {
+        let silence = lock(&self.contact).elapsed();
+        self.metrics().silence_seconds.set(silence.as_secs_f64());
+        self.keys.set_store_silence(silence);
+    }
+
     /// Returns whether this server gives the lead to another one.
     pub fn is_resigning(&self) -> bool {
         self.is_resigning.load(Ordering::Relaxed)
@@ -291,16 +288,6 @@ impl Replica {
 /// The version that may be written, by the ranges that live servers announce.
 pub fn common_version(ranges: impl IntoIterator<Item = (u8, u8)>) -> u8 {
     ranges.into_iter().map(|(_, max)| max).min().unwrap_or(MAX_FORMAT).clamp(MIN_FORMAT, MAX_FORMAT)
-}
-
-async fn watch_silence(replica: Arc<Replica>) {
-    let mut ticks = tokio::time::interval(Duration::from_secs(1));
-    loop {
-        ticks.tick().await;
-        let silence = lock(&replica.contact).elapsed();
-        replica.metrics().silence_seconds.set(silence.as_secs_f64());
-        replica.keys.set_store_silence(silence);
-    }
 }
 
 /// A number that no other server has.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::keys::key_table::{KeyTable, TableTimes};
 use crate::keys::settings_store::SettingsStore;
 use crate::replication::format;
-use crate::replication::machine::Progress;
+use crate::replication::progress::Progress;
 
 /// A piece is closed when it has so many bytes before it is compressed. A key is in one piece.
 const PIECE_BYTES: usize = 1 << 20;

@@ -196,7 +196,7 @@ impl Default for Metrics {
 impl Metrics {
     /// Returns the metrics of a shared state, which are shown from the first call on.
     pub fn store(&self) -> &StoreMetrics {
-        self.store.get_or_init(StoreMetrics::default)
+        self.store.get_or_init(|| StoreMetrics::new(&format!("{PREFIX}_store")))
     }
 
     /// Counts a report by its response.

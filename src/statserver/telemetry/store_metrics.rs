@@ -9,8 +9,6 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-use crate::telemetry::metrics::PREFIX;
-
 /// The metrics of a shared state. A server without a store does not show them.
 #[derive(Debug)]
 pub struct StoreMetrics {
@@ -31,9 +29,10 @@ pub struct StoreMetrics {
     pub leads: Gauge,
 }
 
-impl Default for StoreMetrics {
-    fn default() -> Self {
-        let mut registry = Registry::with_prefix(format!("{PREFIX}_store"));
+impl StoreMetrics {
+    /// Metrics whose names begin with `prefix` and `_`.
+    pub fn new(prefix: &str) -> Self {
+        let mut registry = Registry::with_prefix(prefix);
         // From half a millisecond to 16 seconds.
         let histogram = || Histogram::new(exponential_buckets(0.0005, 2.0, 16));
         let (append_seconds, lag_seconds) = (histogram(), histogram());
@@ -82,9 +81,7 @@ impl Default for StoreMetrics {
             leads,
         }
     }
-}
 
-impl StoreMetrics {
     /// Writes all metrics in the OpenMetrics text format, without its end.
     ///
     /// # Errors
