@@ -14,8 +14,9 @@ use crate::os::lock::lock;
 use crate::replication::entry::{Change, Entry};
 use crate::replication::format::FormatError;
 use crate::replication::leader::{self, Word};
-use crate::replication::machine::LaterEpoch;
+use crate::replication::machine::{LaterEpoch, NO_SERVER};
 use crate::replication::replica::{Link, Replica};
+use crate::replication::snapshot;
 use crate::replication::stream_id::StreamId;
 use crate::replication::valkey::{Connection, SnapshotHeader, StoreError};
 
@@ -25,9 +26,17 @@ const READ_COUNT: usize = 64;
 const PAUSE: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// A server that starts waits so long for a sign of another one, which knows the log's time.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(4);
-/// How long the servers tell each other how far they are before one of them recovers the state.
+/// How long the servers tell each other how far they are before one of them begins an epoch.
 const ELECTION: Duration = Duration::from_millis(1_500);
 const ELECTION_STEP: Duration = Duration::from_millis(300);
+/// A server without any state waits for longer: others may have one and not have noticed yet.
+const EMPTY_ELECTION: Duration = Duration::from_millis(2_500);
+/// A server that was there shortly before may have more. It is waited for so long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A server that said something new so long before the store was last read from was there.
+const SHORTLY: Duration = Duration::from_secs(5);
+/// The digits of an epoch that differ if two servers begin one of a store that is empty.
+const EPOCH_STEP: u64 = 1_000_000;
 
 /// Why the log cannot be followed for now.
 #[derive(Debug)]
@@ -61,6 +70,8 @@ enum Standing {
     Current,
     /// The log continues a snapshot that is newer.
     Behind(SnapshotHeader),
+    /// There is no log.
+    Empty,
     /// The log has lost entries that the state has.
     Lost,
 }
@@ -110,10 +121,14 @@ async fn follow(replica: &Arc<Replica>, number: u64) -> Result<std::convert::Inf
         replica.link.send_replace(Some(Link { number, connection: connection.clone() }));
         loop {
             let entries = tokio::select! {
-                entries = read(replica, &connection) => entries?,
+                entries = read(replica, &connection, true) => entries?,
                 () = replica.broken.notified() => return Err(Failure::Broken),
             };
-            if !apply(replica, entries).await? {
+            let applied = match entries {
+                Some(entries) => apply(replica, entries).await?,
+                None => false,
+            };
+            if !applied {
                 replica.link.send_replace(None);
                 break;
             }
@@ -121,11 +136,23 @@ async fn follow(replica: &Arc<Replica>, number: u64) -> Result<std::convert::Inf
     }
 }
 
-async fn read(replica: &Replica, connection: &Connection) -> Result<Vec<(StreamId, Vec<u8>)>, Failure> {
-    let id = lock(&replica.machine).progress().id;
-    let entries = connection.read_after(id, READ_COUNT).await?;
+/// Returns the entries that continue the state. `None`: the log does not continue it any more. Entries
+/// that it has not seen were trimmed, or the log began anew.
+async fn read(
+    replica: &Replica,
+    connection: &Connection,
+    waits: bool,
+) -> Result<Option<Vec<(StreamId, Vec<u8>)>>, Failure> {
+    let (id, epoch) = {
+        let machine = lock(&replica.machine);
+        (machine.progress().id, machine.progress().epoch)
+    };
+    let tail = connection.read_after(id, READ_COUNT, waits).await?;
+    if tail.epoch != Some(epoch) || id < tail.from {
+        return Ok(None);
+    }
     replica.note_contact();
-    Ok(entries)
+    Ok(Some(tail.entries))
 }
 
 /// Brings the state to where the log continues it.
@@ -135,11 +162,15 @@ async fn join(replica: &Arc<Replica>, connection: &Connection) -> Result<(), Fai
             Standing::Current => return Ok(()),
             Standing::Behind(header) => {
                 replica.set_caught_up(false);
-                load(replica, connection, &header).await?;
+                if !load(replica, connection, &header).await? {
+                    error!("the store has another state without entries that were acknowledged; adding them");
+                    recover(replica, connection, false).await?;
+                }
             }
+            Standing::Empty => recover(replica, connection, true).await?,
             Standing::Lost => {
                 error!("the store has lost entries that were acknowledged; recovering them");
-                recover(replica, connection).await?;
+                recover(replica, connection, false).await?;
             }
         }
     }
@@ -147,53 +178,58 @@ async fn join(replica: &Arc<Replica>, connection: &Connection) -> Result<(), Fai
 
 async fn compare(replica: &Replica, connection: &Connection) -> Result<Standing, Failure> {
     let progress = lock(&replica.machine).progress().clone();
-    let header = connection.snapshot_header().await?;
-    let epoch = header.as_ref().map_or(0, |header| header.epoch);
-    if let Some(header) = header.filter(|header| progress.applied == 0 || header.epoch > progress.epoch) {
+    let has_state = progress.applied > 0 || progress.epoch > 0;
+    let Some(header) = connection.snapshot_header().await? else {
+        return Ok(if has_state { Standing::Lost } else { Standing::Empty });
+    };
+    if header.epoch > progress.epoch {
         return Ok(Standing::Behind(header));
     }
-    let unreadable = *lock(&replica.unreadable);
-    if let Some(header) = connection.snapshot_header().await?
-        && unreadable.is_some_and(|id| header.id >= id)
-    {
-        return Ok(Standing::Behind(header));
-    }
-    if epoch < progress.epoch {
+    if header.epoch < progress.epoch || replica.is_ahead.load(Ordering::Relaxed) {
         return Ok(Standing::Lost);
     }
-    if progress.applied == 0 {
+    let unreadable = *lock(&replica.unreadable);
+    if unreadable.is_some_and(|id| header.id >= id) {
+        return Ok(Standing::Behind(header));
+    }
+    let Some((first, _)) = connection.range(StreamId::default(), 1).await?.into_iter().next() else {
+        return Ok(Standing::Lost);
+    };
+    // The log continues the snapshot that this state was saved as or loaded from.
+    if header.id == progress.id {
         return Ok(Standing::Current);
     }
     // An entry with the same id could be another one, if the store's clock was set back.
     let here = connection.range(progress.id, 1).await?.into_iter().find(|(id, _)| *id == progress.id);
     let is_same = |bytes: &[u8]| {
-        Entry::decode(bytes).is_ok_and(|entry| (entry.server, entry.number) == progress.writer)
+        let writer = Entry::decode(bytes).map_or((NO_SERVER, 0), |entry| (entry.server, entry.number));
+        writer == progress.writer
     };
-    let first = connection.range(StreamId::default(), 1).await?.first().map(|(id, _)| *id);
-    let is_trimmed = first.is_none_or(|first| progress.id < first);
-    match (here, connection.snapshot_header().await?) {
-        (Some((_, bytes)), _) if is_same(&bytes) => Ok(Standing::Current),
-        // The log continues the snapshot that this state was saved as or loaded from.
-        (_, Some(header)) if header.epoch == progress.epoch && header.id == progress.id => {
-            Ok(Standing::Current)
-        }
-        (_, Some(header)) if header.epoch > progress.epoch || (is_trimmed && header.id > progress.id) => {
-            Ok(Standing::Behind(header))
-        }
-        _ => Ok(Standing::Lost),
-    }
+    Ok(match here {
+        Some((_, bytes)) if is_same(&bytes) => Standing::Current,
+        None if progress.id < header.from.max(first) && header.id > progress.id => Standing::Behind(header),
+        _ => Standing::Lost,
+    })
 }
 
-/// Loads a snapshot.
-async fn load(replica: &Replica, connection: &Connection, header: &SnapshotHeader) -> Result<(), Failure> {
+/// Loads a snapshot. Returns whether it has all that the state has, or comes too late to be corrected.
+async fn load(replica: &Replica, connection: &Connection, header: &SnapshotHeader) -> Result<bool, Failure> {
     let Some(pieces) = connection.snapshot(header).await? else {
         // It was replaced meanwhile; or it is damaged, and the next one will not be.
         sleep(PAUSE[0]).await;
         return match connection.snapshot_header().await?.as_ref() == Some(header) {
             true => Err(Failure::Unreadable("the snapshot in the store is damaged".into())),
-            false => Ok(()),
+            false => Ok(true),
         };
     };
+    let unreadable = |reason| Failure::Unreadable(format!("cannot load the snapshot: {reason}"));
+    if header.is_first {
+        let theirs = snapshot::progress(&pieces).map_err(unreadable)?;
+        let machine = lock(&replica.machine);
+        if header.epoch > machine.progress().epoch && !theirs.covers(machine.progress()) {
+            return Ok(false);
+        }
+    }
     let began = Instant::now();
     let machine = Arc::clone(&replica.machine);
     let loaded = tokio::task::spawn_blocking(move || {
@@ -202,22 +238,21 @@ async fn load(replica: &Replica, connection: &Connection, header: &SnapshotHeade
     });
     let progress = match loaded.await {
         Ok(Ok(progress)) => progress,
-        Ok(Err(reason)) => return Err(Failure::Unreadable(format!("cannot load the snapshot: {reason}"))),
+        Ok(Err(reason)) => return Err(unreadable(reason)),
         Err(panicked) => return Err(Failure::Unreadable(panicked.to_string())),
     };
     *lock(&replica.unreadable) = None;
+    replica.is_ahead.store(false, Ordering::Relaxed);
     replica.clock.advance(progress.log_ns);
     replica.log_bytes.store(0, Ordering::Relaxed);
     info!(entries = progress.applied, after = ?began.elapsed(), "loaded the snapshot of the store");
-    Ok(())
+    Ok(true)
 }
 
 /// Applies what the log has. Returns whether the state is at its end.
 async fn catch_up(replica: &Arc<Replica>, connection: &Connection) -> Result<bool, Failure> {
     loop {
-        let id = lock(&replica.machine).progress().id;
-        let next = StreamId(id.0, id.1.saturating_add(1));
-        let entries = connection.range(next, READ_COUNT).await?;
+        let Some(entries) = read(replica, connection, false).await? else { return Ok(false) };
         let is_end = entries.len() < READ_COUNT;
         if !apply(replica, entries).await? {
             return Ok(false);
@@ -238,7 +273,7 @@ async fn know_the_time(replica: &Arc<Replica>, connection: &Connection) -> Resul
             replica.clock.begin(wall_time());
             break;
         }
-        let entries = read(replica, connection).await?;
+        let Some(entries) = read(replica, connection, true).await? else { return Ok(false) };
         let is_live = !entries.is_empty();
         if !apply(replica, entries).await? {
             return Ok(false);
@@ -282,12 +317,14 @@ fn apply_now(replica: &Replica, entries: Vec<(StreamId, Vec<u8>)>) -> Applied {
             Err(error) => {
                 // All servers leave it out.
                 warn!(%error, %id, "left out an entry of the log");
-                Entry { server: 0, number: 0, at_ns: 0, changes: Vec::new() }
+                Entry { server: NO_SERVER, number: 0, at_ns: 0, changes: Vec::new() }
             }
         };
         let (server, number, at_ns) = (entry.server, entry.number, entry.at_ns);
         let is_own = server == replica.server;
-        let forwarder = replica.forwarder.as_deref().filter(|_| is_own);
+        // An entry is applied once more if an epoch begins before it. It was forwarded then.
+        let is_first = number > replica.applied_own.load(Ordering::Acquire);
+        let forwarder = replica.forwarder.as_deref().filter(|_| is_own && is_first);
         match machine.apply(id, entry, forwarder) {
             Ok(outcomes) if is_own => replica.deliver(number, outcomes),
             Ok(_) => {}
@@ -300,21 +337,35 @@ fn apply_now(replica: &Replica, entries: Vec<(StreamId, Vec<u8>)>) -> Applied {
     Applied::All
 }
 
-/// Gives the store what it has lost: the server that has applied most writes its state as a snapshot of
-/// a new epoch, with what the log got since.
-async fn recover(replica: &Arc<Replica>, connection: &Connection) -> Result<(), Failure> {
+/// Begins an epoch: the server that has applied most writes its state as a snapshot, with what the log
+/// got since. So a store gets back what it has lost, and an empty one its first log.
+async fn recover(replica: &Arc<Replica>, connection: &Connection, is_empty: bool) -> Result<(), Failure> {
     let mine = lock(&replica.machine).progress().clone();
+    let contact = *lock(&replica.contact);
+    let peers = lock(&replica.peers).clone();
+    let awaited: Vec<u64> = peers
+        .into_iter()
+        .filter(|(server, heard)| *server != replica.server && *heard + SHORTLY > contact)
+        .map(|(server, _)| server)
+        .collect();
+    let epoch_of = |header: Option<SnapshotHeader>| header.map_or(0, |header| header.epoch);
+    let before = epoch_of(connection.snapshot_header().await?);
     let mut seen: HashMap<u64, (String, bool)> = HashMap::new();
     let began = Instant::now();
-    while began.elapsed() < ELECTION {
+    let least = if is_empty { EMPTY_ELECTION } else { ELECTION };
+    loop {
         for (server, word) in leader::say(replica, connection, true).await? {
             let (last, is_live) = seen.entry(server).or_insert_with(|| (word.clone(), false));
             *is_live |= *last != word;
             *last = word;
         }
         sleep(ELECTION_STEP).await;
-        if connection.snapshot_header().await?.is_some_and(|header| header.epoch > mine.epoch) {
+        if epoch_of(connection.snapshot_header().await?) != before {
             return Ok(());
+        }
+        let are_all_here = awaited.iter().all(|server| seen.get(server).is_some_and(|(_, is_live)| *is_live));
+        if began.elapsed() >= PATIENCE || (began.elapsed() >= least && are_all_here) {
+            break;
         }
     }
     let rank = |epoch, applied, server: u64| (epoch, applied, u64::MAX - server);
@@ -328,71 +379,46 @@ async fn recover(replica: &Arc<Replica>, connection: &Connection) -> Result<(), 
         // Another one has more.
         return Ok(());
     }
-    let before = connection.snapshot_header().await?.map_or(0, |header| header.epoch);
-    let from = common_position(replica, connection).await?;
-    if !merge(replica, connection, from).await? {
-        return Ok(());
-    }
-    let last = connection.last().await?;
-    let epoch = before.max(mine.epoch) + 1;
+    replica.is_ahead.store(true, Ordering::Relaxed);
+    let Some(last) = merge(replica, connection).await? else { return Ok(()) };
+    let epoch = (before.max(mine.epoch) / EPOCH_STEP + 1) * EPOCH_STEP + replica.server % EPOCH_STEP;
     let version = replica.version.load(Ordering::Relaxed);
     let machine = Arc::clone(&replica.machine);
     let saved = tokio::task::spawn_blocking(move || {
         let mut machine = lock(&machine);
-        let was = machine.progress().clone();
         machine.begin_epoch(epoch, last);
-        let saved = machine.save(version);
-        machine.begin_epoch(was.epoch, was.id);
-        saved
+        machine.save(version)
     });
     let snapshot = match saved.await {
         Ok(Ok(snapshot)) => snapshot,
         Ok(Err(reason)) => return Err(Failure::Unreadable(reason)),
         Err(panicked) => return Err(Failure::Unreadable(panicked.to_string())),
     };
-    // Not one of the appender's entries, and no more than a word: it needs no number.
-    let word = Entry { server: 0, number: 0, at_ns: 0, changes: vec![Change::Recovered { epoch }] };
+    let word = Entry { server: NO_SERVER, number: 0, at_ns: 0, changes: vec![Change::Recovered { epoch }] };
     let word = word.encode(version).map_err(|error| Failure::Unreadable(error.to_string()))?;
     let (name, unix_seconds) = leader::snapshot_name(replica, &snapshot);
     if connection.begin_epoch(&snapshot, &name, unix_seconds, before, &word).await? {
-        lock(&replica.machine).begin_epoch(epoch, last);
-        replica.metrics().recoveries.inc();
-        warn!(epoch, entries = snapshot.progress.applied, "the store has again what it had lost");
+        replica.is_ahead.store(false, Ordering::Relaxed);
+        if !is_empty {
+            replica.metrics().recoveries.inc();
+            warn!(epoch, entries = snapshot.progress.applied, "the store has again what it had lost");
+        }
     }
     Ok(())
 }
 
-/// Returns the last position that the log and the state have in common, as far as is known.
-async fn common_position(replica: &Replica, connection: &Connection) -> Result<StreamId, Failure> {
-    let Some((first, _)) = connection.range(StreamId::default(), 1).await?.into_iter().next() else {
-        return Ok(StreamId::default());
-    };
-    // The latest first: those that the log has lost, then those that it has. Without those that it was
-    // trimmed of.
-    let recent: Vec<StreamId> = lock(&replica.machine).recent().filter(|id| *id >= first).collect();
-    let (mut lost, mut kept) = (0, recent.len());
-    while lost < kept {
-        let middle = lost + (kept - lost) / 2;
-        match recent.get(middle) {
-            Some(id) if connection.has(*id).await? => kept = middle,
-            Some(_) => lost = middle + 1,
-            None => break,
-        }
-    }
-    Ok(recent.get(kept).copied().unwrap_or_default())
-}
-
-/// Applies what the log has after a position. What the state has already is left out. Returns whether
-/// all was applied.
-async fn merge(replica: &Arc<Replica>, connection: &Connection, from: StreamId) -> Result<bool, Failure> {
-    let mut from = from;
+/// Applies all that the log has. The numbers of entries tell what the state has already. Positions do
+/// not: two stores may have given the same one to two entries. Returns the log's last position; `None`
+/// if the state must be loaded.
+async fn merge(replica: &Arc<Replica>, connection: &Connection) -> Result<Option<StreamId>, Failure> {
+    let mut last = StreamId::default();
     loop {
-        let next = StreamId(from.0, from.1.saturating_add(1));
+        let next = StreamId(last.0, last.1.saturating_add(1));
         let entries = connection.range(next, READ_COUNT).await?;
-        let Some((last, _)) = entries.last() else { return Ok(true) };
-        from = *last;
+        let Some((id, _)) = entries.last() else { return Ok(Some(last)) };
+        last = *id;
         if !apply(replica, entries).await? {
-            return Ok(false);
+            return Ok(None);
         }
     }
 }

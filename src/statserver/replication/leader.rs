@@ -108,6 +108,11 @@ impl Members {
         self.0.iter().filter(|(_, (_, at))| is_old(at)).map(|(server, _)| *server).collect()
     }
 
+    /// Returns when each server last said something new.
+    fn heard(&self) -> HashMap<u64, Instant> {
+        self.0.iter().map(|(server, (_, at))| (*server, *at)).collect()
+    }
+
     /// Returns the versions that live servers read.
     fn formats(&self) -> impl Iterator<Item = (u8, u8)> {
         let live = self.0.values().filter(|(_, at)| at.elapsed() < GONE_AFTER);
@@ -158,6 +163,7 @@ async fn one_period(replica: &Replica, link: Link, members: &mut Members, is_sec
         let holds = connection.take_lease(replica.server).await?;
         if is_second {
             let gone = members.note(say(replica, &connection, false).await?);
+            *lock(&replica.peers) = members.heard();
             if holds {
                 for server in gone {
                     connection.forget_member(server).await?;

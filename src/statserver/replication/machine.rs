@@ -1,6 +1,5 @@
 //! The state machine: it changes only by entries, and by the same entries to the same.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use inflight_stats::protocol::stat::WireStatMessages;
@@ -12,7 +11,7 @@ use crate::forward::forwarder::Forwarder;
 use crate::keys::key_table::{KeyStat, KeyTable, RecordError, StatError};
 use crate::keys::settings_store::{SetError, SettingsStore};
 use crate::replication::entry::{Change, Entry};
-use crate::replication::progress::Progress;
+use crate::replication::progress::{Progress, REMEMBER_NS};
 use crate::replication::snapshot::{self, Snapshot};
 use crate::replication::stream_id::StreamId;
 
@@ -21,10 +20,9 @@ const SECOND_NS: u64 = 1_000_000_000;
 pub const TICK_NS: u64 = SECOND_NS;
 /// Ticks between two times that old keys and senders are forgotten.
 const FORGET_TICKS: u64 = 60;
-/// How long the number of a server's last entry is remembered.
-const REMEMBER_NS: u64 = 3600 * SECOND_NS;
-/// The ids of so many entries are remembered, by which the end is found of what a store has not lost.
-const RECENT: usize = 1 << 16;
+
+/// Whose entries change nothing: the word that an epoch begins, and what is damaged.
+pub const NO_SERVER: u64 = 0;
 
 /// What a change did.
 #[derive(Debug)]
@@ -48,14 +46,12 @@ pub struct Machine {
     keys: Arc<KeyTable>,
     settings: Arc<SettingsStore>,
     progress: Progress,
-    /// The ids of the last entries, in order.
-    recent: VecDeque<StreamId>,
 }
 
 impl Machine {
     /// An empty state.
     pub fn new(keys: Arc<KeyTable>, settings: Arc<SettingsStore>) -> Self {
-        Self { keys, settings, progress: Progress::default(), recent: VecDeque::new() }
+        Self { keys, settings, progress: Progress::default() }
     }
 
     /// Returns how far it is.
@@ -81,16 +77,16 @@ impl Machine {
             return Err(LaterEpoch);
         }
         let progress = &mut self.progress;
+        if server == NO_SERVER {
+            (progress.id, progress.writer) = (id, (server, number));
+            return Ok(Vec::new());
+        }
         if progress.applied == 0 {
             self.keys.begin(at_ns);
         }
         progress.applied += 1;
         (progress.id, progress.writer) = (id, (server, number));
         progress.log_ns = progress.log_ns.max(at_ns);
-        if self.recent.len() >= RECENT {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(id);
         let log_ns = progress.log_ns;
         let (last, seen_ns) = progress.numbers.entry(server).or_default();
         if number <= *last {
@@ -159,11 +155,6 @@ impl Machine {
         }
     }
 
-    /// Returns the ids of the last entries that were applied, the latest first.
-    pub fn recent(&self) -> impl Iterator<Item = StreamId> + '_ {
-        self.recent.iter().rev().copied()
-    }
-
     /// Has the state, which a store has lost a part of, be from now on that of the store at this
     /// position, in another epoch.
     pub fn begin_epoch(&mut self, epoch: u64, id: StreamId) {
@@ -183,7 +174,6 @@ impl Machine {
     pub fn load(&mut self, pieces: &[Vec<u8>]) -> Result<(), String> {
         let progress = snapshot::load(pieces, &self.keys, &self.settings)?;
         self.keys.set_log_time(progress.log_ns);
-        self.recent = VecDeque::from([progress.id]);
         self.progress = progress;
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! What the tasks of a server with a shared state share, and how changes are submitted to it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -106,6 +106,11 @@ pub struct Replica {
     pub log_bytes: AtomicU64,
     /// An entry that this server cannot read: it waits for a snapshot that has it.
     pub unreadable: Mutex<Option<StreamId>>,
+    /// Whether the state has entries that the store has lost, and some of those that came after them:
+    /// an epoch must begin, whatever the log has.
+    pub is_ahead: AtomicBool,
+    /// When each of the other servers last said something new.
+    pub peers: Mutex<HashMap<u64, Instant>>,
     /// When the store was last read from.
     pub contact: Mutex<Instant>,
     /// What a new log begins with.
@@ -142,6 +147,8 @@ impl Replica {
             version: AtomicU8::new(MIN_FORMAT),
             log_bytes: AtomicU64::new(0),
             unreadable: Mutex::new(None),
+            is_ahead: AtomicBool::new(false),
+            peers: Mutex::default(),
             contact: Mutex::new(Instant::now()),
             seeds,
             forwarder,

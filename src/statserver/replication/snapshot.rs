@@ -84,20 +84,31 @@ pub fn make(
     Ok(Snapshot { progress: progress.clone(), pieces, digest })
 }
 
+/// Returns how far a snapshot is.
+///
+/// # Errors
+/// It is malformed, or of another version.
+pub fn progress(pieces: &[Vec<u8>]) -> Result<Progress, String> {
+    header(pieces).map(|(header, _)| header.progress)
+}
+
+fn header(pieces: &[Vec<u8>]) -> Result<(Header, &[Vec<u8>]), String> {
+    let (first, rest) = pieces.split_first().ok_or("the snapshot is empty")?;
+    let (version, plain) = format::decompress(first).map_err(|error| error.to_string())?;
+    let header = match version {
+        1 => format::read(&plain),
+        _ => format::read::<NextFormat>(&plain).map(|next| next.header),
+    };
+    Ok((header.map_err(|error| error.to_string())?, rest))
+}
+
 /// Replaces all keys and settings by those of a snapshot. Returns how far it is.
 ///
 /// # Errors
 /// It is malformed, or of another version; nothing was changed.
 pub fn load(pieces: &[Vec<u8>], keys: &KeyTable, settings: &SettingsStore) -> Result<Progress, String> {
     let text = |error: format::FormatError| error.to_string();
-    let (first, pieces) = pieces.split_first().ok_or("the snapshot is empty")?;
-    let (version, plain) = format::decompress(first).map_err(text)?;
-    let header: Header = match version {
-        1 => format::read(&plain),
-        _ => format::read::<NextFormat>(&plain).map(|next| next.header),
-    }
-    .map_err(text)?;
-    let Header { progress, times, keys: count, settings: saved } = header;
+    let (Header { progress, times, keys: count, settings: saved }, pieces) = header(pieces)?;
     let mut read: Vec<(KeyName, Key)> = Vec::new();
     for piece in pieces {
         let (_, plain) = format::decompress(piece).map_err(text)?;

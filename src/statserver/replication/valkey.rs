@@ -54,9 +54,9 @@ return 0";
 
 /// Replaces the snapshot by a newer one, whose pieces are there already, and trims the log to what
 /// comes after the old one: a server that was away for less finds the entry that it applied last, or
-/// knows that it is lost. ARGV: the epoch that the present snapshot must have, the new one's epoch, applied
-/// entries, position, name, number of pieces, digest, unix time; then, for a new epoch only, the last
-/// position that the log must have, and the entry that says so. Answers 1, or 0 if nothing was done.
+/// knows that it is lost. An epoch begins with all that the log has. ARGV: the epoch that the present
+/// snapshot must have, the new one's epoch, applied entries, position, name, number of pieces, digest,
+/// unix time; then, for a new epoch only, the entry that says so. Answers 1, or 0 if nothing was done.
 const REPLACE: &str = r"
 local now = redis.call('HMGET', KEYS[2], 'epoch', 'applied', 'name', 'pieces', 'id')
 local epoch, applied = now[1] or '0', tonumber(now[2] or '-1')
@@ -65,20 +65,19 @@ if ARGV[1] == ARGV[2] and applied >= tonumber(ARGV[3]) then return 0 end
 for piece = 0, tonumber(ARGV[6]) - 1 do
   if redis.call('PERSIST', KEYS[2] .. ':' .. ARGV[5] .. ':' .. piece) == 0 then return 0 end
 end
-if ARGV[9] then
-  local last = '0-0'
-  if redis.call('EXISTS', KEYS[1]) == 1 then
-    local info = redis.call('XINFO', 'STREAM', KEYS[1])
-    for at = 1, #info, 2 do if info[at] == 'last-generated-id' then last = info[at + 1] end end
-  end
-  if last ~= ARGV[9] then return 0 end
-end
 redis.call('HSET', KEYS[2], 'epoch', ARGV[2], 'applied', ARGV[3], 'id', ARGV[4], 'name', ARGV[5],
   'pieces', ARGV[6], 'digest', ARGV[7], 'time', ARGV[8])
-if ARGV[9] then redis.call('XADD', KEYS[1], '*', 'e', ARGV[10]) end
-if now[5] then redis.call('XTRIM', KEYS[1], 'MINID', now[5]) end
+if ARGV[9] then
+  redis.call('HSET', KEYS[2], 'from', '0-0', 'first', '1')
+  redis.call('XADD', KEYS[1], '*', 'e', ARGV[9])
+else
+  redis.call('HSET', KEYS[2], 'from', now[5], 'first', '0')
+  redis.call('XTRIM', KEYS[1], 'MINID', now[5])
+end
 if now[3] and now[3] ~= ARGV[5] then
-  for piece = 0, tonumber(now[4]) - 1 do redis.call('UNLINK', KEYS[2] .. ':' .. now[3] .. ':' .. piece) end
+  for piece = 0, math.min(tonumber(now[4]), 65536) - 1 do
+    redis.call('UNLINK', KEYS[2] .. ':' .. now[3] .. ':' .. piece)
+  end
 end
 return 1";
 
@@ -136,6 +135,17 @@ pub struct Connection {
     reading: MultiplexedConnection,
 }
 
+/// What the log has after a position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tail {
+    /// The entries, in order.
+    pub entries: Vec<(StreamId, Vec<u8>)>,
+    /// The epoch that the log was of afterwards; `None` without a snapshot, and so without a log.
+    pub epoch: Option<u64>,
+    /// Entries before this position had been trimmed by then.
+    pub from: StreamId,
+}
+
 /// The newest snapshot of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotHeader {
@@ -143,6 +153,10 @@ pub struct SnapshotHeader {
     pub epoch: u64,
     /// The last entry that is in it.
     pub id: StreamId,
+    /// Entries before this position have been trimmed from the log.
+    pub from: StreamId,
+    /// Whether its epoch began with it.
+    pub is_first: bool,
     /// When it was written, in unix seconds.
     pub unix_seconds: u64,
     name: String,
@@ -259,34 +273,44 @@ impl Connection {
     /// Appends an entry. If this fails, it may be stored or not.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// [`StoreError`]. There must be a log.
     pub async fn append(&self, entry: &[u8]) -> Result<(), StoreError> {
-        self.ask::<String>(cmd("XADD").arg(LOG).arg("*").arg("e").arg(entry)).await.map(drop)
+        let mut append = cmd("XADD");
+        append.arg(LOG).arg("NOMKSTREAM").arg("*").arg("e").arg(entry);
+        self.ask::<Option<String>>(&append).await?.map(drop).ok_or(StoreError::Answer("a log to append to"))
     }
 
-    /// Returns the entries after a position: at once if there are any, else within a second.
+    /// Returns the entries after a position: at once if there are any, else, if asked to wait, within a
+    /// second.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn read_after(
-        &self,
-        id: StreamId,
-        count: usize,
-    ) -> Result<Vec<(StreamId, Vec<u8>)>, StoreError> {
+    pub async fn read_after(&self, id: StreamId, count: usize, waits: bool) -> Result<Tail, StoreError> {
         let mut read = cmd("XREAD");
-        read.arg("COUNT").arg(count).arg("BLOCK").arg(BLOCK.as_millis() as u64);
+        read.arg("COUNT").arg(count);
+        if waits {
+            read.arg("BLOCK").arg(BLOCK.as_millis() as u64);
+        }
         read.arg("STREAMS").arg(LOG).arg(id.to_string());
-        let answer: Value = read.query_async(&mut self.reading.clone()).await?;
+        // The second command is executed after the first has its answer. So if the log was trimmed or
+        // began anew before the first read it, the second one tells.
+        let mut both = redis::pipe();
+        both.add_command(read).cmd("HMGET").arg(SNAPSHOT).arg("epoch").arg("from");
+        let (entries, (epoch, from)): (Value, (Option<String>, Option<String>)) =
+            both.query_async(&mut self.reading.clone()).await?;
         // Of one stream: its name and its entries.
-        let entries = match answer {
-            Value::Nil => return Ok(Vec::new()),
+        let entries = match entries {
+            Value::Nil => Some(Value::Array(Vec::new())),
             Value::Array(mut streams) => match streams.pop() {
                 Some(Value::Array(mut stream)) => stream.pop(),
                 _ => None,
             },
             _ => None,
         };
-        entries.map(entries_of).unwrap_or(Err(StoreError::Answer("a stream and its entries")))
+        let entries =
+            entries.map(entries_of).unwrap_or(Err(StoreError::Answer("a stream and its entries")))?;
+        let epoch = epoch.and_then(|epoch| epoch.parse().ok());
+        Ok(Tail { entries, epoch, from: from.and_then(|from| from.parse().ok()).unwrap_or_default() })
     }
 
     /// Returns the entries from one position to another.
@@ -297,29 +321,6 @@ impl Connection {
         let mut range = cmd("XRANGE");
         range.arg(LOG).arg(from.to_string()).arg("+").arg("COUNT").arg(count);
         entries_of(self.ask(&range).await?)
-    }
-
-    /// Returns whether the log has an entry at this position.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn has(&self, id: StreamId) -> Result<bool, StoreError> {
-        let id = id.to_string();
-        let range = cmd("XRANGE").arg(LOG).arg(&id).arg(&id).to_owned();
-        Ok(!entries_of(self.ask(&range).await?)?.is_empty())
-    }
-
-    /// Returns the position of the last entry that the log ever had; zero if there is no log.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn last(&self) -> Result<StreamId, StoreError> {
-        if !self.ask::<bool>(cmd("EXISTS").arg(LOG)).await? {
-            return Ok(StreamId::default());
-        }
-        let info: HashMap<String, Value> = self.ask(cmd("XINFO").arg("STREAM").arg(LOG)).await?;
-        let last = info.get("last-generated-id").and_then(text_of).and_then(|id| id.parse().ok());
-        last.ok_or(StoreError::Answer("the last id of the stream inflight:log"))
     }
 
     /// Returns what is known of the newest snapshot.
@@ -336,6 +337,8 @@ impl Connection {
             Some(SnapshotHeader {
                 epoch: number("epoch")?,
                 id: fields.get("id")?.parse().ok()?,
+                from: fields.get("from")?.parse().ok()?,
+                is_first: number("first")? == 1,
                 unix_seconds: number("time")?,
                 pieces: number("pieces")?,
                 name: fields.get("name")?.clone(),
@@ -376,7 +379,8 @@ impl Connection {
     }
 
     /// Replaces the snapshot by one of a new epoch, and adds an entry that says so, if the present one
-    /// is of the epoch `before` and the log still ends where the snapshot does. Returns whether it did.
+    /// is of the epoch `before`. Returns whether it did. What the log has after the snapshot's position
+    /// is to be applied again.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -409,7 +413,7 @@ impl Connection {
         replace.arg(before).arg(progress.epoch).arg(progress.applied).arg(progress.id.to_string());
         replace.arg(name).arg(pieces.len()).arg(digest).arg(unix_seconds);
         if let Some(entry) = entry {
-            replace.arg(progress.id.to_string()).arg(entry);
+            replace.arg(entry);
         }
         self.ask(&replace).await
     }

@@ -139,7 +139,8 @@ async fn envoy(version: Version, app: &App, servers: &[SocketAddr]) -> Envoy {
 }
 
 /// Watches what servers say at the same time. Whenever two of them have come equally far, they must
-/// say the same.
+/// say the same. What the decider said last may be older at one of them: a tick does not show in the
+/// totals. That may be so only for the lag after a tick.
 struct Watch {
     stop: Arc<AtomicBool>,
     compared: JoinHandle<usize>,
@@ -150,23 +151,27 @@ impl Watch {
         let stop = Arc::new(AtomicBool::new(false));
         let is_over = Arc::clone(&stop);
         let compared = tokio::spawn(async move {
-            let mut said: HashMap<(u64, u64), String> = HashMap::new();
-            let mut compared = 0;
+            let mut said: HashMap<(u64, u64), (Value, Vec<Value>)> = HashMap::new();
+            let (mut compared, mut between_ticks) = (0, 0);
             while !is_over.load(Ordering::Relaxed) {
                 for text in join_all(addresses.iter().map(|a| http::get(*a, KEY))).await.into_iter().flatten()
                 {
-                    let view: Value = serde_json::from_str(&text).expect("JSON");
+                    let mut view: Value = serde_json::from_str(&text).expect("JSON");
                     let at = (&view["requests_total"], &view["last_report_age_ms"]);
                     let at = (at.0.as_u64().expect("a number"), at.1.as_u64().expect("a number"));
+                    let decided = ["desired_pods", "excess_burst_capacity", "panic_mode"];
+                    let decided: Vec<Value> = decided.iter().map(|name| view[*name].take()).collect();
                     match said.get(&at) {
-                        Some(before) => {
-                            assert_eq!(*before, text, "two servers that are equally far");
+                        Some((before, decided_before)) => {
+                            assert_eq!(*before, view, "two servers that are equally far");
                             compared += 1;
+                            between_ticks += usize::from(*decided_before != decided);
                         }
-                        None => drop(said.insert(at, text)),
+                        None => drop(said.insert(at, (view, decided))),
                     }
                 }
             }
+            assert!(between_ticks * 50 <= compared, "{between_ticks} decisions of {compared} differ");
             compared
         });
         Self { stop, compared }
@@ -221,9 +226,10 @@ async fn three_servers_behind_one_cluster_say_the_same() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn servers_that_are_killed_every_ten_seconds_lose_nothing() {
     let redis = Redis::start(&[]).await;
-    // Twelve connections keep some twelve requests in flight.
+    // Twelve connections keep some twelve requests in flight, and on a busy machine some fewer: two pods
+    // for all from eight to twelve.
     let mut servers =
-        Servers::with(3, &redis.url(), &["--target", "5", "--target-utilization-percentage", "100"]).await;
+        Servers::with(3, &redis.url(), &["--target", "7", "--target-utilization-percentage", "100"]).await;
     let app = App::start().await;
     let envoy = envoy(Version::Newest, &app, &servers.addresses()).await;
     let load = Load::start(STEADY, envoy.address, &app.counts);
@@ -231,7 +237,7 @@ async fn servers_that_are_killed_every_ten_seconds_lose_nothing() {
     let first = wait::until("the windows are full", SETTLED, || async {
         let text = http::get(servers.servers[0].address, KEY).await?;
         let view: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
-        let full = view["stable"]["concurrency"].as_f64().is_some_and(|average| average > 10.5);
+        let full = view["stable"]["concurrency"].as_f64().is_some_and(|average| average > 9.0);
         let sent = load.sent() > 5_000;
         desired(&view).filter(|_| full && sent).ok_or(text)
     })
@@ -243,7 +249,8 @@ async fn servers_that_are_killed_every_ten_seconds_lose_nothing() {
         while !is_over.load(Ordering::Relaxed) {
             for text in join_all(addresses.iter().map(|a| http::get(*a, KEY))).await.into_iter().flatten() {
                 let view: Value = serde_json::from_str(&text).expect("JSON");
-                least = least.min(desired(&view).expect("a decision"));
+                // One that has just started may have none yet. It says so, and not that it wants less.
+                least = least.min(desired(&view).unwrap_or(u64::MAX));
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
