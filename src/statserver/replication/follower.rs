@@ -15,6 +15,7 @@ use crate::replication::entry::{Change, Entry};
 use crate::replication::format::FormatError;
 use crate::replication::leader::{self, Word};
 use crate::replication::machine::{LaterEpoch, NO_SERVER};
+use crate::replication::progress::Progress;
 use crate::replication::replica::{Link, Replica};
 use crate::replication::snapshot;
 use crate::replication::stream_id::StreamId;
@@ -223,10 +224,10 @@ async fn load(replica: &Replica, connection: &Connection, header: &SnapshotHeade
         };
     };
     let unreadable = |reason| Failure::Unreadable(format!("cannot load the snapshot: {reason}"));
-    if header.is_first {
+    let mine = lock(&replica.machine).progress().clone();
+    if header.is_first && header.epoch > mine.epoch {
         let theirs = snapshot::progress(&pieces).map_err(unreadable)?;
-        let machine = lock(&replica.machine);
-        if header.epoch > machine.progress().epoch && !theirs.covers(machine.progress()) {
+        if !theirs.covers(&mine) && !with_the_log(theirs, connection).await?.covers(&mine) {
             return Ok(false);
         }
     }
@@ -247,6 +248,20 @@ async fn load(replica: &Replica, connection: &Connection, header: &SnapshotHeade
     replica.log_bytes.store(0, Ordering::Relaxed);
     info!(entries = progress.applied, after = ?began.elapsed(), "loaded the snapshot of the store");
     Ok(true)
+}
+
+/// Returns how far a state will be that has applied what the log has after it.
+async fn with_the_log(mut state: Progress, connection: &Connection) -> Result<Progress, Failure> {
+    loop {
+        let next = StreamId(state.id.0, state.id.1.saturating_add(1));
+        let entries = connection.range(next, READ_COUNT).await?;
+        let Some((last, _)) = entries.last() else { return Ok(state) };
+        state.id = *last;
+        for entry in entries.iter().filter_map(|(_, bytes)| Entry::decode(bytes).ok()) {
+            let number = state.numbers.entry(entry.server).or_default();
+            number.0 = number.0.max(entry.number);
+        }
+    }
 }
 
 /// Applies what the log has. Returns whether the state is at its end.
