@@ -456,6 +456,75 @@ async fn a_store_that_lost_acknowledged_entries_gets_them_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_vanishes_under_connected_servers_comes_back_also_for_newcomers() {
+    let (redis, app) = (Redis::start(&[]).await, App::start().await);
+    let mut servers = Servers::start(2, &redis.url()).await;
+    let envoy = envoy(Version::Newest, &app, &servers.addresses()).await;
+    let load = Load::start(ENDLESS, envoy.address, &app.counts);
+    let flags = servers.flags.clone();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    for (done, loss) in
+        [&["FLUSHALL"][..], &["DEL", "inflight:log"], &["DEL", "inflight:snapshot"]].iter().enumerate()
+    {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        redis::command(redis.address, loss).await.expect("it forgets");
+        servers.servers.push(StatServer::with(None, &flags).await);
+        wait::until("the log is back", SETTLED, || async {
+            let recoveries = servers.metric("inflight_statserver_store_recoveries_total").await;
+            let recoveries = recoveries.iter().sum::<f64>();
+            if recoveries > done as f64 { Ok(()) } else { Err(recoveries) }
+        })
+        .await;
+        servers.ready().await;
+    }
+    load.stop();
+    let sent = load.finish().await;
+    servers.agree(KEY, sent).await;
+    println!("{sent} requests, three losses under open connections, five servers");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_adds_what_a_lost_store_had_to_a_log_that_goes_on() {
+    let (mut master, app) = (Redis::start(&[]).await, App::start().await);
+    let replica = Redis::replica_of(&master).await;
+    let [link, other_link] = [Link::to(master.address).await, Link::to(master.address).await];
+    let mut servers = Servers::start(1, &link.url()).await;
+    let others = servers_flags(&other_link.url());
+    servers
+        .servers
+        .push(StatServer::with(None, &others.iter().map(String::as_str).collect::<Vec<_>>()).await);
+    servers.ready().await;
+    let [one, other] = [servers.servers[0].address, servers.servers[1].address];
+    let envoys = [envoy(Version::Newest, &app, &[one]).await, envoy(Version::Oldest, &app, &[other]).await];
+    let loads = envoys.each_ref().map(|envoy| Load::start(ENDLESS, envoy.address, &app.counts));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    // Two stores take entries for a while, one of each server.
+    replica.promote().await;
+    other_link.lead_to(replica.address);
+    for server in &servers.servers {
+        let known = server.total().await;
+        wait::until("more is acknowledged", SETTLED, || async {
+            let total = server.total().await;
+            if total > known + 1_000 { Ok(()) } else { Err(total) }
+        })
+        .await;
+    }
+    // Every answer comes late, so the log has gone on whenever the server looks.
+    link.delay(Duration::from_millis(20));
+    master.process.kill();
+    link.lead_to(replica.address);
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    link.delay(Duration::ZERO);
+    let mut sent = 0;
+    for load in loads {
+        load.stop();
+        sent += load.finish().await;
+    }
+    servers.agree(KEY, sent).await;
+    println!("{sent} requests at two servers with a store each, then with one");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sentinels_name_the_master() {
     let mut master = Redis::start(&[]).await;
     let replica = Redis::replica_of(&master).await;
