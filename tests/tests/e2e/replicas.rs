@@ -496,7 +496,8 @@ async fn a_server_adds_what_a_lost_store_had_to_a_log_that_goes_on() {
     servers.ready().await;
     let [one, other] = [servers.servers[0].address, servers.servers[1].address];
     let envoys = [envoy(Version::Newest, &app, &[one]).await, envoy(Version::Oldest, &app, &[other]).await];
-    let loads = envoys.each_ref().map(|envoy| Load::start(ENDLESS, envoy.address, &app.counts));
+    let load = |seed, envoy: &Envoy| Load::start(Plan { seed, ..ENDLESS }, envoy.address, &app.counts);
+    let loads = [load(20, &envoys[0]), load(21, &envoys[1])];
     tokio::time::sleep(Duration::from_secs(3)).await;
     // Two stores take entries for a while, one of each server.
     replica.promote().await;
