@@ -40,8 +40,12 @@ pub struct Plan {
     pub path: &'static str,
 }
 
+/// How many loads have started. Each has a number, so that two on one app know their requests apart.
+static LOADS: AtomicU64 = AtomicU64::new(0);
+
 #[derive(Debug)]
 struct Progress {
+    load: u64,
     started: AtomicU64,
     sent: AtomicU64,
     failures: Mutex<Vec<String>>,
@@ -59,6 +63,7 @@ impl Load {
     /// Starts a load on Envoy. `app` says whether a request that is to be aborted has arrived.
     pub fn start(plan: Plan, envoy: SocketAddr, app: &Arc<Counts>) -> Self {
         let progress = Arc::new(Progress {
+            load: LOADS.fetch_add(1, Ordering::SeqCst),
             started: AtomicU64::new(0),
             sent: AtomicU64::new(0),
             failures: Mutex::default(),
@@ -71,7 +76,6 @@ impl Load {
                 app: Arc::clone(app),
                 progress: Arc::clone(&progress),
                 dice: Dice::new(plan.seed.wrapping_mul(1_000_003).wrapping_add(number)),
-                number,
                 plan,
             };
             clients.spawn(client.run());
@@ -138,7 +142,6 @@ struct Client {
     app: Arc<Counts>,
     progress: Arc<Progress>,
     dice: Dice,
-    number: u64,
     plan: Plan,
 }
 
@@ -165,7 +168,7 @@ impl Client {
         let ms = self.dice.unit() * self.plan.average_ms * 2.0;
         // One request in three takes four times as long as the others, so that latencies vary.
         let ms = if self.dice.below(3) == 0 { ms * 2.0 } else { ms / 2.0 };
-        let id = format!("{}-{id}", self.number);
+        let id = format!("{}-{id}", self.progress.load);
         let path = match kind {
             Kind::Work => format!("{}?ms={ms:.1}", self.plan.path),
             Kind::AbortBeforeAnswer => "/work?ms=30000".into(),
@@ -324,5 +327,27 @@ impl Dice {
     /// Returns a number from 0 to 1.
     pub fn unit(&mut self) -> f64 {
         (self.roll() >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::app::App;
+
+    #[tokio::test]
+    async fn two_loads_of_one_seed_on_one_app_take_only_their_own_requests_for_arrived() {
+        let app = App::start().await;
+        let plan = Plan { requests: 300, connections: 1, average_ms: 0.0, mixed: true, ..Plan::default() };
+        let loads = [(); 2].map(|()| Load::start(plan, app.address, &app.counts));
+        let mut sent = 0;
+        for load in loads {
+            let (of_load, failures) = load.finish_with_failures().await;
+            sent += of_load;
+            // Without an Envoy, the app itself answers what Envoy would have to answer.
+            let missed: Vec<_> = failures.iter().filter(|what| what.contains("ms=30000")).collect();
+            assert!(missed.is_empty(), "arrived, and not known: {missed:?}");
+        }
+        assert_eq!((sent, app.counts.requests()), (600, 600));
     }
 }

@@ -192,11 +192,8 @@ async fn three_servers_behind_one_cluster_say_the_same() {
         envoy(Version::Oldest, &app, &servers.addresses()).await,
         envoy(Version::Newest, &app, &servers.addresses()).await,
     ];
-    // The app knows their requests by numbers that the seed makes.
-    let load = |envoy: &Envoy, seed| {
-        Load::start(Plan { requests: 50_000, seed, ..MIXED }, envoy.address, &app.counts)
-    };
-    let loads = [load(&envoys[0], 18), load(&envoys[1], 19)];
+    let plan = Plan { requests: 50_000, ..MIXED };
+    let loads = envoys.each_ref().map(|envoy| Load::start(plan, envoy.address, &app.counts));
     // Both have the same name, and so are one sender with two incarnations.
     wait::until("the key is known", SETTLED, || http::get(servers.servers[2].address, KEY)).await;
     let watch = Watch::start(servers.addresses());
@@ -496,8 +493,7 @@ async fn a_server_adds_what_a_lost_store_had_to_a_log_that_goes_on() {
     servers.ready().await;
     let [one, other] = [servers.servers[0].address, servers.servers[1].address];
     let envoys = [envoy(Version::Newest, &app, &[one]).await, envoy(Version::Oldest, &app, &[other]).await];
-    let load = |seed, envoy: &Envoy| Load::start(Plan { seed, ..ENDLESS }, envoy.address, &app.counts);
-    let loads = [load(20, &envoys[0]), load(21, &envoys[1])];
+    let loads = envoys.each_ref().map(|envoy| Load::start(ENDLESS, envoy.address, &app.counts));
     tokio::time::sleep(Duration::from_secs(3)).await;
     // Two stores take entries for a while, one of each server.
     replica.promote().await;
